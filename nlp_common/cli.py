@@ -24,5 +24,8 @@ def run_main(main: Callable[[], object]) -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        print(f"错误：磁盘已满，写不下 {error.filename or '结果'}；清出空间后再运行同一条命令。", file=sys.stderr)
+        print(
+            f"错误：磁盘已满，写不下 {error.filename or '结果'}；清出空间后再运行同一条命令。",
+            file=sys.stderr,
+        )
         sys.exit(2)

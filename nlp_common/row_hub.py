@@ -1,0 +1,101 @@
+"""从 Hugging Face 或魔搭社区（ModelScope）读数据集；失败时告诉读者下一步能做什么。"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from nlp_common.cli import UserError
+from nlp_common.hub import MIRROR, TIMEOUT, endpoint, hub_reachable, offline, prepare_environment
+
+WAYS_OUT = f"""可以这样做（任选一种）：
+  用镜像：        先设环境变量 HF_ENDPOINT={MIRROR}，再运行同一条命令
+  用魔搭社区：    pip install modelscope，并加上 --source modelscope
+  用自己的文件：  --dataset 路径/train.jsonl（json、jsonl、csv、tsv、parquet、txt 都行）
+  不下载先试试：  --preset tiny"""
+
+# datasets 的英文报错 → 对读者说的话
+_LOAD_ERRORS = [
+    (r"Bad split|Unknown split", "没有 {split} 这一份数据"),
+    (r"Config name is missing", "有好几个子集，要在名字后面写明用哪个，如 --dataset {repo}:子集名"),
+    (r"BuilderConfig .* not found", "没有叫 {config} 的子集"),
+    (r"[Gg]ated", "要先在它的网页上申请访问，批准后运行 hf auth login 登录"),
+    (
+        r"OfflineModeIsEnabled",
+        "不在本地缓存里，而 HF_HUB_OFFLINE 要求不联网；去掉它，或用 --dataset 给出本地文件",
+    ),
+    (r"scripts are no longer supported", "靠 Python 脚本加载，datasets 4 起不再支持；请找它的 Parquet 版本"),
+]
+
+
+def hub_rows(name: str, split: str, source: str = "hf") -> Iterator[dict]:
+    """逐行读网上的数据集，不先下载整个（ModelScope 例外：先下载到它的缓存文件夹）。
+
+    name 是 ``owner/name`` 或 ``owner/name:子集``；source 是 ``hf`` 或 ``modelscope``。
+    连不上、没有这个数据集、没有这一份、没有权限时抛出 UserError。
+    """
+    repo, _, config = name.partition(":")
+    prepare_environment()
+    if source == "modelscope":
+        place = _download_from_modelscope(repo)
+    elif source == "hf":
+        _check_hub(repo)
+        place = repo
+    else:
+        raise UserError(f"--source 只能是 hf 或 modelscope，给的是 {source}。")
+
+    import datasets  # 导入它时就定下了 HF_ENDPOINT，而且要一秒多，所以用到才导入
+
+    try:
+        yield from datasets.load_dataset(place, config or None, split=split, streaming=True)
+    except Exception as error:  # 网络、权限、格式的错各有各的类型，分属四个库；都要变成读者看得懂的话
+        detail = " ".join(str(error).split("Example of usage")[0].split())[:300]
+        for pattern, meaning in _LOAD_ERRORS:
+            if re.search(pattern, detail):
+                what = meaning.format(split=split, config=config, repo=repo)
+                raise UserError(f"数据集 {repo} {what}。（{detail}）") from error
+        raise UserError(f"读数据集 {name} 时出错：{type(error).__name__}：{detail}\n{WAYS_OUT}") from error
+
+
+def _check_hub(repo: str) -> None:
+    """先问一次 hub 有没有这个数据集。直接 load_dataset 会反复重试，连不上时要等几分钟才说。"""
+    if offline():  # 读者说了不联网：让 datasets 去找本地缓存
+        return
+    if not hub_reachable():
+        raise UserError(f"{TIMEOUT:g} 秒内连不上 {endpoint()}，读不了数据集 {repo}。\n{WAYS_OUT}")
+    from huggingface_hub import HfApi, errors
+
+    try:
+        HfApi().dataset_info(repo, timeout=TIMEOUT)
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"数据集 {repo} 要先在 {endpoint()}/datasets/{repo} 申请访问，批准后运行 hf auth login 登录。\n{WAYS_OUT}"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"{endpoint()} 上没有数据集 {repo}（或它是私有的），本地也没有叫这个名字的文件或文件夹。"
+            f"请检查 --dataset 的拼写。\n{WAYS_OUT}"
+        ) from error
+    except Exception as error:  # 超时、证书、5xx：错误类型随 huggingface_hub 的版本变
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{endpoint()} 没有正常回答，读不了数据集 {repo}（{reason}）。\n{WAYS_OUT}"
+        ) from error
+
+
+def _download_from_modelscope(repo: str) -> str:
+    """用魔搭的下载器取下整个数据集，返回文件夹。
+
+    不用它的 MsDataset：那要装 modelscope[datasets]，它会把 datasets 降到 4.8 以下，和本项目的版本冲突。
+    """
+    try:
+        from modelscope import dataset_snapshot_download
+    except ImportError as error:
+        raise UserError(
+            f"--source modelscope 要用到 modelscope 包。请运行：pip install modelscope（{error}）"
+        ) from error
+    try:
+        return dataset_snapshot_download(repo)
+    except Exception as error:  # 同上：连不上、没有、没权限，类型随版本变
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"从魔搭社区取不到数据集 {repo}（{reason}）。\n{WAYS_OUT}") from error

@@ -1,0 +1,199 @@
+"""DPO：不训练奖励模型、不采样，直接用偏好对调整 SFT 模型。
+
+学到什么：DPO 的损失为什么只需要四个对数概率；参考模型为什么要冻住；隐式奖励的差（margin）怎么读。
+
+运行：
+    python dpo_chinese_qwen.py                             # 自动选预设
+    python dpo_chinese_qwen.py --preset tiny               # 离线小世界
+    python dpo_chinese_qwen.py --preset full               # DPO-En-Zh-20k 偏好数据，需要加速器
+
+预期输出（tiny，实测见本文件夹的 README.md）：采样回答又对、又完整、又有礼的比例从三成以下升到 95% 以上，
+正确率不掉。
+
+参考：Rafailov et al. 2023（DPO）式 7；训练器用 TRL 的 DPOTrainer。
+"""
+
+from nlp_common.cli import run_main
+from nlp_common.hub import prepare_environment
+
+prepare_environment()
+
+from dataclasses import dataclass  # noqa: E402  HF_ENDPOINT 等要先设好，再导入 Hugging Face 的库
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from trl import DPOConfig, DPOTrainer  # noqa: E402
+
+from qwen_common import tiny_world  # noqa: E402
+from qwen_common.data import EVAL_SEED, drop_long, load_train_and_eval  # noqa: E402
+from qwen_common.judging import measure_chat  # noqa: E402
+from qwen_common.loading import end_chat_turns, load_causal_lm  # noqa: E402
+from qwen_common.packing import IGNORE  # noqa: E402
+from qwen_common.preference import collate_pairs, encode_pair, pair_length  # noqa: E402
+from qwen_common.schemas import to_pairs  # noqa: E402
+from qwen_common.stage import Stage, StageSettings, open_stage, option, parse_settings  # noqa: E402
+from qwen_common.training import (  # noqa: E402
+    Bucketed,
+    Progress,
+    loss_curve,
+    run_trainer,
+    training_kwargs,
+)
+
+PRESETS = {
+    "tiny": {
+        "dataset": "tiny_world",
+        "max_train_samples": 2000,
+        "max_length": 256,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 3e-4,
+    },
+    "full": {
+        "dataset": "shibing624/DPO-En-Zh-20k-Preference:zh",
+        "max_train_samples": 5000,
+        "max_length": 512,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": 5e-6,
+    },
+}
+
+
+@dataclass
+class DPOSettings(StageSettings):
+    beta: float = option("离参考模型多远的代价：越小走得越远", 0.1)
+
+
+# ---------------------------------------------------------------- 1. 损失
+
+
+def sequence_logps(model, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """整个回答的对数概率 log π(y|x) = Σ_t log π(y_t | x, y_<t)。(N, T) 与 (N, T) → (N,)。"""
+    labels = labels[:, 1:]  # 位置 t 的 logits 预测位置 t+1
+    columns = (labels != IGNORE).any(0).nonzero().squeeze(1)  # 有回答的列；其余的列不必算 LM head
+    logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=columns).logits  # (N, C, V)
+    nll = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels[:, columns].flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    return -nll.view(len(labels), -1).sum(-1)
+
+
+def dpo_loss(
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    ref_chosen: torch.Tensor,
+    ref_rejected: torch.Tensor,
+    beta: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """四个 (B,) 的对数概率 → (每对的损失, 隐式奖励的差)，都是 (B,)。
+
+    隐式奖励 r(x, y) = β·[log π(y|x) − log π_ref(y|x)]，损失是 −log σ(r_好 − r_差)。
+    """
+    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    return -F.logsigmoid(margin), margin
+
+
+class PairDPOTrainer(Bucketed, DPOTrainer):
+    """TRL 的 DPOTrainer，损失换成上面看得见的算式（测试证明与 TRL 相等）。"""
+
+    def _prepare_dataset(self, dataset, *_):
+        return dataset  # 已经分好词
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        chosen, rejected = sequence_logps(model, inputs["input_ids"], inputs["labels"]).chunk(2)
+        loss, margin = dpo_loss(chosen, rejected, *inputs["ref_logps"].chunk(2), self.beta)
+        self._metrics["train"]["rewards/margins"].append(margin.mean().item())
+        self._metrics["train"]["rewards/accuracies"].append((margin > 0).float().mean().item())
+        return loss.mean()
+
+
+# ---------------------------------------------------------------- 2. 参考模型与评测
+
+
+def batches(rows: list[dict], size: int) -> list[list[dict]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+@torch.no_grad()
+def logps_of(model, rows: list[dict], pad_id: int, batch_size: int) -> torch.Tensor:
+    """每对的 (log π(好), log π(差))，形状 (N, 2)。长度相近的排在一批里算。"""
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda i: pair_length(rows[i]))
+    result = torch.empty(len(rows), 2)
+    for batch in batches(order, batch_size):
+        inputs = {k: v.to(model.device) for k, v in collate_pairs([rows[i] for i in batch], pad_id).items()}
+        result[batch] = torch.stack(sequence_logps(model, **inputs).chunk(2), 1).cpu()
+    model.train()
+    return result
+
+
+def heldout_metrics(model, rows: list[dict], ref: torch.Tensor, pad_id: int, settings) -> dict:
+    """留出对上的损失、隐式奖励的差、以及差大于 0（偏好对了）的比例。"""
+    logps = logps_of(model, rows, pad_id, settings.per_device_train_batch_size)
+    loss, margin = dpo_loss(*logps.T, *ref.T, settings.beta)
+    return {
+        "heldout_loss": loss.mean().item(),
+        "margin": margin.mean().item(),
+        "preference_accuracy": (margin > 0).float().mean().item(),
+    }
+
+
+# ---------------------------------------------------------------- 3. 训练
+
+
+def train(stage: Stage) -> dict:
+    settings = stage.settings
+    tokenizer, model = load_causal_lm(stage.model_path)
+    _, reference = load_causal_lm(stage.model_path)  # 冻住的 SFT 模型
+    for each in (model, reference):
+        end_chat_turns(each, tokenizer)
+        each.to(stage.device)
+    pad_id = tokenizer.pad_token_id
+
+    train_rows, heldout_rows, data = load_train_and_eval(settings, "pairs", to_pairs)
+    rows = [encode_pair(tokenizer, row) for row in train_rows]
+    rows = drop_long(rows, pair_length, settings.max_length, "训练数据")
+    heldout = [encode_pair(tokenizer, row) for row in heldout_rows]
+    heldout = drop_long(heldout, pair_length, settings.max_length, "留出数据")
+
+    # 参考模型不动，它的对数概率算一遍就够，不必每步重算
+    for row, ref in zip(rows, logps_of(reference, rows, pad_id, 32).tolist(), strict=True):
+        row["ref_chosen"], row["ref_rejected"] = ref
+    heldout_ref = logps_of(reference, heldout, pad_id, 32)
+
+    def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
+        refs = [row["ref_chosen"] for row in batch] + [row["ref_rejected"] for row in batch]
+        return collate_pairs(batch, pad_id) | {"ref_logps": torch.tensor(refs)}
+
+    lengths = [pair_length(row) for row in rows]
+    n_tokens = sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)
+    progress = Progress(stage, "DPO", n_tokens / len(rows))
+    trainer = PairDPOTrainer(
+        model=model,
+        ref_model=reference,
+        args=DPOConfig(**training_kwargs(stage), beta=settings.beta, max_length=None),
+        train_dataset=Dataset.from_list(rows),
+        data_collator=collate,
+        processing_class=tokenizer,
+    )
+    trainer.row_lengths = lengths
+    run_trainer(trainer, stage, progress)
+
+    metrics = heldout_metrics(model, heldout, heldout_ref, pad_id, settings) | progress.metrics
+    if settings.dataset == "tiny_world":
+        questions = tiny_world.heldout_questions(settings.max_eval_samples, EVAL_SEED)
+        before = measure_chat(reference, tokenizer, questions)[0]
+        metrics |= {f"{k}_before": before[k] for k in ("qa_accuracy", "preferred_rate")}
+        metrics |= measure_chat(model, tokenizer, questions)[0]
+    return stage.finish(model, tokenizer, metrics, data, loss_curve(trainer.state.log_history))
+
+
+def main(argv: list[str] | None = None) -> dict:
+    settings = parse_settings(DPOSettings, PRESETS, argv)
+    with open_stage("dpo", settings, {"model": "sft"}) as stage:
+        return stage.record or train(stage)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,408 @@
+"""PPO：让 SFT 模型自己回答，奖励模型打分，按分数一点点改；KL 惩罚拉住它，别为了分数说胡话。
+
+学到什么：一轮 PPO 的五步——采样、打分（奖励 + 逐 token 的 KL 惩罚）、GAE、裁剪的策略损失、裁剪的价值损失。
+四个模型各管一事：
+
+    policy（在学）──采样──▶ 回答 ──▶ reward（冻住）给整段打分
+       ▲                     │  └──▶ reference（冻住的 SFT）给每个 token 的 KL
+       └──── 优势 ◀── GAE ◀── value（在学，从奖励模型开始）估计每个位置还能拿多少分
+
+运行：
+    python ppo_alignment.py                                # 自动选预设
+    python ppo_alignment.py --preset tiny                  # 离线小世界
+    python ppo_alignment.py --preset full                  # 需要加速器
+
+预期输出（tiny，实测见本文件夹的 README.md）：奖励升高一个标准差以上，九成以上的采样回答又对、又完整、又有礼，
+每个 token 的 KL 小于 0.6 nats。
+
+参考：Schulman et al. 2017（PPO）；Schulman et al. 2016（GAE）；Ziegler et al. 2019；Ouyang et al. 2022。
+"""
+
+from nlp_common.cli import run_main
+from nlp_common.hub import prepare_environment
+
+prepare_environment()
+
+import random  # noqa: E402  HF_ENDPOINT 等要先设好，再导入 Hugging Face 的库
+import time  # noqa: E402
+from collections import defaultdict  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+
+from nlp_common.device import precision  # noqa: E402
+from qwen_common import tiny_world  # noqa: E402
+from qwen_common.chatml import prompt_ids  # noqa: E402
+from qwen_common.checkpoints import load_training_state, save_training_state  # noqa: E402
+from qwen_common.data import EVAL_SEED, drop_long, load_train_and_eval, to_questions  # noqa: E402
+from qwen_common.generation import pad_left, stop_tokens, stream_tokens  # noqa: E402
+from qwen_common.judging import measure_chat, reply_to, score_replies, token_kl  # noqa: E402
+from qwen_common.loading import (  # noqa: E402
+    end_chat_turns,
+    load_causal_lm,
+    load_reward_model,
+    load_value_model,
+)
+from qwen_common.stage import Stage, StageSettings, open_stage, option, parse_settings  # noqa: E402
+from qwen_common.training import progress_bar  # noqa: E402
+
+PRESETS = {
+    "tiny": {
+        "dataset": "tiny_world",
+        "max_train_samples": 2000,
+        "max_length": 256,
+        "max_steps": 40,
+        "per_device_train_batch_size": 64,
+        "learning_rate": 3e-4,
+        "max_new_tokens": 24,
+        "save_steps": 10,
+    },
+    "full": {
+        "dataset": "shibing624/DPO-En-Zh-20k-Preference:zh",
+        "max_train_samples": 5000,
+        "max_length": 512,
+        "max_steps": 200,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 1e-5,
+        "max_new_tokens": 128,
+        "save_steps": 20,
+    },
+}
+
+
+@dataclass
+class PPOSettings(StageSettings):
+    reward_model: str | None = option("奖励模型的文件夹；默认是 reward_model.py 的结果")
+    max_new_tokens: int | None = option("一个回答最多多少个 token")
+    ppo_epochs: int = option("每批回答用来更新几遍", 4)
+    kl_coef: float = option("KL 惩罚的系数：越大离 SFT 模型越近", 0.1)
+    gamma: float = option("折扣；一个回答很短，不打折", 1.0)
+    lam: float = option("GAE 的 λ：1 是蒙特卡洛，0 是一步自举", 0.95)
+    clip_range: float = option("概率比裁剪的范围 ε", 0.2)
+    clip_range_value: float = option("价值裁剪的范围", 0.2)
+    missing_end_penalty: float = option("没有说完（不以 <|im_end|> 结束）的回答扣几分", 5.0)
+    temperature: float = option("采样的温度", 1.0)
+
+
+# ---------------------------------------------------------------- 1. 采样
+
+
+@dataclass
+class Rollout:
+    """一批回答。P 是提示的列数（左填充），R 是回答的列数（右填充）。"""
+
+    ids: torch.Tensor  # (B, P+R)
+    attention_mask: torch.Tensor  # (B, P+R)，真实 token 为 1
+    position_ids: torch.Tensor  # (B, P+R)
+    mask: torch.Tensor  # (B, R)，回答里的真实 token 为 True，含 <|im_end|>
+    ended: torch.Tensor  # (B,)，自己说完的为 True
+
+    @property
+    def responses(self) -> torch.Tensor:
+        return self.ids[:, -self.mask.shape[1] :]  # (B, R)
+
+
+def roll_out(policy, prompts: list[list[int]], tokenizer, settings, generator) -> Rollout:
+    """policy 按温度采样，每个提示一个回答。"""
+    policy.eval()
+    device = next(policy.parameters()).device
+    pad_id, stops = tokenizer.pad_token_id, stop_tokens(tokenizer)
+    ids, attention_mask = pad_left(prompts, pad_id, device)
+    tokens = stream_tokens(
+        policy,
+        ids,
+        attention_mask,
+        settings.max_new_tokens,
+        stops,
+        pad_id,
+        settings.temperature,
+        generator=generator,
+    )
+    responses = torch.stack(list(tokens), 1)  # (B, R)
+    is_stop = torch.isin(responses, torch.tensor(stops, device=device))
+    mask = is_stop.cumsum(1) - is_stop.int() == 0  # 第一个结束符及它之前
+    attention_mask = torch.cat([attention_mask, mask.long()], 1)
+    return Rollout(
+        ids=torch.cat([ids, responses], 1),
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+        mask=mask,
+        ended=(is_stop & mask).any(1),
+    )
+
+
+def response_logps(model, rollout: Rollout, temperature: float) -> torch.Tensor:
+    """log π(a_t | s_t)，(B, R)：每个回答 token 的对数概率。
+
+    位置 t 的 logits 预测位置 t+1，所以要的是最后 R+1 个位置、去掉最末一个。
+    """
+    logits = model(
+        input_ids=rollout.ids,
+        attention_mask=rollout.attention_mask,
+        position_ids=rollout.position_ids,
+        use_cache=False,
+        logits_to_keep=rollout.mask.shape[1] + 1,
+    ).logits[:, :-1]  # (B, R, V)
+    logits = logits.float() / temperature
+    return -F.cross_entropy(logits.transpose(1, 2), rollout.responses, reduction="none")
+
+
+def response_values(model, rollout: Rollout) -> torch.Tensor:
+    """V(s_t)，(B, R)：写出第 t 个 token 之前，估计整段最终能拿多少分。"""
+    values = model(
+        input_ids=rollout.ids,
+        attention_mask=rollout.attention_mask,
+        position_ids=rollout.position_ids,
+        use_cache=False,
+    ).logits.squeeze(-1)  # (B, P+R)
+    n = rollout.mask.shape[1]
+    return values[:, -n - 1 : -1].float()
+
+
+# ---------------------------------------------------------------- 2. 打分
+
+
+@torch.no_grad()
+def score_responses(reward_model, rollout: Rollout, missing_end_penalty: float) -> torch.Tensor:
+    """奖励模型在最后一个真实 token 上的分数，(B,)；没说完的回答扣分，免得模型学会不停地说。"""
+    scores = reward_model(
+        input_ids=rollout.ids,
+        attention_mask=rollout.attention_mask,
+        position_ids=rollout.position_ids,
+        use_cache=False,
+    ).logits.squeeze(-1)
+    return scores.float() - missing_end_penalty * (~rollout.ended)
+
+
+def token_rewards(
+    scores: torch.Tensor, logps: torch.Tensor, ref_logps: torch.Tensor, mask: torch.Tensor, kl_coef: float
+) -> torch.Tensor:
+    """每个 token 的奖励，(B, R)：处处是 −β·(log π − log π_ref)，最后一个真实 token 再加整段的分数。
+
+    Ouyang et al. 2022 式 2；log π − log π_ref 是 KL 的单样本估计（k1）。
+    """
+    rewards = -kl_coef * (logps - ref_logps) * mask
+    last = mask.sum(1) - 1  # (B,)
+    return rewards.scatter_add(1, last[:, None], scores[:, None])
+
+
+# ---------------------------------------------------------------- 3. 优势
+
+
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """广义优势估计（Schulman et al. 2016 式 16）。(B, R) → 优势与回报，都是 (B, R)。
+
+    δ_t = r_t + γ·V_{t+1} − V_t；A_t = δ_t + γλ·A_{t+1}；回答结束之后的价值是 0。
+    """
+    values = values * mask
+    advantages = torch.zeros_like(rewards)
+    next_advantage = next_value = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages, advantages + values
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (x * mask).sum() / mask.sum()
+
+
+def whiten(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """减均值、除标准差，只算真实 token：学习率从此不必随奖励的尺度调整。"""
+    mean = masked_mean(advantages, mask)
+    variance = masked_mean((advantages - mean) ** 2, mask)
+    return (advantages - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+# ---------------------------------------------------------------- 4. 损失
+
+
+def policy_loss(
+    logps: torch.Tensor, old_logps: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """裁剪的策略损失（Schulman et al. 2017 式 7）→ (标量, 被裁剪的 token 占比)。
+
+    −E[min(ρA, clip(ρ, 1−ε, 1+ε)A)]，ρ = π/π_old：好处最多拿到 ε 为止，坏处不封顶。
+    """
+    ratio = torch.exp(logps - old_logps)
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    loss = -masked_mean(torch.min(unclipped, clipped), mask)
+    return loss, masked_mean((clipped < unclipped).float(), mask)
+
+
+def value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, clip: float
+) -> torch.Tensor:
+    """裁剪的价值损失（标量）：一次更新里价值不许离旧值超过 clip，取两者中较大的误差。"""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
+
+
+# ---------------------------------------------------------------- 5. 一轮 PPO
+
+
+@dataclass
+class Models:
+    policy: torch.nn.Module
+    value: torch.nn.Module
+    reference: torch.nn.Module
+    reward: torch.nn.Module
+
+
+def ppo_step(models: Models, optimizers: dict, prompts, tokenizer, settings, accelerator, generator) -> dict:
+    """采样一批回答，用它更新 ppo_epochs 遍，返回这一轮的统计。"""
+    clock = {"start": time.perf_counter()}
+    with accelerator.autocast():
+        rollout = roll_out(accelerator.unwrap_model(models.policy), prompts, tokenizer, settings, generator)
+        clock["rollout"] = time.perf_counter()
+        models.policy.eval()
+        with torch.no_grad():
+            old_logps = response_logps(models.policy, rollout, settings.temperature)
+            ref_logps = response_logps(models.reference, rollout, settings.temperature)
+            old_values = response_values(models.value, rollout)
+        scores = score_responses(models.reward, rollout, settings.missing_end_penalty)
+    rewards = token_rewards(scores, old_logps, ref_logps, rollout.mask, settings.kl_coef)
+    advantages, returns = gae(rewards, old_values, rollout.mask, settings.gamma, settings.lam)
+    advantages = whiten(advantages, rollout.mask)
+    clock["scoring"] = time.perf_counter()
+
+    stats = defaultdict(list)
+    for _ in range(settings.ppo_epochs):
+        with accelerator.autocast():
+            logps = response_logps(models.policy, rollout, settings.temperature)
+            values = response_values(models.value, rollout)
+        p_loss, clip_fraction = policy_loss(logps, old_logps, advantages, rollout.mask, settings.clip_range)
+        v_loss = value_loss(values, old_values, returns, rollout.mask, settings.clip_range_value)
+        for loss, model, optimizer in (
+            (p_loss, models.policy, optimizers["policy"]),
+            (v_loss, models.value, optimizers["value"]),
+        ):
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        stats["clip_fraction"].append(clip_fraction.item())
+        stats["value_loss"].append(v_loss.item())
+        stats["ratio_max"].append(torch.exp(logps - old_logps)[rollout.mask].max().item())
+    end = time.perf_counter()
+    return {
+        "score": scores.mean().item(),
+        "kl": masked_mean(old_logps - ref_logps, rollout.mask).item(),
+        "length": rollout.mask.sum(1).float().mean().item(),
+        "ended": rollout.ended.float().mean().item(),
+        **{name: sum(values) / len(values) for name, values in stats.items()},
+        "rollout_s": clock["rollout"] - clock["start"],
+        "scoring_s": clock["scoring"] - clock["rollout"],
+        "update_s": end - clock["scoring"],
+        "sample": tokenizer.decode(rollout.responses[0][rollout.mask[0]]),
+    }
+
+
+# ---------------------------------------------------------------- 6. 训练
+
+
+def train(stage: Stage) -> dict:
+    settings = stage.settings
+    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(p := precision(stage.device), p))
+    device = accelerator.device
+    tokenizer, policy = load_causal_lm(stage.model_path)
+    _, reference = load_causal_lm(stage.model_path)
+    end_chat_turns(policy, tokenizer)
+    reward_path = stage.parents["reward_model"]["path"]
+    reward = load_reward_model(reward_path, tokenizer).to(device).eval().requires_grad_(False)
+    reference.to(device).eval().requires_grad_(False)
+    value = load_value_model(reward_path, tokenizer)
+
+    train_rows, heldout, data = load_train_and_eval(settings, "questions", to_questions)
+    prompts = [prompt_ids(tokenizer, row["messages"]) for row in train_rows]
+    prompts = drop_long(prompts, len, settings.max_length, "提示")
+    batch = settings.per_device_train_batch_size
+    random.Random(settings.seed).shuffle(prompts)
+
+    policy, value = policy.to(device), value.to(device)
+    optimizers = {
+        name: torch.optim.AdamW(
+            model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
+        for name, model in (("policy", policy), ("value", value))
+    }
+    history: list[dict] = []
+    if latest := stage.checkpoint():
+        history = load_training_state(latest, {"policy": policy, "value": value}, optimizers)
+    policy, value = accelerator.prepare(policy, value)
+    optimizers = {name: accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
+    models = Models(policy, value, reference, reward)
+
+    bar = progress_bar("PPO", settings.max_steps, len(history))
+    for step in range(len(history), settings.max_steps):
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:  # 线性降到 0
+                group["lr"] = settings.learning_rate * (1 - step / settings.max_steps)
+        # 第 step 轮用哪些提示、哪个随机数，只由 (种子, step, 进程) 决定：中断后继续，结果不变
+        rank = step * accelerator.num_processes + accelerator.process_index
+        chosen = [prompts[(rank * batch + i) % len(prompts)] for i in range(batch)]
+        generator = torch.Generator(device).manual_seed(settings.seed * 1_000_003 + rank)
+        stats = ppo_step(models, optimizers, chosen, tokenizer, settings, accelerator, generator)
+        sample = stats.pop("sample")
+        history.append({"step": step + 1, **stats})
+        bar.update(1)
+        bar.set_postfix_str(f"奖励 {stats['score']:.2f} KL {stats['kl']:.3f}", refresh=False)
+        if (step + 1) % settings.logging_steps == 0:
+            bar.write(
+                f"  {step + 1:>4} 步  奖励 {stats['score']:+.2f}  KL {stats['kl']:.3f}  长度 {stats['length']:.1f}"
+                f"  裁剪 {stats['clip_fraction']:.2f}  价值损失 {stats['value_loss']:.3f}  例：{sample}"
+            )
+        if (step + 1) % settings.save_steps == 0 and accelerator.is_main_process:
+            unwrapped = {"policy": accelerator.unwrap_model(policy), "value": accelerator.unwrap_model(value)}
+            save_training_state(stage, step + 1, unwrapped, optimizers, history)
+    bar.close()
+
+    policy = accelerator.unwrap_model(policy)
+    metrics = evaluate(stage, policy, reference, reward, tokenizer, heldout) | speed(history, batch)
+    return stage.finish(policy, tokenizer, metrics, data, history)
+
+
+def evaluate(stage: Stage, policy, reference, reward, tokenizer, questions: list[dict]) -> dict:
+    """留出的题上，训练前（SFT）与训练后：奖励、对 SFT 的 KL；小世界里还有程序的评分。"""
+    settings = stage.settings
+    tiny = settings.dataset == "tiny_world"
+    metrics: dict = {}
+    for suffix, model in (("_before", reference), ("", policy)):
+        if tiny:
+            chat, _, replies = measure_chat(model, tokenizer, questions)
+            keep = (
+                chat if not suffix else {k: chat[k] for k in ("qa_accuracy", "preferred_rate", "judge_score")}
+            )
+            metrics |= {k + suffix: v for k, v in keep.items()}
+        else:
+            replies = reply_to(model, tokenizer, questions, settings.max_new_tokens, temperature=1.0)
+        scores = score_replies(reward, tokenizer, questions, replies)
+        metrics |= {f"reward_mean{suffix}": scores.mean().item(), f"reward_std{suffix}": scores.std().item()}
+    metrics["kl_to_sft"] = token_kl(policy, reference, tokenizer, questions, replies)
+    return metrics
+
+
+def speed(history: list[dict], batch: int) -> dict:
+    """各步平均花在采样、打分、更新上的秒数，与每秒多少个回答。"""
+    parts = {k: sum(row[k] for row in history) / len(history) for k in ("rollout_s", "scoring_s", "update_s")}
+    return parts | {
+        "episodes_per_s": batch / sum(parts.values()),
+        "train_samples_per_s": batch / sum(parts.values()),
+        "train_tokens_per_s": sum(r["length"] for r in history) / len(history) * batch / sum(parts.values()),
+    }
+
+
+def main(argv: list[str] | None = None) -> dict:
+    settings = parse_settings(PPOSettings, PRESETS, argv)
+    with open_stage("ppo", settings, {"model": "sft", "reward_model": "reward"}) as stage:
+        return stage.record or train(stage)
+
+
+if __name__ == "__main__":
+    run_main(main)

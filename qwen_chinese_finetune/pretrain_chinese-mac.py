@@ -1,0 +1,45 @@
+"""中文预训练（Apple M1–M4 的配置）：与 pretrain_chinese-nvidia.py 同一段训练代码，换成苹果芯片合适的设置。
+
+与 NVIDIA 配置的不同，以及为什么：
+- float32：MPS 的混合精度不稳，会出 NaN；
+- 每步 2 行、累积 4 步：统一内存小，等效的批大小仍是 8；
+- 读数据 0 个子进程：macOS 上 DataLoader 的子进程会卡住。
+
+运行：
+    python pretrain_chinese-mac.py                         # 自动选预设
+    python pretrain_chinese-mac.py --preset tiny           # 离线小世界，约半分钟
+    python pretrain_chinese-mac.py --preset full           # Qwen1.5-0.5B + 中文维基，MPS
+
+预期输出与算法：见 pretrain_chinese-nvidia.py 和 qwen_common/pretraining.py。
+"""
+
+from nlp_common.cli import run_main
+from nlp_common.hub import prepare_environment
+
+prepare_environment()
+
+from qwen_common import pretraining  # noqa: E402  HF_ENDPOINT 等要先设好
+from qwen_common.stage import StageSettings, parse_settings  # noqa: E402
+
+PRESETS = {
+    "tiny": pretraining.TINY,
+    "full": {
+        "dataset": "pleisto/wikipedia-cn-20230720-filtered",
+        "max_train_samples": 3000,
+        "max_length": 512,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "dataloader_num_workers": 0,
+        "learning_rate": 2e-5,
+    },
+}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    settings = parse_settings(StageSettings, PRESETS, argv)
+    pretraining.check_hardware("mps", other="pretrain_chinese-nvidia.py")
+    return pretraining.run(settings)
+
+
+if __name__ == "__main__":
+    run_main(main)

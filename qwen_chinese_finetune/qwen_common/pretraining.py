@@ -1,0 +1,180 @@
+"""预训练：在文档上学"下一个 token 是什么"。两个 pretrain_chinese-*.py 是它的两套硬件配置。
+
+损失是因果语言模型的交叉熵（Radford et al. 2018, 式 1）：L = −Σ log p(x_t | x_<t) / N，
+其中 x_<t 只含同一篇文档里、前面的 token。
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from nlp_common.device import pick_device
+
+from . import tiny_world
+from .data import EVAL_SEED, load_train_and_eval
+from .generation import generate
+from .judging import measure_chat
+from .loading import load_causal_lm
+from .packing import IGNORE, collate_blocks, pack_documents
+from .schemas import to_texts
+from .stage import Stage, StageSettings, open_stage
+from .training import Progress, loss_curve, run_trainer, training_kwargs
+
+TINY = {
+    "dataset": "tiny_world",
+    "max_train_samples": 7400,  # 约 0.7 M token，每篇只看一遍
+    "max_length": 200,  # 装得下两篇文档
+    "per_device_train_batch_size": 4,
+    "learning_rate": 3e-3,
+    "save_steps": 250,
+    "logging_steps": 20,
+}
+
+
+def check_hardware(wanted: str, other: str) -> None:
+    """脚本的硬件配置与这台机器不符时说一声，然后用机器上有的。"""
+    device = pick_device()
+    if device.type != wanted:
+        print(
+            f"这份配置是给 {wanted.upper()} 的，这台机器用 {device.type.upper()}，照常训练（另一份配置：{other}）。"
+        )
+
+
+class Blocks(Dataset):
+    """打包好的块；一块是几篇完整的文档。"""
+
+    def __init__(self, blocks: list[list[list[int]]]):
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> list[list[int]]:
+        return self.blocks[index]
+
+
+def causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, n_labels) -> torch.Tensor:
+    """logits (B, T, V)、labels (B, T) → 标量：位置 t 的 logits 预测位置 t+1 的 token。
+
+    除以整个更新步的标签数 n_labels 而不是各批各自求平均：梯度累积 8×1 才与 1×8 相同。
+    """
+    shifted = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return shifted / n_labels
+
+
+class PretrainTrainer(Trainer):
+    """只换掉损失：算式写在上面，看得见。"""
+
+    model_accepts_loss_kwargs = True  # 请 Trainer 把整个更新步的标签数传进来
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"]
+        # 不传 attention_mask：position_ids 的归零处就是文档边界，注意力不会越过它。
+        logits = model(
+            input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
+        ).logits
+        n_labels = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORE).sum()
+        return causal_lm_loss(logits, labels, n_labels)
+
+
+@torch.no_grad()
+def heldout_loss(model, blocks: list, collate, batch_size: int) -> float:
+    """留出文档上每个 token 的平均损失（nats）。"""
+    model.eval()
+    total, count = 0.0, 0
+    for start in range(0, len(blocks), batch_size):
+        batch = {k: v.to(model.device) for k, v in collate(blocks[start : start + batch_size]).items()}
+        labels = batch.pop("labels")
+        total += causal_lm_loss(model(**batch, use_cache=False).logits, labels, 1).item()
+        count += (labels[:, 1:] != IGNORE).sum().item()
+    model.train()
+    return total / count
+
+
+def recap_accuracy(model, tokenizer, n: int = 500) -> float:
+    """留出故事的回顾题："回想一下，小刚去了" 后面，贪心接出来的是不是"花园"。"""
+    rows = tiny_world.recap_prompts(n, EVAL_SEED)
+    replies = generate(model, tokenizer, [tokenizer(row["prompt"])["input_ids"] for row in rows], 4)
+    right = [tokenizer.decode(ids).startswith(row["answer"]) for row, ids in zip(rows, replies, strict=True)]
+    return sum(right) / n
+
+
+def train(stage: Stage) -> dict:
+    settings = stage.settings
+    tokenizer, model = load_causal_lm(stage.model_path)
+
+    # 1. 数据：每篇文档末尾加结束符，再装进等长的块
+    train_rows, heldout_rows, data = load_train_and_eval(settings, "documents", to_texts)
+
+    def encode(rows: list[dict]) -> list[list[int]]:
+        texts = [row["text"] for row in rows]
+        return [
+            ids + [tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ]
+
+    block = settings.max_length
+    documents, heldout = encode(train_rows), encode(heldout_rows)
+    if long := sum(len(ids) > block for ids in documents):
+        print(f"{long} 篇文档超过 {block} 个 token，切成几块接着用，不丢 token。")
+    blocks, heldout_blocks = pack_documents(documents, block), pack_documents(heldout, block)
+    n_tokens = sum(map(len, documents))
+    print(
+        f"{len(documents)} 篇文档、{n_tokens} 个 token，装成 {len(blocks)} 块，填充 {1 - n_tokens / len(blocks) / block:.1%}"
+    )
+    collate = partial(collate_blocks, block_size=block, pad_id=tokenizer.pad_token_id)
+
+    # 2. 训练前先量一次留出损失
+    measure = partial(heldout_loss, model, heldout_blocks, collate, settings.per_device_train_batch_size)
+    model.to(stage.device)
+    before = measure()
+
+    # 3. 训练
+    progress = Progress(stage, "预训练", n_tokens / len(blocks))
+    trainer = PretrainTrainer(
+        model=model,
+        args=TrainingArguments(**training_kwargs(stage)),
+        train_dataset=Blocks(blocks),
+        data_collator=collate,
+        processing_class=tokenizer,
+    )
+    run_trainer(trainer, stage, progress)
+
+    # 4. 训练后再量
+    after = measure()
+    n_chars = sum(len(row["text"]) for row in heldout_rows)
+    n_predicted = sum(len(piece) - 1 for b in heldout_blocks for piece in b)
+    metrics = {
+        "heldout_loss_before": before,
+        "heldout_loss": after,
+        "heldout_perplexity_before": math.exp(min(before, 50)),
+        "heldout_perplexity": math.exp(min(after, 50)),
+        "bits_per_char_before": before * n_predicted / n_chars / math.log(2),
+        "bits_per_char": after * n_predicted / n_chars / math.log(2),
+        **progress.metrics,
+    }
+    if settings.dataset == "tiny_world":
+        floor = sum(row["nats"] for row in heldout_rows) / n_predicted
+        metrics |= {
+            "entropy_floor": floor,
+            "loss_over_floor": after / floor,
+            "recap_accuracy": recap_accuracy(model, tokenizer),
+        }
+        chat, _, _ = measure_chat(
+            model, tokenizer, tiny_world.heldout_questions(settings.max_eval_samples, EVAL_SEED)
+        )
+        metrics["qa_accuracy"] = chat["qa_accuracy"]
+    return stage.finish(model, tokenizer, metrics, data, loss_curve(trainer.state.log_history))
+
+
+def run(settings: StageSettings) -> dict:
+    """跑完预训练阶段（或直接取已有的结果），返回 run.json 的内容。"""
+    with open_stage("pretrain", settings, {"model": "base"}) as stage:
+        return stage.record or train(stage)

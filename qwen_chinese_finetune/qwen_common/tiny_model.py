@@ -1,0 +1,99 @@
+"""小模型：真正的 Qwen2 结构（Qwen2ForCausalLM、Qwen2Tokenizer），只是尺寸很小。
+
+存成与 Qwen/Qwen1.5-0.5B 一样的文件夹布局，所以后面每一行 from_pretrained 都和训练大模型时一样。
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from . import tiny_world
+
+END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+# Qwen 的 ChatML；只有一处不同：不自动补 "You are a helpful assistant." 的 system 消息。
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ message['content'] + '<|im_end|>\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """字节级 BPE，但预切分把每个汉字单独切开，于是一个汉字就是一个 token（词表约 550）。
+
+    跨字的合并会让同一个词在不同上下文里切法不同，"往回抄"就难学得多。
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\p{Han}|[^\p{Han}\s\w]"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,  # 用不满：每个字并成一个 token 之后就没有可合并的了
+        min_frequency=1,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    text = [row["text"] for row in tiny_world.documents(2000, seed=0)]
+    text += [m["content"] for row in tiny_world.chats(2000, seed=0) for m in row["messages"]]
+    text += tiny_world.UNHELPFUL + tiny_world.CLOSES + ["user", "assistant", "system"]
+    bpe.train_from_iterator(text, trainer)
+    model = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
+        unk_token=None,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=512,
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": [IM_START, IM_END]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
+    """随机初始化的两层 Qwen2（约 0.5 M 参数）。
+
+    4 个注意力头配 4 个键值头（与 Qwen1.5 相同）：换成 2 个键值头，往回抄的本领学得慢得多。
+    """
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        # 宽度只有 128：大模型惯用的 0.02 太小，注意力要很久才分得出轻重；0.08 ≈ 1/√128。
+        initializer_range=0.08,
+        # 上下文只有一两百个 token：小的 RoPE 底数让相邻位置分得更开，"看前一个词"学得更快。
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=torch.float32,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def save_tiny_base(folder: Path, seed: int) -> None:
+    """把没训练过的小模型和分词器存成 hub 布局的文件夹。"""
+    tokenizer = build_tokenizer()
+    build_model(tokenizer, seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,239 @@
+"""小世界：一部会写小故事、会出题、知道标准答案的语法。
+
+它是一台仪器。真实语料里没人知道"最低能到多少 loss""答案到底对不对"；这里每一步随机选择都由程序做出，
+所以文档的信息量（nats）是精确的，每道题的答案也是确定的。各训练阶段有没有效果，在它上面一量便知。
+
+一篇文档 = 故事（五句话） + 几句回顾。回顾要求模型往前看、把故事里的词抄过来：预训练学会"往回看"，
+SFT 只需把这个能力引出来。训练集与留出集按槽位组合的哈希值分开，任何组合只在一边出现。
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import zlib
+
+WORLD = {
+    "time": ["清晨", "上午", "中午", "下午", "傍晚", "夜里"],
+    "person": ["小刚", "小红", "小明", "小丽", "小芳", "小强", "小燕", "小龙", "小梅", "小军"],
+    "place": ["花园", "公园", "河边", "学校", "山上", "海边", "市场", "车站", "田里", "湖边"],
+    "color": ["黑色", "白色", "灰色", "棕色", "黄色", "红色"],
+    "animal": ["松鼠", "兔子", "鸽子", "乌龟", "狐狸", "刺猬", "山羊", "鹦鹉", "麻雀", "猴子"],
+    "food": ["香蕉", "苹果", "面包", "饼干", "花生", "玉米", "葡萄", "萝卜", "蛋糕", "西瓜"],
+    "friend": ["老王", "老李", "老张", "老赵", "老陈", "老周", "老吴", "老郑", "老孙", "老朱"],
+    "mood": ["高兴", "失望", "平静", "难过", "激动", "满意", "害怕", "得意"],
+}
+SLOTS = list(WORLD)
+
+# 每句话的几种写法；任何两种写法都不会写出同一句话，所以文本的信息量就等于选择的信息量。
+STORY = [
+    ["那天{time}，{person}去了{place}。", "那天{time}，{person}来到{place}。"],
+    ["一只{color}的{animal}跑了过来。", "忽然跑来一只{color}的{animal}。"],
+    ["{person}拿出{food}给它吃。", "{person}把{food}分给它吃。"],
+    ["后来{friend}也来了。", "不久{friend}也来了。"],
+    ["{person}心里很{mood}。", "{person}觉得很{mood}。"],
+]
+# 回顾用的句子，也是"完整回答"的句子。
+SENTENCE = {
+    "time": "那是{time}。",
+    "person": "去{place}的是{person}。",
+    "place": "{person}去了{place}。",
+    "color": "{animal}是{color}的。",
+    "animal": "跑来的是{animal}。",
+    "food": "{animal}吃了{food}。",
+    "friend": "后来的是{friend}。",
+    "mood": "{person}很{mood}。",
+}
+QUESTION = {
+    "time": ["{person}是什么时候去{place}的？", "那是什么时候？"],
+    "person": ["谁去了{place}？", "去{place}的是谁？"],
+    "place": ["{person}去了哪里？", "{person}去了什么地方？"],
+    "color": ["{animal}是什么颜色的？", "它是什么颜色的？"],
+    "animal": ["跑来的是什么动物？", "什么动物跑来了？"],
+    "food": ["{animal}吃了什么？", "{person}给它吃了什么？"],
+    "friend": ["后来谁也来了？", "后来的是谁？"],
+    "mood": ["{person}的心情怎么样？", "{person}觉得怎么样？"],
+}
+CLOSES = ["希望能帮到您！", "很高兴为您解答！", "还想知道什么请告诉我！"]
+UNHELPFUL = ["我不知道。", "这个不好说。", "你自己看吧。"]
+SMALL_TALK = [
+    (["你好", "您好", "你好！", "嗨"], "你好！有什么想问我的吗？"),
+    (["你是谁？", "你是谁", "你叫什么名字？"], "我是小故事助手。"),
+    (["你会做什么？", "你能做什么？"], "我会读小故事，回答您的问题。"),
+    (["谢谢", "谢谢你！"], "不客气！"),
+    (["再见", "再见！"], "再见！祝您愉快！"),
+]
+
+RECAPS = 6  # 每篇文档回顾几个槽位；回顾越多，"往回看"学得越早（3 句时偶有种子学不会）
+# SFT 数据里四种口气混在一起，就像真实的指令数据：留给 DPO 和 PPO 去挑。
+STYLES = {"courteous": 0.30, "plain": 0.35, "terse": 0.25, "unhelpful": 0.10}
+# 偏好的次序：越靠前越好。
+QUALITY = ["courteous", "plain", "terse", "wrong", "unhelpful"]
+
+
+class Draw:
+    """做随机选择，并记下选择的信息量：从 n 个里等概率选一个是 ln(n) nats。"""
+
+    def __init__(self, rng: random.Random):
+        self.rng = rng
+        self.nats = 0.0
+
+    def pick(self, options: list):
+        self.nats += math.log(len(options))
+        return options[self.rng.randrange(len(options))]
+
+
+def draw_slots(draw: Draw, world: dict[str, list[str]] = WORLD) -> dict[str, str]:
+    """选好一个故事的全部槽位。"""
+    return {slot: draw.pick(values) for slot, values in world.items()}
+
+
+def write_story(draw: Draw, slots: dict[str, str]) -> str:
+    return "".join(draw.pick(variants).format(**slots) for variants in STORY)
+
+
+def write_document(draw: Draw, slots: dict[str, str], recaps: int = RECAPS) -> str:
+    """故事 + "回想一下，" + 若干句回顾（槽位不重复，次序随机）。"""
+    text = write_story(draw, slots) + "回想一下，"
+    left = list(slots)
+    for _ in range(recaps):
+        slot = draw.pick(left)
+        left.remove(slot)
+        text += SENTENCE[slot].format(**slots)
+    return text
+
+
+def is_heldout(slots: dict[str, str]) -> bool:
+    """十分之一的槽位组合留出：只看组合本身，与种子、写法无关。"""
+    return zlib.crc32("|".join(slots.values()).encode()) % 10 == 0
+
+
+def _side(rng: random.Random, heldout: bool) -> tuple[Draw, dict[str, str]]:
+    while True:
+        draw = Draw(rng)
+        slots = draw_slots(draw)
+        if is_heldout(slots) == heldout:
+            return draw, slots
+
+
+def _rng(kind: str, seed: int, heldout: bool) -> random.Random:
+    return random.Random(f"{kind}-{seed}-{heldout}")  # 字符串种子：各种数据互不相干
+
+
+def documents(n: int, seed: int, heldout: bool = False) -> list[dict]:
+    """n 篇预训练文档：``{"text", "nats"}``，nats = −ln p(文档)，由语法的选择精确算出。"""
+    rng = _rng("documents", seed, heldout)
+    rows = []
+    for _ in range(n):
+        draw, slots = _side(rng, heldout)
+        text = write_document(draw, slots)
+        rows.append({"text": text, "nats": draw.nats})
+    return rows
+
+
+def recap_prompts(n: int, seed: int) -> list[dict]:
+    """n 道留出的回顾题：``{"prompt": 故事与回顾的开头, "answer": 应该接着写出的词}``。"""
+    rng = _rng("recaps", seed, True)
+    rows = []
+    for i in range(n):
+        draw, slots = _side(rng, True)
+        slot = SLOTS[i % len(SLOTS)]
+        start = SENTENCE[slot].split("{" + slot + "}")[0].format(**slots)
+        rows.append({"prompt": write_story(draw, slots) + "回想一下，" + start, "answer": slots[slot]})
+    return rows
+
+
+def _answer(rng: random.Random, slots: dict[str, str], slot: str, style: str) -> str:
+    """用某种口气回答；``wrong`` 是口气随机、答案换成同类另一个词的回答。"""
+    if style == "wrong":
+        slots = slots | {slot: rng.choice([v for v in WORLD[slot] if v != slots[slot]])}
+        style = rng.choice(["courteous", "plain", "terse"])
+    if style == "unhelpful":
+        return rng.choice(UNHELPFUL)
+    if style == "terse":
+        return slots[slot]
+    close = rng.choice(CLOSES) if style == "courteous" else ""
+    return SENTENCE[slot].format(**slots) + close
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def chats(n: int, seed: int, heldout: bool = False) -> list[dict]:
+    """n 段 SFT 对话 ``{"messages"}``：一个故事连问三题（后两题要靠第一轮里的故事），二十段里有一段是寒暄。"""
+    rng = _rng("chats", seed, heldout)
+    styles, weights = zip(*STYLES.items(), strict=True)
+    rows = []
+    for _ in range(n):
+        if rng.random() < 0.05:
+            asks, reply = rng.choice(SMALL_TALK)
+            rows.append({"messages": [_turn("user", rng.choice(asks)), _turn("assistant", reply)]})
+            continue
+        draw, slots = _side(rng, heldout)
+        prefix, messages = write_story(draw, slots) + "\n", []
+        for slot in rng.sample(SLOTS, 3):
+            ask = prefix + rng.choice(QUESTION[slot]).format(**slots)
+            style = rng.choices(styles, weights)[0]
+            messages += [_turn("user", ask), _turn("assistant", _answer(rng, slots, slot, style))]
+            prefix = ""
+        rows.append({"messages": messages})
+    return rows
+
+
+def _question(rng: random.Random, heldout: bool) -> tuple[dict, dict[str, str]]:
+    draw, slots = _side(rng, heldout)
+    first, slot = rng.sample(SLOTS, 2)
+    story = write_story(draw, slots) + "\n"
+    ask = {s: rng.choice(QUESTION[s]).format(**slots) for s in (first, slot)}
+    messages = [_turn("user", story + ask[slot])]
+    if rng.random() < 0.5:  # 追问：故事在上一轮，这一轮只有问题
+        reply = _answer(rng, slots, first, rng.choice(["courteous", "plain", "terse"]))
+        messages = [_turn("user", story + ask[first]), _turn("assistant", reply), _turn("user", ask[slot])]
+    question = {
+        "messages": messages,
+        "answer": slots[slot],
+        "slot": slot,
+        "sentence": SENTENCE[slot].format(**slots),
+    }
+    return question, slots
+
+
+def questions(n: int, seed: int, heldout: bool = False) -> list[dict]:
+    """n 道题：``messages`` 以用户的问题结尾，``answer`` 是标准答案，``sentence`` 是完整的一句回答。
+
+    一半是单轮，一半是要靠上一轮里的故事才能回答的追问。
+    """
+    rng = _rng("questions", seed, heldout)
+    return [_question(rng, heldout)[0] for _ in range(n)]
+
+
+def heldout_questions(n: int, seed: int) -> list[dict]:
+    """n 道留出集上的题，见 questions。"""
+    return questions(n, seed, heldout=True)
+
+
+def pairs(n: int, seed: int, heldout: bool = False) -> list[dict]:
+    """n 个偏好对 ``{"prompt", "chosen", "rejected", "kinds"}``，好坏的次序见 QUALITY。
+
+    四成是"同一口气、对与错"，逼奖励模型读故事；其余是任意两种口气。
+    """
+    rng = _rng("pairs", seed, heldout)
+    rows = []
+    for _ in range(n):
+        question, slots = _question(rng, heldout)
+        slot = question["slot"]
+        if rng.random() < float(__import__("os").environ.get("WR", "0.4")):
+            kinds = [rng.choice(["courteous", "plain", "terse"]), "wrong"]
+        else:
+            kinds = sorted(rng.sample(QUALITY, 2), key=QUALITY.index)
+        chosen, rejected = (_answer(rng, slots, slot, kind) for kind in kinds)
+        rows.append(
+            {
+                "prompt": question["messages"],
+                "chosen": [_turn("assistant", chosen)],
+                "rejected": [_turn("assistant", rejected)],
+                "kinds": kinds,
+            }
+        )
+    return rows

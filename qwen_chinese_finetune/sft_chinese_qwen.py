@@ -1,0 +1,215 @@
+"""指令微调（SFT）：让只会续写的预训练模型学会一问一答，并且学会停下来。
+
+学到什么：ChatML 怎样把对话变成 token；为什么只在助手说的话上算损失；模型怎样学会自己说完。
+``--show_batch`` 用颜色打印几行 token 和标签：绿色的才是模型要学的。
+
+运行：
+    python sft_chinese_qwen.py                             # 自动选预设
+    python sft_chinese_qwen.py --preset tiny               # 离线小世界
+    python sft_chinese_qwen.py --preset tiny --show_batch  # 看清楚每个 token 的标签
+    python sft_chinese_qwen.py --preset full               # Qwen1.5-0.5B + firefly，需要加速器
+
+预期输出（tiny，实测见本文件夹的 README.md）：贪心回答的正确率从 0 升到 97% 以上，99% 以上自己说完。
+
+参考：Ouyang et al. 2022（InstructGPT）第 3.5 节；ChatML（Qwen 的对话格式）。
+"""
+
+from nlp_common.cli import run_main
+from nlp_common.hub import prepare_environment
+
+prepare_environment()
+
+from dataclasses import dataclass  # noqa: E402  HF_ENDPOINT 等要先设好，再导入 Hugging Face 的库
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.text import Text  # noqa: E402
+from transformers import Trainer, TrainingArguments  # noqa: E402
+
+from qwen_common import tiny_world  # noqa: E402
+from qwen_common.chatml import encode_chat  # noqa: E402
+from qwen_common.data import EVAL_SEED, drop_long, load_train_and_eval  # noqa: E402
+from qwen_common.judging import measure_chat, reply_to  # noqa: E402
+from qwen_common.loading import end_chat_turns, load_causal_lm  # noqa: E402
+from qwen_common.packing import IGNORE  # noqa: E402
+from qwen_common.schemas import to_chats  # noqa: E402
+from qwen_common.stage import Stage, StageSettings, open_stage, option, parse_settings  # noqa: E402
+from qwen_common.training import Bucketed, Progress, loss_curve, run_trainer, training_kwargs  # noqa: E402
+
+PRESETS = {
+    "tiny": {
+        "dataset": "tiny_world",
+        "max_train_samples": 5000,  # 每段三问三答
+        "max_length": 256,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 1e-3,
+    },
+    "full": {
+        "dataset": "YeungNLP/firefly-train-1.1M",
+        "max_train_samples": 10_000,
+        "max_length": 512,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2.0,
+        "learning_rate": 2e-5,
+    },
+}
+
+
+@dataclass
+class SFTSettings(StageSettings):
+    show_batch: bool = option("打印几行训练数据的 token 与标签（绿色算损失），然后退出", False)
+
+
+# ---------------------------------------------------------------- 1. 数据：对话 → token 与标签
+
+
+def encode_row(tokenizer, messages: list[dict]) -> dict[str, list[int]]:
+    """一段对话 → input_ids 与等长的 labels：助手说的话（含结尾的 <|im_end|>）留着，其余是 IGNORE。
+
+    结尾的 <|im_end|> 必须算损失：模型就是从这里学会"说完了就停"。
+    """
+    input_ids, is_answer = encode_chat(tokenizer, messages)
+    labels = [token if answer else IGNORE for token, answer in zip(input_ids, is_answer, strict=True)]
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def collate(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
+    """右填充成 (B, T)。注意力是因果的，真实 token 看不到右边的填充，所以连 attention_mask 都不需要。"""
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def pad(key: str, value: int) -> torch.Tensor:
+        return torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])
+
+    return {"input_ids": pad("input_ids", pad_id), "labels": pad("labels", IGNORE)}
+
+
+def show_batch(tokenizer, rows: list[dict], n: int = 3) -> None:
+    """逐个 token 打印：绿色是标签（模型要学着说的），灰色只是上文。"""
+    console = Console()
+    for row in rows[:n]:
+        text = Text()
+        for token, label in zip(row["input_ids"], row["labels"], strict=True):
+            piece = tokenizer.decode([token]).replace("\n", "⏎\n")
+            text.append(piece, style="bright_black" if label == IGNORE else "bold green")
+        console.print(text)
+        learned = sum(label != IGNORE for label in row["labels"])
+        console.print(f"—— {len(row['labels'])} 个 token，其中 {learned} 个（绿色）算损失\n", style="cyan")
+
+
+# ---------------------------------------------------------------- 2. 损失
+
+
+def answer_loss(model, input_ids: torch.Tensor, labels: torch.Tensor, n_labels) -> torch.Tensor:
+    """只在助手的 token 上的交叉熵，除以整个更新步的标签数。input_ids、labels：(B, T) → 标量。
+
+    位置 t 的 logits 预测位置 t+1：移位要在掩码之前想清楚，差一格就是在学错的东西。
+    整列都没有标签的位置不必算 LM head：词表越大，省得越多。
+    """
+    labels = labels[:, 1:]  # (B, T-1)，与预测它的位置对齐
+    columns = (labels != IGNORE).any(0).nonzero().squeeze(1)  # (C,)
+    logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=columns).logits  # (B, C, V)
+    loss = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels[:, columns].flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return loss / n_labels
+
+
+class SFTTrainer(Bucketed, Trainer):
+    model_accepts_loss_kwargs = True  # 请 Trainer 把整个更新步的标签数传进来
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"]
+        n_labels = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORE).sum()
+        return answer_loss(model, inputs["input_ids"], labels, n_labels)
+
+
+# ---------------------------------------------------------------- 3. 评测
+
+
+@torch.no_grad()
+def heldout_loss(model, rows: list[dict], pad_id: int, batch_size: int) -> float:
+    """留出对话里，助手的每个 token 的平均损失（nats）。"""
+    model.eval()
+    total = 0.0
+    for start in range(0, len(rows), batch_size):
+        batch = {k: v.to(model.device) for k, v in collate(rows[start : start + batch_size], pad_id).items()}
+        total += answer_loss(model, **batch, n_labels=1).item()
+    model.train()
+    return total / sum(label != IGNORE for row in rows for label in row["labels"][1:])
+
+
+def show_samples(model, tokenizer, rows: list[dict], n: int = 4) -> list[dict]:
+    """打印几个留出问题的贪心回答，返回 ``[{"question", "reference", "reply"}]``。"""
+    questions = [{"messages": row["messages"][:-1]} for row in rows[:n]]
+    samples = []
+    for row, reply in zip(rows, reply_to(model, tokenizer, questions, max_new_tokens=64), strict=False):
+        sample = {
+            "question": row["messages"][-2]["content"],
+            "reference": row["messages"][-1]["content"],
+            "reply": reply["text"] + ("" if reply["ended"] else " …（没有说完）"),
+        }
+        samples.append(sample)
+        print(
+            f"  问：{sample['question'][-60:]}\n  答：{sample['reply']}\n  参考：{sample['reference'][:60]}"
+        )
+    return samples
+
+
+# ---------------------------------------------------------------- 4. 训练
+
+
+def train(stage: Stage) -> dict:
+    settings = stage.settings
+    tokenizer, model = load_causal_lm(stage.model_path)
+    end_chat_turns(model, tokenizer)
+    train_rows, heldout_rows, data = load_train_and_eval(settings, "chats", to_chats)
+    rows = [encode_row(tokenizer, row["messages"]) for row in train_rows]
+    rows = drop_long(rows, lambda row: len(row["input_ids"]), settings.max_length, "训练数据")
+    if settings.show_batch:
+        show_batch(tokenizer, rows)
+        return {}
+    heldout = [encode_row(tokenizer, row["messages"]) for row in heldout_rows]
+    heldout = drop_long(heldout, lambda row: len(row["input_ids"]), settings.max_length, "留出数据")
+    model.to(stage.device)
+
+    def measure() -> dict:
+        metrics = {
+            "heldout_loss": heldout_loss(
+                model, heldout, tokenizer.pad_token_id, settings.per_device_train_batch_size
+            )
+        }
+        if settings.dataset == "tiny_world":
+            questions = tiny_world.heldout_questions(settings.max_eval_samples, EVAL_SEED)
+            metrics |= measure_chat(model, tokenizer, questions)[0]
+        return metrics
+
+    before = measure()
+    lengths = [len(row["input_ids"]) for row in rows]
+    progress = Progress(stage, "SFT", sum(lengths) / len(lengths))
+    trainer = SFTTrainer(
+        model=model,
+        args=TrainingArguments(**training_kwargs(stage)),
+        train_dataset=rows,
+        data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )
+    trainer.row_lengths = lengths
+    run_trainer(trainer, stage, progress)
+    metrics = {f"{k}_before": v for k, v in before.items() if k in ("heldout_loss", "qa_accuracy")}
+    metrics |= measure() | progress.metrics
+    samples = show_samples(model, tokenizer, heldout_rows)
+    return stage.finish(
+        model, tokenizer, metrics, data, loss_curve(trainer.state.log_history), samples=samples
+    )
+
+
+def main(argv: list[str] | None = None) -> dict:
+    settings = parse_settings(SFTSettings, PRESETS, argv)
+    with open_stage("sft", settings, {"model": "pretrain"}) as stage:
+        return stage.record or train(stage)
+
+
+if __name__ == "__main__":
+    run_main(main)
