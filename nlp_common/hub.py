@@ -1,111 +1,19 @@
-"""模型从哪里来：本地文件夹、本地缓存、Hugging Face hub、ModelScope、内置名字；以及 auto 预设怎么选。
-
-本文件在导入时不导入任何 Hugging Face 的库：``HF_ENDPOINT`` 等环境变量是它们**导入时**读的，
-所以脚本要先 ``prepare_environment()``，再 ``import transformers``。
-"""
+"""模型从哪里来：本地文件夹、本地缓存、Hugging Face hub、ModelScope、内置名字；以及 auto 预设怎么选。"""
 
 from __future__ import annotations
 
-import functools
-import http.client
-import json
 import os
 import re
-import threading
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from .cli import UserError
+from .model_folder import check_model_folder, has_tokenizer, missing_file
+from .network import MIRROR, TIMEOUT, endpoint, hub_reachable, offline, prepare_environment
 
 PRESETS = ("auto", "tiny", "full")
 BUILT_IN = "smollm2"  # 内置名字；同名的本地文件夹写成 ./smollm2
-TIMEOUT = 5.0  # 秒；多久连不上就算连不上
-MIRROR = "https://hf-mirror.com"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
-
-
-def prepare_environment() -> None:
-    """设好环境变量（用户自己设过的不动）。要在导入任何 Hugging Face 库之前调用。"""
-    defaults = {
-        "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL 一导入就会联网报告，离线时白等
-        "TOKENIZERS_PARALLELISM": "false",  # DataLoader 分叉进程之后，并行分词会报警甚至死锁
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-        "HF_HUB_ETAG_TIMEOUT": "5",
-        "HF_HUB_DOWNLOAD_TIMEOUT": "10",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-
-
-def endpoint(source: str = "hf") -> str:
-    """要连的服务器，例如 ``https://huggingface.co``；HF_ENDPOINT 写得不像网址是 UserError。"""
-    if source == "modelscope":
-        return "https://" + os.environ.get("MODELSCOPE_DOMAIN", "www.modelscope.cn")
-    url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    if not url.startswith(("http://", "https://")):
-        raise UserError(f"HF_ENDPOINT={url} 不是网址：要以 https:// 开头，例如 {MIRROR}。")
-    return url
-
-
-def offline() -> bool:
-    """用户是否要求了离线（HF_HUB_OFFLINE 或 TRANSFORMERS_OFFLINE）。"""
-    value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
-    return value.upper() in {"1", "ON", "YES", "TRUE"}
-
-
-def hub_reachable(timeout: float = TIMEOUT) -> bool:
-    """总共 timeout 秒之内连不连得上 hub；要求了离线时不试就是 False。同一地址每个进程只试一次。"""
-    return not offline() and _answers(endpoint(), timeout)
-
-
-@functools.cache
-def _answers(url: str, timeout: float) -> bool:
-    answered = []
-
-    def ask() -> None:
-        request = urllib.request.Request(url, method="HEAD")
-        try:
-            with urllib.request.urlopen(request, timeout=timeout):  # 会用 HTTPS_PROXY 等代理设置
-                answered.append(True)
-        except urllib.error.HTTPError as error:
-            # 4xx 也说明服务器在；5xx 多半是中间的网关在替它道歉，407 是代理要密码。
-            answered.append(error.code < 500 and error.code != 407)
-        except (OSError, ValueError, http.client.HTTPException):
-            answered.append(False)
-
-    # urlopen 的 timeout 管不到 DNS，也不管一点一点挤出来的回答；放进线程里等，总时间才有上限。
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    return bool(answered and answered[0])
-
-
-def missing_file(folder: Path) -> str | None:
-    """模型文件夹里缺（或没写完）的第一个文件名；齐全返回 None。只认 safetensors，不读 pickle。"""
-    if not (folder / "config.json").is_file():
-        return "config.json"
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if not (folder / names[0]).is_file() and index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return index.name
-    return next((name for name in names if not _whole(folder / name)), None)
-
-
-def _whole(path: Path) -> bool:
-    """safetensors 的文件头写明了总长度，截断的文件一打开就能发现，不必读完。"""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np"):
-            return True
-    except (OSError, SafetensorError):
-        return False
 
 
 def find_model(name: str, source: str = "hf") -> str | None:
@@ -118,24 +26,22 @@ def find_model(name: str, source: str = "hf") -> str | None:
         raise UserError(f"--source {source} 不认识：可以是 hf 或 modelscope。")
     if name == BUILT_IN:
         return _built_in()
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
-        if missing := missing_file(folder):
-            hint = (
-                "（里面的 pytorch_model.bin 是 pickle 格式，出于安全不读，请换成 safetensors）"
-                if (folder / "pytorch_model.bin").exists()
-                else "。如果是复制或下载到一半，请重新来一遍，或用 --model 指向完整的文件夹"
-            )
-            raise UserError(f"模型文件夹 {folder} 不完整：{missing} 缺失或没写完{hint}。")
+        check_model_folder(folder)
         return str(folder)
+    if folder.is_file():
+        raise UserError(f"{name} 是一个文件；--model 要的是装着 config.json 和权重的文件夹。")
     if _is_path(name):
         raise UserError(f"没有这个文件夹：{name}（当前目录是 {Path.cwd()}）。请检查 --model 的写法。")
     if cached := _cached(name, source):
         return cached
     if folder.parent != Path(".") and folder.parent.is_dir():  # outputs/tini：目录在，多半是路径打错了
-        raise UserError(f"{folder.parent} 里没有 {folder.name}，模型缓存里也没有 {name}。请检查 --model。")
-    reachable = hub_reachable() if source == "hf" else _answers(endpoint(source), TIMEOUT)
-    return name if reachable else None
+        raise UserError(
+            f"{folder.parent} 里没有 {folder.name}，模型缓存里也没有 {name}。请检查 --model 的写法；"
+            f"如果 {name} 是 hub 上的名字，换个没有 {folder.parent} 文件夹的目录运行。"
+        )
+    return name if hub_reachable(source=source) else None
 
 
 def _is_path(name: str) -> bool:
@@ -173,8 +79,7 @@ def _cached(name: str, source: str) -> str | None:
             return None
         except HFValidationError as error:
             raise UserError(f"{name} 既不是本地文件夹，也不是合法的模型名：{error}") from error
-    has_tokenizer = any((found / file).is_file() for file in TOKENIZER_FILES)
-    return str(found) if has_tokenizer and missing_file(found) is None else None
+    return str(found) if has_tokenizer(found) and missing_file(found) is None else None
 
 
 def require_model(name: str, source: str = "hf") -> str:
@@ -202,8 +107,8 @@ def how_to_get(name: str, source: str = "hf") -> str:
 
         return smollm2.INSTALL_HINT
     return f"""得不到模型 {name}：{_why_not(source)}。任选一种办法，再运行同一条命令：
-  1. 换镜像    Linux/macOS：export HF_ENDPOINT={MIRROR}
-               Windows：set HF_ENDPOINT={MIRROR}（PowerShell：$env:HF_ENDPOINT="{MIRROR}"）
+  1. 换镜像      Linux/macOS：export HF_ENDPOINT={MIRROR}
+                 Windows：set HF_ENDPOINT={MIRROR}（PowerShell：$env:HF_ENDPOINT="{MIRROR}"）
   2. ModelScope  pip install modelscope，并加 --source modelscope
   3. 已有的模型  --model 文件夹路径（里面要有 config.json、model.safetensors 和分词器）
   4. 不用大模型  --preset tiny"""
@@ -252,4 +157,4 @@ def announce(choice: Choice) -> str:
     """脚本打印的第一行：用了哪个预设、为什么、换另一个用哪个参数。"""
     if choice.preset == "tiny":
         return f"预设 tiny（内置小模型，离线，CPU 即可）：{choice.reason}。要用真实大模型，加 --preset full。"
-    return f"预设 full（真实模型）：{choice.reason}。要在 CPU 上离线快速跑通，加 --preset tiny。"
+    return f"预设 full（真实模型的设置）：{choice.reason}。要在 CPU 上离线快速跑通，加 --preset tiny。"

