@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 import torch
 
 from .chatml import prompt_ids
 from .generation import generate, pad_left, stop_tokens
-from .tiny_world import CLOSES, WORLD
+from .tiny_world import OPENINGS, WORLD
 
 MAX_REPLY = 32  # 小世界里最长的回复约 25 个 token
 
@@ -32,12 +34,12 @@ def judge(question: dict, reply: str, ended: bool) -> Verdict:
 
     对：含标准答案，且不含同类的其他词。完整：去掉客套话之后正好是那一句完整的回答。
     """
-    close = next((c for c in CLOSES if reply.endswith(c)), "")
-    body = reply[: len(reply) - len(close)]
+    opening = next((o for o in OPENINGS if reply.startswith(o)), "")
+    body = reply[len(opening) :]
     found = {value for value in WORLD[question["slot"]] if value in reply}
     right = ended and found == {question["answer"]}
     complete = ended and body == question["sentence"]
-    courteous = ended and bool(close)
+    courteous = ended and bool(opening)
     if right:
         score = (
             1.0 if complete and courteous else 0.8 if complete else 0.6 if body == question["answer"] else 0.4
@@ -80,7 +82,31 @@ def measure_chat(
     - ``ended_rate``：贪心回复自己结束的比例；
     - ``preferred_rate``：温度 1 采样的回复又对、又完整、又有礼的比例；
     - ``judge_score``：采样回复的程序评分均值；``sampled_accuracy``：采样回复答对的比例。
+
+    同一个进程里，同一个模型、同样的题只问一次：整条链里，DPO、PPO 的"训练前"和最后的对比都是问过的。
     """
+    key = _fingerprint(model, tokenizer, questions, seed)
+    if key not in _MEASURED:
+        _MEASURED[key] = _measure_chat(model, tokenizer, questions, seed)
+    metrics, greedy, sampled = _MEASURED[key]
+    return dict(metrics), [dict(reply) for reply in greedy], [dict(reply) for reply in sampled]
+
+
+_MEASURED: dict[str, tuple[dict, list[dict], list[dict]]] = {}
+
+
+def _fingerprint(model, tokenizer, questions: list[dict], seed: int) -> str:
+    """决定回复的一切：结构、权重、结束符、题目、种子（训练前后、存盘再读，config 里别的项会变）。"""
+    config = model.config
+    shape = [type(model).__name__, config.num_attention_heads, str(getattr(config, "rope_parameters", None))]
+    settings = [shape, len(tokenizer), stop_tokens(tokenizer), questions, seed]
+    digest = hashlib.sha256(json.dumps(settings, ensure_ascii=False).encode())
+    for weight in model.state_dict().values():
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _measure_chat(model, tokenizer, questions: list[dict], seed: int) -> tuple[dict, list[dict], list[dict]]:
     greedy = reply_to(model, tokenizer, questions)
     sampled = reply_to(model, tokenizer, questions, temperature=1.0, seed=seed)
     on_greedy = [judge(q, r["text"], r["ended"]) for q, r in zip(questions, greedy, strict=True)]

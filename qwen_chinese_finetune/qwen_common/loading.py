@@ -24,11 +24,7 @@ def load_tokenizer(path: str):
     # 填充不能与 <|im_end|> 同一个 token：奖励模型靠"不是填充"找最后一个真实 token。
     if tokenizer.pad_token in (None, IM_END):
         tokenizer.pad_token = END_OF_TEXT
-    missing = [
-        t
-        for t in (IM_START, IM_END, END_OF_TEXT)
-        if tokenizer.convert_tokens_to_ids(t) in (None, tokenizer.unk_token_id)
-    ]
+    missing = [t for t in (IM_START, IM_END, END_OF_TEXT) if t not in tokenizer.get_vocab()]
     if missing:
         raise UserError(f"{path} 的分词器没有 ChatML 的控制符 {'、'.join(missing)}；请换用 Qwen 一类的模型。")
     return tokenizer

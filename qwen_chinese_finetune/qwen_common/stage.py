@@ -103,7 +103,9 @@ def parse_settings(settings_class, presets: dict[str, dict], argv: list[str] | N
             raise UserError(f"命令行参数不对：{message}\n加 --help 看全部参数。")
 
     parser = Parser(settings_class, description=sys.modules[settings_class.__module__].__doc__)
-    (settings,) = parser.parse_args_into_dataclasses(argv)
+    settings, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"不认识 {' '.join(unknown)}")
     choice = choose_preset(
         settings.preset, settings.model, full_model=FULL_MODEL, needs_accelerator=True, source=settings.source
     )
@@ -238,6 +240,8 @@ def open_stage(name: str, settings: StageSettings, parents: dict[str, str]) -> I
     """
     out = Path(settings.output_dir) if settings.output_dir else HOME / "outputs" / settings.preset / name
     out = out.expanduser().resolve()
+    for name_or_path in (settings.dataset, settings.eval_dataset):
+        check_path(name_or_path)  # 路径写错了，不必等上一阶段训练完才知道
     found = {}
     for field_name, stage_name in parents.items():
         if stage_name == "base" and not getattr(settings, field_name):

@@ -49,7 +49,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
     )
     text = [row["text"] for row in tiny_world.documents(2000, seed=0)]
     text += [m["content"] for row in tiny_world.chats(2000, seed=0) for m in row["messages"]]
-    text += tiny_world.UNHELPFUL + tiny_world.CLOSES + ["user", "assistant", "system"]
+    text += tiny_world.UNHELPFUL + tiny_world.OPENINGS + ["user", "assistant", "system"]
     bpe.train_from_iterator(text, trainer)
     model = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(

@@ -35,14 +35,14 @@ STORY = [
 ]
 # 回顾用的句子，也是"完整回答"的句子。
 SENTENCE = {
-    "time": "那是{time}。",
-    "person": "去{place}的是{person}。",
-    "place": "{person}去了{place}。",
-    "color": "{animal}是{color}的。",
-    "animal": "跑来的是{animal}。",
-    "food": "{animal}吃了{food}。",
-    "friend": "后来的是{friend}。",
-    "mood": "{person}很{mood}。",
+    "time": "那是{time}",
+    "person": "去{place}的是{person}",
+    "place": "{person}去了{place}",
+    "color": "{animal}的颜色是{color}",
+    "animal": "跑来的是{animal}",
+    "food": "{animal}吃了{food}",
+    "friend": "后来的是{friend}",
+    "mood": "{person}的心情是{mood}",
 }
 QUESTION = {
     "time": ["{person}是什么时候去{place}的？", "那是什么时候？"],
@@ -54,7 +54,7 @@ QUESTION = {
     "friend": ["后来谁也来了？", "后来的是谁？"],
     "mood": ["{person}的心情怎么样？", "{person}觉得怎么样？"],
 }
-CLOSES = ["希望能帮到您！", "很高兴为您解答！", "还想知道什么请告诉我！"]
+OPENINGS = ["您好，", "好的，", "谢谢您的提问，"]
 UNHELPFUL = ["我不知道。", "这个不好说。", "你自己看吧。"]
 SMALL_TALK = [
     (["你好", "您好", "你好！", "嗨"], "你好！有什么想问我的吗？"),
@@ -64,11 +64,12 @@ SMALL_TALK = [
     (["再见", "再见！"], "再见！祝您愉快！"),
 ]
 
-RECAPS = 6  # 每篇文档回顾几个槽位；回顾越多，"往回看"学得越早（3 句时偶有种子学不会）
+RECAPS = 5  # 每篇文档回顾几个槽位；回顾越多，"往回看"学得越早（3 句时偶有种子学不会）
 # SFT 数据里四种口气混在一起，就像真实的指令数据：留给 DPO 和 PPO 去挑。
 STYLES = {"courteous": 0.30, "plain": 0.35, "terse": 0.25, "unhelpful": 0.10}
 # 偏好的次序：越靠前越好。
 QUALITY = ["courteous", "plain", "terse", "wrong", "unhelpful"]
+CLAIMS = 4  # 每篇文档判断几句话的对错；奖励模型靠这个本领分辨对错
 
 
 class Draw:
@@ -92,14 +93,28 @@ def write_story(draw: Draw, slots: dict[str, str]) -> str:
     return "".join(draw.pick(variants).format(**slots) for variants in STORY)
 
 
-def write_document(draw: Draw, slots: dict[str, str], recaps: int = RECAPS) -> str:
-    """故事 + "回想一下，" + 若干句回顾（槽位不重复，次序随机）。"""
+def _pick_several(draw: Draw, options: list[str], n: int) -> list[str]:
+    """依次选出 n 个，不重复。"""
+    left = list(options)
+    return [left.pop(left.index(draw.pick(left))) for _ in range(n)]
+
+
+def write_document(
+    draw: Draw,
+    slots: dict[str, str],
+    world: dict[str, list[str]] = WORLD,
+    recaps: int = RECAPS,
+    claims: int = CLAIMS,
+) -> str:
+    """故事 + 几句回顾 + 清点几个词："花园有"是故事里有花园，"学校无"是没有学校。"""
     text = write_story(draw, slots) + "回想一下，"
-    left = list(slots)
-    for _ in range(recaps):
-        slot = draw.pick(left)
-        left.remove(slot)
-        text += SENTENCE[slot].format(**slots)
+    for slot in _pick_several(draw, list(slots), recaps):
+        text += SENTENCE[slot].format(**slots) + "。"
+    text += "清点一下，"
+    for slot in _pick_several(draw, list(slots), claims):
+        present = draw.pick([True, False])
+        value = slots[slot] if present else draw.pick([v for v in world[slot] if v != slots[slot]])
+        text += value + ("有。" if present else "无。")
     return text
 
 
@@ -144,16 +159,18 @@ def recap_prompts(n: int, seed: int) -> list[dict]:
 
 
 def _answer(rng: random.Random, slots: dict[str, str], slot: str, style: str) -> str:
-    """用某种口气回答；``wrong`` 是口气随机、答案换成同类另一个词的回答。"""
-    if style == "wrong":
-        slots = slots | {slot: rng.choice([v for v in WORLD[slot] if v != slots[slot]])}
-        style = rng.choice(["courteous", "plain", "terse"])
+    """用某种口气回答 slot 这一问。"""
     if style == "unhelpful":
         return rng.choice(UNHELPFUL)
     if style == "terse":
         return slots[slot]
-    close = rng.choice(CLOSES) if style == "courteous" else ""
-    return SENTENCE[slot].format(**slots) + close
+    opening = rng.choice(OPENINGS) if style == "courteous" else ""
+    return opening + SENTENCE[slot].format(**slots)
+
+
+def _mistaken(rng: random.Random, slots: dict[str, str], slot: str) -> dict[str, str]:
+    """把 slot 换成同类的另一个词：照着它回答就是答错。"""
+    return slots | {slot: rng.choice([v for v in WORLD[slot] if v != slots[slot]])}
 
 
 def _turn(role: str, content: str) -> dict[str, str]:
@@ -223,11 +240,15 @@ def pairs(n: int, seed: int, heldout: bool = False) -> list[dict]:
     for _ in range(n):
         question, slots = _question(rng, heldout)
         slot = question["slot"]
-        if rng.random() < float(__import__("os").environ.get("WR", "0.4")):
-            kinds = [rng.choice(["courteous", "plain", "terse"]), "wrong"]
-        else:
-            kinds = sorted(rng.sample(QUALITY, 2), key=QUALITY.index)
-        chosen, rejected = (_answer(rng, slots, slot, kind) for kind in kinds)
+        helpful = rng.choice(["courteous", "plain", "terse"])
+        same = rng.random() < float(__import__('os').environ.get('WR','0.4'))  # 同一口气
+        kinds = [helpful, "wrong"] if same else sorted(rng.sample(QUALITY, 2), key=QUALITY.index)
+        chosen, rejected = (
+            _answer(rng, _mistaken(rng, slots, slot), slot, helpful)
+            if kind == "wrong"
+            else _answer(rng, slots, slot, kind)
+            for kind in kinds
+        )
         rows.append(
             {
                 "prompt": question["messages"],

@@ -113,6 +113,8 @@ def _chat(base_folder):
                 parameter.mul_(1.8)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        # <|im_end|> 的得分起伏更大：有的回答早早说完，有的说不完
+        model.get_input_embeddings().weight[tokenizer.eos_token_id] *= 2
     return tokenizer, model.eval()
 
 
@@ -165,3 +167,21 @@ def reward_folder(chat_folder, chat_tokenizer, tmp_path_factory) -> Path:
 def reward_net(reward_folder, chat_tokenizer):
     """奖励模型，eval 状态；只读。"""
     return load_reward_model(str(reward_folder), chat_tokenizer).eval()
+
+
+# float64 的副本：两种算法若只差舍入，差别在 1e-7 以下，1e-5 的界就不靠运气
+
+
+@pytest.fixture(scope="session")
+def model64(model):
+    return copy.deepcopy(model).double()
+
+
+@pytest.fixture(scope="session")
+def reference64(reference):
+    return copy.deepcopy(reference).double()
+
+
+@pytest.fixture(scope="session")
+def reward64(reward_net):
+    return copy.deepcopy(reward_net).double()

@@ -20,7 +20,15 @@ STAGES = [
     "dpo_chinese_qwen.py",
     "ppo_alignment.py",
 ]
-OTHERS = ["run_all.py", "compare_alignment.py", "chat.py", "test_gen.py", "test_sft.py", "test_dpo.py", "test_ppo.py"]
+OTHERS = [
+    "run_all.py",
+    "compare_alignment.py",
+    "chat.py",
+    "test_gen.py",
+    "test_sft.py",
+    "test_dpo.py",
+    "test_ppo.py",
+]
 
 
 def run_script(script: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -149,7 +157,12 @@ def test_missing_earlier_stage_tiny_builds_it(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--preset", "huge"], ["--learning_rate", "abc"], ["--nonsense", "1"], ["--preset", "tiny", "--max_length", "0"]],
+    [
+        ["--preset", "huge"],
+        ["--learning_rate", "abc"],
+        ["--nonsense", "1"],
+        ["--preset", "tiny", "--max_length", "0"],
+    ],
 )
 def test_bad_arguments(arguments, main_of):
     from nlp_common.cli import UserError
@@ -172,10 +185,13 @@ def test_two_runs_in_one_folder(base, tmp_path, main_of):
 
     with FileLock(tmp_path / ".sft.lock"):
         write_json(
-            tmp_path / ".sft.owner.json", {"pid": 4321, "host": "h", "started": "now", "command": "python x.py"}
+            tmp_path / ".sft.owner.json",
+            {"pid": 4321, "host": "h", "started": "now", "command": "python x.py"},
         )
         with pytest.raises(UserError, match="进程 4321"):
-            main_of("sft_chinese_qwen.py")(["--preset", "tiny", "--model", base, "--output_dir", str(tmp_path / "sft")])
+            main_of("sft_chinese_qwen.py")(
+                ["--preset", "tiny", "--model", base, "--output_dir", str(tmp_path / "sft")]
+            )
 
 
 def test_show_batch_prints_what_is_learned(base, tmp_path, main_of, capsys):

@@ -149,9 +149,7 @@ def test_encode_row_learns_each_answer_and_its_end_and_nothing_else(sft, tokeniz
     row = sft.encode_row(tokenizer, messages)
     assert len(row["input_ids"]) == len(row["labels"])
     kept = [label for label in row["labels"] if label != IGNORE]
-    assert all(
-        label in (IGNORE, token) for token, label in zip(row["input_ids"], row["labels"], strict=True)
-    )
+    assert all(label in (IGNORE, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     assert tokenizer.decode(kept) == "".join(answer + IM_END for answer in answers)
     assert row["labels"][0] == IGNORE  # 第一个 token 没有前文，本来就预测不了
@@ -161,7 +159,9 @@ def test_encode_row_learns_each_answer_and_its_end_and_nothing_else(sft, tokeniz
 def test_collate_pads_right_and_ignores_padding(sft, tokenizer):
     rows = [sft.encode_row(tokenizer, messages) for messages in HAND_MADE]
     batch = sft.collate(rows, tokenizer.pad_token_id)
-    assert batch["input_ids"].shape == batch["labels"].shape == (len(rows), max(len(r["labels"]) for r in rows))
+    assert (
+        batch["input_ids"].shape == batch["labels"].shape == (len(rows), max(len(r["labels"]) for r in rows))
+    )
     for row, ids, labels in zip(rows, batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
         n = len(row["input_ids"])
         assert ids[:n] == row["input_ids"] and labels[:n] == row["labels"]

@@ -78,7 +78,9 @@ def test_collate_positions_labels_and_padding(lengths):
         assert ids == flat + [PAD] * (BLOCK - n)
         assert positions == [i for doc in block for i in range(len(doc))] + [0] * (BLOCK - n)
         # 文档的第一个 token 没有前文，从不当标签；其余的 token 都是标签
-        assert labels == [t if i else IGNORE for doc in block for i, t in enumerate(doc)] + [IGNORE] * (BLOCK - n)
+        assert labels == [t if i else IGNORE for doc in block for i, t in enumerate(doc)] + [IGNORE] * (
+            BLOCK - n
+        )
 
 
 # ---- 打包前后，模型算出来的一样 ----
@@ -94,9 +96,9 @@ def packed(model):
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_packed_logits_equal_each_document_alone(model, packed, mode):
-    documents, blocks, batch = packed
-    net = copy.deepcopy(model).train(mode == "train")
+def test_packed_logits_equal_each_document_alone(model64, packed, mode):
+    _, blocks, batch = packed
+    net = copy.deepcopy(model64).train(mode == "train")
     with torch.no_grad():
         logits = net(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         for row, block in enumerate(blocks):
@@ -124,9 +126,9 @@ def separate_loss(net, documents) -> tuple[torch.Tensor, int]:
     return total, count
 
 
-def test_packed_loss_and_gradient_equal_the_mean_over_documents_alone(model, packed, trainer_args):
+def test_packed_loss_and_gradient_equal_the_mean_over_documents_alone(model64, packed, trainer_args):
     documents, blocks, batch = packed
-    apart, together = copy.deepcopy(model), copy.deepcopy(model)
+    apart, together = copy.deepcopy(model64), copy.deepcopy(model64)
     total, count = separate_loss(apart, documents)
     (total / count).backward()
     trainer = PretrainTrainer(together, TrainingArguments(**trainer_args(TrainingArguments)))
@@ -137,7 +139,7 @@ def test_packed_loss_and_gradient_equal_the_mean_over_documents_alone(model, pac
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-5, msg=name)
     collate = partial(collate_blocks, block_size=BLOCK, pad_id=PAD)
     for batch_size in (1, 3, 100):
-        measured = heldout_loss(copy.deepcopy(model), blocks, collate, batch_size)
+        measured = heldout_loss(copy.deepcopy(model64), blocks, collate, batch_size)
         assert measured == pytest.approx((total / count).item(), abs=1e-5)
 
 

@@ -21,7 +21,16 @@ SCRIPTS = {
 }
 SMALL = [
     *("--preset", "tiny", "--max_train_samples", "200", "--max_eval_samples", "8"),
-    *("--max_steps", "8", "--save_steps", "2", "--per_device_train_batch_size", "4", "--num_train_epochs", "9"),
+    *(
+        "--max_steps",
+        "8",
+        "--save_steps",
+        "2",
+        "--per_device_train_batch_size",
+        "4",
+        "--num_train_epochs",
+        "9",
+    ),
 ]
 # 只比与时间无关的数
 TIMED = {"train_samples_per_s", "train_tokens_per_s", "train_seconds", "episodes_per_s"}

@@ -7,7 +7,13 @@ import pytest
 import torch
 from qwen_common import tiny_model, tiny_world
 from qwen_common.chatml import encode_chat, encode_text, prompt_ids
-from qwen_common.loading import end_chat_turns, load_causal_lm, load_reward_model, load_tokenizer, load_value_model
+from qwen_common.loading import (
+    end_chat_turns,
+    load_causal_lm,
+    load_reward_model,
+    load_tokenizer,
+    load_value_model,
+)
 from qwen_common.tiny_model import CHAT_TEMPLATE, END_OF_TEXT, IM_END, IM_START
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer
 
@@ -31,7 +37,7 @@ def world_texts():
         texts += [m["content"] for row in tiny_world.chats(500, 1, heldout) for m in row["messages"]]
         for row in tiny_world.pairs(500, 1, heldout):
             texts += [m["content"] for m in row["prompt"] + row["chosen"] + row["rejected"]]
-    texts += tiny_world.UNHELPFUL + tiny_world.CLOSES
+    texts += tiny_world.UNHELPFUL
     texts += itertools.chain(*([*asks, reply] for asks, reply in tiny_world.SMALL_TALK))
     return texts
 
@@ -83,7 +89,9 @@ def test_saved_tokenizer_is_a_qwen2_tokenizer_with_identical_ids(base_folder, wo
         for text in [*world_texts[:200], *MIXED, f"{IM_START}user\n你好{IM_END}{END_OF_TEXT}"]:
             assert other(text)["input_ids"] == built(text)["input_ids"]
             assert encode_text(other, text) == encode_text(built, text)
-        assert other.apply_chat_template(chat, tokenize=False) == built.apply_chat_template(chat, tokenize=False)
+        assert other.apply_chat_template(chat, tokenize=False) == built.apply_chat_template(
+            chat, tokenize=False
+        )
 
 
 def test_tokenizer_and_weights_depend_on_the_seed_only(base_folder, tmp_path):

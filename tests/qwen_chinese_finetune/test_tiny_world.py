@@ -1,5 +1,7 @@
 """小世界：同一种子写同样的数据，训练与留出不共享组合，nats 就是真正的熵，评判不冤枉也不放水。"""
 
+import copy
+import inspect
 import itertools
 import math
 import random
@@ -10,7 +12,6 @@ import pytest
 from qwen_common import judging, tiny_world
 from qwen_common.judging import distinct_n, judge, measure_chat
 from qwen_common.tiny_world import (
-    CLOSES,
     QUALITY,
     QUESTION,
     RECAPS,
@@ -28,6 +29,10 @@ from qwen_common.tiny_world import (
     write_story,
 )
 
+# 句子与客套话的写法常调，这里只依赖它们的名字：客套话在句前（OPENINGS）或句后（CLOSES），判断句可有可无
+OPENINGS = getattr(tiny_world, "OPENINGS", [])
+CLOSES = getattr(tiny_world, "CLOSES", [])
+CLAIMS = getattr(tiny_world, "CLAIMS", 0)
 KINDS = {
     "documents": tiny_world.documents,
     "chats": tiny_world.chats,
@@ -97,8 +102,39 @@ def random_slots(seed: int) -> dict[str, str]:
     return {slot: rng.choice(values) for slot, values in WORLD.items()}
 
 
-# 故事与回顾之间的那几个字
-LEAD = parse_story(write_document(Draw(random.Random(0)), random_slots(0), recaps=0))[2]
+def polite(sentence: str) -> list[str]:
+    """一句话的各种有礼的说法。"""
+    return [o + sentence for o in OPENINGS] + [sentence + c for c in CLOSES]
+
+
+def misplaced(sentence: str) -> str:
+    """客套话放错了一头。"""
+    return sentence + OPENINGS[0] if OPENINGS else CLOSES[0] + sentence
+
+
+def find_sentences(text: str, slots: dict[str, str]) -> list[tuple[str, str, str, bool]]:
+    """故事之后的部分 → [(句前的字, 槽位, 说的值, 对不对)]，最后一项是 (剩下的字, "", "", True)。
+
+    每一句都是某个槽位的完整回答，除了这个槽位，别的词都照故事。
+    """
+    options = {
+        SENTENCE[slot].format(**slots | {slot: value}): (slot, value, value == slots[slot])
+        for slot in SLOTS
+        for value in WORLD[slot]
+    }
+    assert len(options) == sum(map(len, WORLD.values()))  # 没有两句写出来相同
+    found, at = [], 0
+    for match in re.finditer("|".join(sorted(map(re.escape, options), key=len, reverse=True)), text):
+        found.append((text[at : match.start()], *options[match[0]]))
+        at = match.end()
+    return [*found, (text[at:], "", "", True)]
+
+
+def lead() -> str:
+    """故事与第一句回顾之间的那几个字。"""
+    slots, _, rest = parse_story(tiny_world.documents(1, 0)[0]["text"])
+    return find_sentences(rest, slots)[0][0]
+
 
 # ---- 决定性与划分 ----
 
@@ -137,8 +173,8 @@ def test_heldout_helpers_are_held_out():
         slots, _, rest = parse_story(row["prompt"])
         assert is_heldout(slots)
         # 前文能且只能接出正确答案
-        (slot,) = {s for s in SLOTS if SENTENCE[s].format(**slots).startswith(rest[len(LEAD) :])}
-        assert rest.startswith(LEAD) and row["answer"] == slots[slot]
+        (slot,) = {s for s in SLOTS if SENTENCE[s].format(**slots).startswith(rest[len(lead()) :])}
+        assert rest.startswith(lead()) and row["answer"] == slots[slot]
 
 
 def test_every_heldout_slot_value_is_seen_in_training():
@@ -176,12 +212,31 @@ def all_paths(write):
         path[-1] += 1
 
 
-@pytest.mark.parametrize("recaps, wide", [(1, SLOTS[:3]), (2, SLOTS[-2:]), (3, [])])
-def test_nats_is_the_entropy_of_an_enumerated_small_grammar(recaps, wide):
-    world = {slot: values[: 2 if slot in wide else 1] for slot, values in WORLD.items()}
-    paths = list(all_paths(lambda draw: write_document(draw, draw_slots(draw, world), recaps)))
-    choices = [len(v) for v in world.values()] + [len(v) for v in STORY]
-    assert len(paths) == math.prod(choices) * math.perm(len(SLOTS), recaps)
+def placeholders(text: str) -> set[str]:
+    return set(re.findall(r"\{(\w+)\}", text))
+
+
+def small_grammar(n_values: list[int]) -> tuple[list, dict[str, list[str]]]:
+    """头几句故事，和它们用到的槽位（第 i 个槽位只留 n_values[i] 个词）：小得可以走遍。"""
+    for k in range(1, len(STORY) + 1):
+        used = set().union(*(placeholders(text) for text in itertools.chain(*STORY[:k])))
+        if all(placeholders(SENTENCE[slot]) <= used for slot in used):
+            break
+    slots = [slot for slot in SLOTS if slot in used]
+    sizes = dict(itertools.zip_longest(slots, n_values[: len(slots)], fillvalue=n_values[-1]))
+    return STORY[:k], {slot: WORLD[slot][:n] for slot, n in sizes.items()}
+
+
+@pytest.mark.parametrize(
+    "n_values, recaps, claims", [([3, 2], 2, 0), ([2], 1, 2), ([3, 2], 1, 1), ([2], 0, 1)]
+)
+def test_nats_is_the_entropy_of_an_enumerated_small_grammar(monkeypatch, n_values, recaps, claims):
+    story, world = small_grammar(n_values)
+    monkeypatch.setattr(tiny_world, "STORY", story)
+    given = {"world": world, "recaps": recaps, "claims": claims}
+    given = {k: v for k, v in given.items() if k in inspect.signature(write_document).parameters}
+    paths = list(all_paths(lambda draw: write_document(draw, draw_slots(draw, world), **given)))
+    assert len(paths) > 50
     assert len({text for text, _, _ in paths}) == len(paths)  # 不同的推导写出不同的文本
     assert math.fsum(p for _, _, p in paths) == pytest.approx(1, abs=1e-9)
     for _, nats, p in paths:
@@ -191,33 +246,38 @@ def test_nats_is_the_entropy_of_an_enumerated_small_grammar(recaps, wide):
         text_probability[text] += p
     entropy = -math.fsum(p * math.log(p) for p in text_probability.values())
     assert entropy == pytest.approx(math.fsum(p * nats for _, nats, p in paths), rel=1e-9)
-    assert entropy == pytest.approx(math.log(len(paths)), rel=1e-9)  # 每条路径的概率都相同
 
 
 @pytest.mark.parametrize("heldout", [False, True])
-def test_document_nats_counts_the_choices_read_off_the_text(heldout):
-    expected = sum(math.log(len(values)) for values in [*WORLD.values(), *STORY])
-    expected += sum(math.log(len(SLOTS) - i) for i in range(RECAPS))
-    for row in tiny_world.documents(100, 0, heldout=heldout):
-        assert row["nats"] == pytest.approx(expected, rel=1e-12)
-
-
-def test_documents_can_be_read_in_one_way_only():
-    texts = [row["text"] for row in tiny_world.documents(300, 0)]
-    variants, recaps = Counter(), Counter()
-    for text in texts:
-        slots, used, rest = parse_story(text)
+def test_document_nats_equals_the_choices_read_off_the_text(heldout):
+    """从文本倒推每一步选了什么，独立算出 −ln p；顺便看每句回顾、每个判断都属实。"""
+    variants, recapped, judged, marks = Counter(), Counter(), Counter(), defaultdict(set)
+    texts = []
+    for row in tiny_world.documents(300, 0, heldout=heldout):
+        texts.append(row["text"])
+        slots, used, rest = parse_story(row["text"])
         variants.update(enumerate(used))
-        assert rest.startswith(LEAD)
-        rest, told = rest[len(LEAD) :], []
-        while rest:
-            (slot,) = [s for s in SLOTS if rest.startswith(SENTENCE[s].format(**slots))]
-            told.append(slot)
-            rest = rest[len(SENTENCE[slot].format(**slots)) :]
-        assert len(told) == len(set(told)) == RECAPS
-        recaps.update(told)
+        nats = sum(math.log(len(values)) for values in [*WORLD.values(), *STORY])
+        nats += sum(math.log(len(SLOTS) - i) for i in [*range(RECAPS), *range(CLAIMS)])
+        *sentences, (ending, *_) = find_sentences(rest, slots)
+        assert len(sentences) == RECAPS + CLAIMS
+        after = [before for before, *_ in sentences[1:]] + [ending]  # 每句之后的字
+        for part in (sentences[:RECAPS], sentences[RECAPS:]):
+            asked = [slot for _, slot, _, _ in part]
+            assert len(set(asked)) == len(asked)
+        for _, slot, _, true in sentences[:RECAPS]:
+            assert true
+            recapped[slot] += 1
+        for (_, slot, _, true), mark in zip(sentences[RECAPS:], after[RECAPS:], strict=True):
+            nats += math.log(2) + (0 if true else math.log(len(WORLD[slot]) - 1))
+            judged[true] += 1
+            marks[true].add(mark)
+        assert row["nats"] == pytest.approx(nats, rel=1e-12)
     assert set(variants) == {(i, j) for i, options in enumerate(STORY) for j in range(len(options))}
-    assert set(recaps) == set(SLOTS)
+    assert set(recapped) == set(SLOTS)
+    if CLAIMS:
+        assert not marks[True] & marks[False]  # 判断与事实相符
+        assert judged[True] / judged.total() == pytest.approx(0.5, abs=0.06)
     # 模型不预测第一个字；它若带信息，按预测的 token 数算的熵就不对了
     assert len({text[0] for text in texts}) == 1
 
@@ -333,7 +393,7 @@ def test_no_value_hides_inside_another_or_inside_fixed_texts():
     assert len(values) == len(set(values))
     assert not [(a, b) for a, b in itertools.permutations(values, 2) if a in b]
     templates = [*itertools.chain(*STORY), *SENTENCE.values(), *itertools.chain(*QUESTION.values())]
-    fixed = [re.sub(r"\{\w+\}", "|", t) for t in templates] + CLOSES + UNHELPFUL
+    fixed = [re.sub(r"\{\w+\}", "|", t) for t in templates] + OPENINGS + CLOSES + UNHELPFUL
     assert not [(value, text) for value in values for text in fixed if value in text]
 
 
@@ -342,8 +402,8 @@ def test_judge_on_every_style_of_every_value(slot):
     for seed, value in enumerate(WORLD[slot]):
         slots = random_slots(seed) | {slot: value}
         question = question_for(slots, slot)
-        for close in CLOSES:
-            verdict = judge(question, question["sentence"] + close, True)
+        for reply in polite(question["sentence"]):
+            verdict = judge(question, reply, True)
             assert verdict.right and verdict.complete and verdict.courteous and verdict.preferred
             assert verdict.score == 1.0
         plain = judge(question, question["sentence"], True)
@@ -360,21 +420,21 @@ def other_value(question: dict) -> str:
 def test_judge_on_bad_replies(slot):
     question = question_for(random_slots(5), slot)
     wrong = question["sentence"].replace(question["answer"], other_value(question))
-    good = question["sentence"] + CLOSES[0]
+    good = polite(question["sentence"])[0]
     cases = {  # 回复: (对, 完整, 有礼, 分)
         wrong: (False, False, False, 0.1),
-        wrong + CLOSES[1]: (False, False, True, 0.1),
+        polite(wrong)[1]: (False, False, True, 0.1),
         other_value(question): (False, False, False, 0.1),
         question["sentence"] + wrong: (False, False, False, 0.0),  # 两个答案都说
-        wrong + question["sentence"] + CLOSES[0]: (False, False, True, 0.0),
+        polite(wrong + question["sentence"])[0]: (False, False, True, 0.0),
         question["answer"] + other_value(question): (False, False, False, 0.0),
         UNHELPFUL[0]: (False, False, False, 0.0),
-        CLOSES[0]: (False, False, True, 0.0),
+        polite("")[0]: (False, False, True, 0.0),
         "": (False, False, False, 0.0),
-        good + CLOSES[0]: (True, False, True, 0.4),  # 客套两遍
-        CLOSES[0] + question["sentence"]: (True, False, False, 0.4),  # 客套在前
-        question["answer"] + CLOSES[0]: (True, False, True, 0.6),
-        question["sentence"] * 2 + CLOSES[0]: (True, False, True, 0.4),  # 说两遍
+        polite(good)[0]: (True, False, True, 0.4),  # 客套两遍
+        misplaced(question["sentence"]): (True, False, False, 0.4),
+        polite(question["answer"])[0]: (True, False, True, 0.6),
+        polite(question["sentence"] * 2)[0]: (True, False, True, 0.4),  # 说两遍
         "嗯，" + question["sentence"]: (True, False, False, 0.4),
     }
     for reply, expected in cases.items():
@@ -392,24 +452,32 @@ def test_distinct_n():
     assert distinct_n(["一一"], n=1) == pytest.approx(0.5)
 
 
-def test_measure_chat_counts_greedy_and_sampled_replies(monkeypatch):
+@pytest.fixture
+def asked(monkeypatch):
+    """把 judging.reply_to 换成照本宣科；返回 (题目, 贪心回复, 采样回复, 调用记录)。"""
     questions = tiny_world.heldout_questions(4, 0)
 
     def reply(text, ended=True):
         return {"text": text, "ids": [0], "ended": ended}
 
-    good = [reply(q["sentence"] + CLOSES[0]) for q in questions]
+    good = [reply(polite(q["sentence"])[0]) for q in questions]
     greedy = [good[0], reply(questions[1]["sentence"]), reply(other_value(questions[2])), reply("", False)]
     sampled = [good[0], reply(questions[1]["answer"]), good[2], {**good[3], "ended": False}]
     calls = []
 
-    def reply_to(model, tokenizer, asked, **sampling):
-        assert asked is questions
+    def reply_to(model, tokenizer, these, **sampling):
+        assert [q["messages"] for q in these] == [q["messages"] for q in questions]
         calls.append(sampling)
         return sampled if sampling.get("temperature") else greedy
 
     monkeypatch.setattr(judging, "reply_to", reply_to)
-    metrics, *replies = measure_chat(None, None, questions, seed=9)
+    monkeypatch.setattr(judging, "_MEASURED", {}, raising=False)  # 问过的不再问；别用到别处问过的
+    return questions, greedy, sampled, calls
+
+
+def test_measure_chat_counts_greedy_and_sampled_replies(asked, model, chat_tokenizer):
+    questions, greedy, sampled, calls = asked
+    metrics, *replies = measure_chat(model, chat_tokenizer, questions, seed=9)
     assert replies == [greedy, sampled]
     assert calls == [{}, {"temperature": 1.0, "seed": 9}]
     assert metrics["n"] == 4
@@ -419,6 +487,28 @@ def test_measure_chat_counts_greedy_and_sampled_replies(monkeypatch):
     assert metrics["sampled_accuracy"] == 0.75
     assert metrics["judge_score"] == pytest.approx((1.0 + 0.6 + 1.0 + 0.0) / 4)
     assert metrics["mean_chars"] == sum(len(r["text"]) for r in sampled) / 4
+
+
+def test_measure_chat_asks_again_when_anything_changes(asked, model, chat_tokenizer):
+    """同样的模型可以不再问，但权重、种子、题目只要有一样变了，就不许拿旧答案充数。"""
+    questions, _, _, calls = asked
+    first = measure_chat(model, chat_tokenizer, questions)
+    expected = copy.deepcopy(first)
+    first[0]["qa_accuracy"] = None  # 拿到的结果改了也不影响别人
+    first[1][0]["text"] = None
+    assert measure_chat(copy.deepcopy(model), chat_tokenizer, questions) == expected
+    trained = copy.deepcopy(model)
+    trained.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1e-3
+    for change in (
+        {"model": trained},
+        {"seed": 1},
+        {"questions": [*questions[:3], {**questions[3], "answer": other_value(questions[3])}]},
+    ):
+        before = len(calls)
+        measure_chat(
+            **{"model": model, "tokenizer": chat_tokenizer, "questions": questions, "seed": 0, **change}
+        )
+        assert len(calls) == before + 2
 
 
 def test_stories_written_from_slots_parse_back():

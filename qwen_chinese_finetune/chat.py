@@ -1,0 +1,259 @@
+"""与训练好的模型多轮聊天：记得最近 5 轮，可以随时换成训练到另一步的模型。
+
+学到什么：模型自己没有记忆，"记得"就是把前几轮的话放进提示里再问一次；上下文装不下时按整轮丢掉最早的；
+同一段对话换给预训练、SFT、DPO、PPO 的模型，各答成什么样。
+
+运行：
+    python chat.py                                         # 有 full 的结果就用，没有就用 tiny 的
+    python chat.py --preset tiny --start sft               # 从 SFT 模型开始聊
+    python chat.py --model Qwen/Qwen1.5-0.5B-Chat          # 与别人训练好的模型聊
+    python chat.py --system "你是一个耐心的老师。"
+    printf '你好\\n你是谁？\\n' | python chat.py             # 从管道读，也可以
+
+命令（单独一行）：switch 名字（或 切换）、clear（清空）、history（历史）、help（帮助）、quit（退出，或 exit、Ctrl-D）。
+回答时按 Ctrl-C 只停下这个回答。
+
+预期输出（tiny）：贴一个故事和一个问题，答得对；接着只问"它是什么颜色的？"，也答得对，因为故事还在上一轮里；
+switch base 之后就答非所问了。
+要先训练好：python run_all.py --preset tiny。
+"""
+
+from nlp_common.cli import UserError, run_main
+from nlp_common.hub import prepare_environment
+
+prepare_environment()
+
+from collections import deque  # noqa: E402  HF_ENDPOINT 等要先设好，再导入 Hugging Face 的库
+from dataclasses import dataclass, field  # noqa: E402
+from typing import Literal  # noqa: E402
+
+from qwen_common import tiny_world  # noqa: E402
+from qwen_common.asking import Reply, printable, room, say, story_then_question  # noqa: E402
+from qwen_common.chatml import prompt_ids  # noqa: E402
+from qwen_common.names import FOLDERS, MODELS  # noqa: E402
+from qwen_common.stage import SCRIPTS, option  # noqa: E402
+from qwen_common.trying import (  # noqa: E402
+    Results,
+    Speaker,
+    SpeakSettings,
+    describe_sampling,
+    find_results,
+    load_speaker,
+    parse_settings,
+    read_line,
+    show_speaker,
+)
+
+DEFAULTS = {
+    "tiny": {"max_new_tokens": 48, "temperature": 0.0, "top_p": 1.0},
+    "full": {"max_new_tokens": 512, "temperature": 0.7, "top_p": 0.9},
+}
+MEMORY = 5  # 记得几轮
+ALIASES = {"基座": "base", "预训练": "base", "pretrain": "base", "微调": "sft"}
+COMMANDS = {
+    "清空": "clear",
+    "历史": "history",
+    "帮助": "help",
+    "?": "help",
+    "？": "help",
+    "退出": "quit",
+    "exit": "quit",
+    "切换": "switch",
+}
+HELP = """  switch 名字   换一个模型接着聊（base、sft、dpo、ppo；也可以写 切换 微调），对话保留
+  clear         清空对话，从头开始（清空）
+  history       看记得的对话（历史）
+  quit          退出（退出、exit、Ctrl-D）；回答时按 Ctrl-C 只停下这个回答"""
+
+
+@dataclass
+class ChatSettings(SpeakSettings):
+    system: str | None = option("系统提示：放在对话最前面的一句话，例如 你是一个耐心的老师。")
+    start: Literal["auto", "base", "sft", "dpo", "ppo"] = option(
+        "从哪个模型开始聊；auto：dpo，没有就 ppo、sft、base", "auto"
+    )
+
+
+# ---------------------------------------------------------------- 1. 记忆：提示里放哪几轮
+
+
+@dataclass
+class Turn:
+    """一轮：一问一答；name 是谁答的。"""
+
+    question: str
+    answer: str
+    name: str
+
+
+def build_prompt(
+    tokenizer, turns: list[Turn], question: str, system: str | None, limit: int
+) -> tuple[list[int], int]:
+    """→ (提示的 token, 放进了几轮)：系统提示、最近的几轮、这一问；超过 limit 个 token 就从最早的丢起。
+
+    按整轮丢：留下半轮，模型会看到没有问题的回答。一轮也不放还是太长，就返回那个太长的提示。
+    """
+    kept = list(turns)
+    while True:
+        messages = [{"role": "system", "content": system}] if system else []
+        for turn in kept:
+            messages.append({"role": "user", "content": turn.question})
+            messages.append({"role": "assistant", "content": turn.answer})
+        ids = prompt_ids(tokenizer, [*messages, {"role": "user", "content": question}])
+        if len(ids) <= limit or not kept:
+            return ids, len(kept)
+        kept.pop(0)
+
+
+# ---------------------------------------------------------------- 2. 会话
+
+
+@dataclass
+class Chat:
+    """一次聊天：在用哪个模型、记得哪几轮。模型用到才载入，载入了就留着。"""
+
+    settings: ChatSettings
+    results: Results
+    name: str = ""
+    speakers: dict[str, Speaker] = field(default_factory=dict)
+    turns: deque[Turn] = field(default_factory=lambda: deque(maxlen=MEMORY))
+    story: str = ""  # 小世界：先贴了故事，还没有问
+    forgetting: bool = False  # 说过"最早的一轮忘掉了"没有，每次清空之后只说一遍
+
+    @property
+    def tiny(self) -> bool:
+        return self.results.preset == "tiny"
+
+    def switch(self, name: str) -> None:
+        """换成另一个模型；不认识、没有训练是 UserError，原来的模型照旧。"""
+        name = ALIASES.get(name, name.lower())
+        paths = self.results.paths
+        if self.settings.model and self.speakers:
+            raise UserError("你给了 --model，只有这一个模型；不给 --model 才能在训练结果里换来换去。")
+        if name not in paths:
+            problem = f"没有叫 {name} 的模型" if name else "要写上模型的名字"
+            if name in MODELS:
+                command = f"python {SCRIPTS[FOLDERS[name]]} --preset {self.results.preset}"
+                problem = f"{MODELS[name]} 还没有训练好（训练它：{command}）"
+            raise UserError(f"{problem}。可以换成：{'、'.join(paths)}，例如 switch {next(iter(paths))}")
+        if name not in self.speakers:
+            self.speakers[name] = load_speaker(self.results.title(name), paths[name], self.settings.seed)
+        self.name = name
+        show_speaker(self.speakers[name])
+        if name == "base":
+            print("（它只学过续写，没学过对话：答非所问、停不下来都是正常的。）")
+
+    def place_story(self, line: str) -> str:
+        """小世界专用：把故事和问题摆成训练时的样子；只贴了故事的先记下，返回空的，等下一行的问题。"""
+        question = story_then_question(line)
+        if question.count("。") > 2 and question.endswith("。"):
+            self.story = question
+            print("（故事记下了，问一个故事里的问题吧。）")
+            return ""
+        if self.story:
+            question, self.story = f"{self.story}\n{question}", ""
+        if "\n" in question and any("\n" in turn.question for turn in self.turns):
+            print("（新故事：小世界的模型一次只读一个，前面的对话不带了。）")
+            self.clear()
+        return question
+
+    def ask(self, question: str) -> None:
+        """问一句：边想边打印，并记住这一轮。Ctrl-C 停下，已经说出来的也记住。"""
+        if self.tiny and not (question := self.place_story(question)):
+            return
+        speaker, limit = self.speakers[self.name], room(self.speakers[self.name], self.settings)
+        ids, kept = build_prompt(speaker.tokenizer, list(self.turns), question, self.settings.system, limit)
+        if len(ids) > limit:
+            why = f"{len(ids)} 个 token，模型最多读 {limit} 个"
+            print(f"（太长了：{why}。请缩短，或调小 --max_new_tokens。）")
+            return
+        if kept < len(self.turns):
+            print(f"（上下文装不下，这次只带上最近 {kept} 轮。）")
+        print(f"{speaker.name}：", end="", flush=True)
+        reply = Reply()
+        try:
+            say(speaker, ids, self.settings, reply)
+            ending = "" if reply.text else "（什么也没说）"
+            print(ending if reply.end else "……（没有说完，到了 --max_new_tokens）")
+        except KeyboardInterrupt:
+            print("……（停下了）")
+        if reply.text:
+            if len(self.turns) == MEMORY and not self.forgetting:
+                self.forgetting = True
+                more = "要接着问同一个故事，把它再贴一遍。" if self.tiny else ""
+                print(f"（只记得最近 {MEMORY} 轮，最早的一轮忘掉了。{more}）")
+            self.turns.append(Turn(question, reply.text, speaker.name))
+
+    def clear(self) -> None:
+        self.turns.clear()
+        self.story, self.forgetting = "", False
+
+    def show_history(self) -> None:
+        print(f"记得 {len(self.turns)} 轮（最多 {MEMORY} 轮）")
+        for number, turn in enumerate(self.turns, 1):
+            print(f"  {number}. 你：{turn.question}\n     {turn.name}：{printable(turn.answer)}")
+
+    def handle(self, line: str) -> bool:
+        """处理一行：命令或要说的话。返回 False 表示退出。"""
+        words = line.removeprefix("/").split() or [line]
+        command = COMMANDS.get(words[0].lower(), words[0].lower())
+        if command == "switch" and len(words) <= 2:
+            self.switch(words[1] if len(words) == 2 else "")
+        elif len(words) > 1 or command not in COMMANDS.values():
+            self.ask(line)
+        elif command == "clear":
+            self.clear()
+            print("（清空了，从头开始。）")
+        elif command == "history":
+            self.show_history()
+        elif command == "help":
+            print(HELP)
+        return command != "quit" or len(words) > 1
+
+
+# ---------------------------------------------------------------- 3. 主循环
+
+
+def welcome(chat: Chat) -> None:
+    print(describe_sampling(chat.settings, chat.speakers[chat.name]))
+    others = [name for name in chat.results.paths if name != chat.name]
+    if others:
+        print(f"还可以换成：{'、'.join(others)}（例如 switch {others[0]}）。")
+    print("命令：switch、clear、history、help、quit。")
+    if chat.tiny:
+        asked = tiny_world.heldout_questions(50, chat.settings.seed)
+        example = next(q["messages"] for q in asked if len(q["messages"]) == 3)
+        story = example[0]["content"].replace("\n", "")
+        print(f"""
+小世界的模型只会读一个小故事、回答里面的事，还会打招呼（你好、你是谁？）。粘贴这一行试试：
+    {story}
+再接着问（故事在上一轮里，这里考的是记性）：
+    {example[2]["content"]}""")
+        if chat.settings.system:
+            print("小世界的训练数据里没有系统提示，--system 有什么效果说不准。")
+    print()
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings = parse_settings(ChatSettings, argv)
+    if settings.model and settings.start != "auto":
+        raise UserError("--model 和 --start 只能给一个：--start 是从训练结果里选。")
+    names = ["model"] if settings.model else ["base", "sft", "dpo", "ppo"]
+    results = find_results(settings, names, DEFAULTS, needed=any)
+    chat = Chat(settings, results)
+    order = ("model", "dpo", "ppo", "sft", "base") if settings.start == "auto" else (settings.start,)
+    chat.switch(next((name for name in order if name in results.paths), settings.start))
+    welcome(chat)
+    while (line := read_line("你：")) is not None:
+        try:
+            if line and not chat.handle(line):
+                break
+        except UserError as error:
+            print(f"（{error}）")
+        except KeyboardInterrupt:
+            print("（停下了）")
+    print("再见！")
+
+
+if __name__ == "__main__":
+    run_main(main)

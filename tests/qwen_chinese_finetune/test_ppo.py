@@ -1,0 +1,501 @@
+"""PPO 的每一个零件：与独立的 float64 循环相等；更新之前概率比恰好是 1，参考模型与奖励模型从不改变。"""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from qwen_common import tiny_world
+from qwen_common.chatml import prompt_ids
+from qwen_common.generation import stop_tokens
+from qwen_common.loading import load_value_model
+
+WIDTH = 6  # 回答最多几个 token
+
+
+@pytest.fixture(scope="module")
+def value_net(reward_folder, chat_tokenizer):
+    return load_value_model(str(reward_folder), chat_tokenizer).eval()
+
+
+@pytest.fixture(scope="module")
+def value64(value_net):
+    return copy.deepcopy(value_net).double()
+
+
+@pytest.fixture(scope="module")
+def rows(chat_tokenizer):
+    """[(提示, 回答)]：一开口就说完、说了几个词说完、说到最后一格正好说完、没说完；提示长短不一。"""
+    (end,) = stop_tokens(chat_tokenizer)
+    prompts = [prompt_ids(chat_tokenizer, q["messages"]) for q in tiny_world.questions(4, 6)]
+    prompts[1] = prompts[1][-9:]
+    assert len({len(prompt) for prompt in prompts}) > 2
+    said = torch.randint(5, 500, (4, WIDTH), generator=torch.Generator().manual_seed(4)).tolist()
+    responses = [[end], [*said[1][:2], end], [*said[2][: WIDTH - 1], end], said[3]]
+    return list(zip(prompts, responses, strict=True))
+
+
+def build(ppo, rows, tokenizer, width: int | None = None):
+    """不经过 roll_out，按定义拼出一批 Rollout。"""
+    pad, (end,) = tokenizer.pad_token_id, stop_tokens(tokenizer)
+    left = max(len(prompt) for prompt, _ in rows)
+    width = width or max(len(response) for _, response in rows)
+    ids, attention, positions, mask = [], [], [], []
+    for prompt, response in rows:
+        before, after = left - len(prompt), width - len(response)
+        n = len(prompt) + len(response)
+        ids.append([pad] * before + prompt + response + [pad] * after)
+        attention.append([0] * before + [1] * n + [0] * after)
+        positions.append([0] * before + list(range(n)) + [n - 1] * after)
+        mask.append([True] * len(response) + [False] * after)
+    return ppo.Rollout(
+        ids=torch.tensor(ids),
+        attention_mask=torch.tensor(attention),
+        position_ids=torch.tensor(positions),
+        mask=torch.tensor(mask),
+        ended=torch.tensor([response[-1] == end for _, response in rows]),
+    )
+
+
+@pytest.fixture(scope="module")
+def rollout(ppo, rows, chat_tokenizer):
+    return build(ppo, rows, chat_tokenizer)
+
+
+def ragged(seed: int, width: int = WIDTH):
+    """形状 (5, width) 的随机数若干，和长短不一的掩码；掩码之外也填满了数，用到了就会露馅。"""
+    lengths = torch.tensor([1, 3, width, 2, width - 1]).clamp(1, width)
+    mask = torch.arange(width) < lengths[:, None]
+    generator = torch.Generator().manual_seed(seed)
+    return lengths.tolist(), mask, [torch.randn(5, width, generator=generator) for _ in range(4)]
+
+
+# ---- 采样 ----
+
+
+class Scripted(torch.nn.Module):
+    """第 i 行依次说出 scripts[i] 的策略。"""
+
+    def __init__(self, scripts: list[list[int]], vocab: int):
+        super().__init__()
+        self.scripts, self.vocab = scripts, vocab
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids, past_key_values=None, **_):
+        step = past_key_values or 0
+        logits = torch.zeros(len(input_ids), 1, self.vocab)
+        for row, script in enumerate(self.scripts):
+            logits[row, 0, script[step]] = 1e4
+        return SimpleNamespace(logits=logits, past_key_values=step + 1)
+
+
+def sampling(ppo, **changes):
+    return ppo.PPOSettings(max_new_tokens=WIDTH, max_grad_norm=1.0, **changes)
+
+
+def test_roll_out_marks_exactly_the_real_tokens(ppo, rows, chat_tokenizer):
+    scripts = [response + [7] * (WIDTH - len(response)) for _, response in rows]
+    policy = Scripted(scripts, len(chat_tokenizer))
+    prompts = [prompt for prompt, _ in rows]
+    found = ppo.roll_out(policy, prompts, chat_tokenizer, sampling(ppo), torch.Generator())
+    expected = build(ppo, rows, chat_tokenizer, WIDTH)
+    for name in ("ids", "attention_mask", "mask", "ended"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    real = expected.attention_mask.bool()
+    assert torch.equal(found.position_ids[real], expected.position_ids[real])
+    assert found.ended.tolist() == [True, True, True, False]
+    assert found.mask.sum(1).tolist() == [1, 3, WIDTH, WIDTH]
+    assert torch.equal(found.responses, expected.ids[:, -WIDTH:])
+
+
+def test_roll_out_stops_when_every_answer_has_ended(ppo, rows, chat_tokenizer):
+    policy = Scripted([[*rows[1][1], 7, 7, 7], [*rows[0][1], 7, 7, 7, 7, 7]], len(chat_tokenizer))
+    found = ppo.roll_out(policy, [[3], [3, 4]], chat_tokenizer, sampling(ppo), torch.Generator())
+    assert found.responses.shape == (2, 3) and found.mask.sum(1).tolist() == [3, 1]
+
+
+def test_roll_out_is_determined_by_the_generator(ppo, model, rows, chat_tokenizer):
+    prompts = [prompt for prompt, _ in rows]
+    ids = [
+        ppo.roll_out(model, prompts, chat_tokenizer, sampling(ppo), torch.Generator().manual_seed(seed)).ids
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(ids[0], ids[1])
+    assert ids[0].shape != ids[2].shape or not torch.equal(ids[0], ids[2])
+
+
+# ---- 对数概率、价值、分数 ----
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_response_logps_equal_a_float64_loop(ppo, model64, rows, rollout, temperature):
+    with torch.no_grad():
+        logps = ppo.response_logps(model64, rollout, temperature)
+    assert logps.shape == rollout.mask.shape
+    for i, (prompt, response) in enumerate(rows):
+        with torch.no_grad():
+            logits = model64(input_ids=torch.tensor([prompt + response])).logits[0] / temperature
+        for t, token in enumerate(response):
+            scores = logits[len(prompt) + t - 1].tolist()
+            expected = scores[token] - math.log(math.fsum(math.exp(s) for s in scores))
+            assert logps[i, t].item() == pytest.approx(expected, rel=2e-6, abs=1e-5)
+
+
+def test_sampled_tokens_have_the_logps_they_were_sampled_with(ppo, model, rows, chat_tokenizer):
+    """采样时（有 KV 缓存）与打分时（整段重算）看到的是同一个分布：贪心采出的每个 token 都是最大的那个。"""
+    prompts = [prompt for prompt, _ in rows]
+    settings = sampling(ppo, temperature=1e-4)
+    found = ppo.roll_out(model, prompts, chat_tokenizer, settings, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logps = ppo.response_logps(model, found, 1e-4)
+    assert logps[found.mask].exp().min() > 0.9
+
+
+def test_response_values_equal_one_row_at_a_time(ppo, value64, rows, rollout):
+    with torch.no_grad():
+        values = ppo.response_values(value64, rollout)
+        assert values.shape == rollout.mask.shape
+        for i, (prompt, response) in enumerate(rows):
+            alone = value64(input_ids=torch.tensor([prompt + response])).logits[0, :, 0]
+            expected = alone[len(prompt) - 1 : -1]  # 写出第 t 个 token 之前的位置
+            torch.testing.assert_close(values[i, : len(response)], expected.float(), rtol=0, atol=1e-5)
+    assert values[rollout.mask].std() > 1e-2
+
+
+def test_value_before_a_token_does_not_see_it(ppo, model, value_net, rollout):
+    """换掉第 t 个回答 token：V_0…V_t 不变，之后的变；log π(a_t) 变，更早的不变。"""
+    t, column = 3, rollout.ids.shape[1] - WIDTH + 3
+    changed = copy.deepcopy(rollout)
+    row = 3  # 没说完的那一行，六格都是真的
+    changed.ids[row, column] = 400 if changed.ids[row, column] != 400 else 401
+    with torch.no_grad():
+        for function, first in (
+            (lambda r: ppo.response_values(value_net, r), t + 1),
+            (lambda r: ppo.response_logps(model, r, 1.0), t),
+        ):
+            before, after = function(rollout), function(changed)
+            assert torch.equal(before[:row], after[:row])
+            torch.testing.assert_close(before[row, :first], after[row, :first], rtol=0, atol=1e-6)
+            assert ((before[row, first:] - after[row, first:]).abs() > 1e-4).all()
+
+
+def test_left_padding_and_batch_mates_change_nothing(
+    ppo, model64, value64, reward64, rows, rollout, chat_tokenizer
+):
+    with torch.no_grad():
+        for function in (
+            lambda r: ppo.response_logps(model64, r, 1.0),
+            lambda r: ppo.response_values(value64, r),
+            lambda r: ppo.score_responses(reward64, r, 0.0),
+        ):
+            together = function(rollout)
+            for i, row in enumerate(rows):
+                alone = function(build(ppo, [row], chat_tokenizer))[0]
+                mine = together[i][: len(row[1])] if together.dim() == 2 else together[i]
+                torch.testing.assert_close(mine, alone, rtol=0, atol=1e-5)
+
+
+def test_scores_are_the_reward_models_at_the_end_minus_the_penalty(ppo, reward64, rows, rollout):
+    scores = ppo.score_responses(reward64, rollout, missing_end_penalty=5.0)
+    assert not scores.requires_grad and scores.shape == (4,)
+    for i, (prompt, response) in enumerate(rows):
+        with torch.no_grad():
+            raw = reward64(input_ids=torch.tensor([prompt + response])).logits.item()
+        assert scores[i].item() == pytest.approx(raw - (0 if rollout.ended[i] else 5), abs=1e-5)
+    free = ppo.score_responses(reward64, rollout, missing_end_penalty=0.0)
+    torch.testing.assert_close(free - scores, torch.tensor([0.0, 0.0, 0.0, 5.0]))
+
+
+# ---- 奖励、优势 ----
+
+
+def test_token_rewards_equal_a_loop(ppo):
+    lengths, mask, (logps, ref_logps, extra, _) = ragged(1)
+    scores = extra[:, 0]
+    rewards = ppo.token_rewards(scores, logps, ref_logps, mask, 0.3)
+    expected = torch.zeros(5, WIDTH, dtype=torch.float64)
+    for i, n in enumerate(lengths):
+        for t in range(n):
+            expected[i, t] = -0.3 * (logps[i, t].double() - ref_logps[i, t].double())
+        expected[i, n - 1] += scores[i].double()
+    torch.testing.assert_close(rewards.double(), expected, rtol=0, atol=1e-6)
+    same = ppo.token_rewards(scores, logps, logps, mask, 0.3)  # 没有离开参考模型：只有整段的分
+    torch.testing.assert_close(same.sum(1), scores)
+    assert (same != 0).sum() == 5
+
+
+def loop_gae(rewards, values, n, gamma, lam):
+    """定义式：A_t = Σ_l (γλ)^l δ_{t+l}，一项一项加，不用递推。"""
+    advantages = []
+    for t in range(n):
+        total = 0.0
+        for k in range(t, n):
+            following = values[k + 1] if k + 1 < n else 0.0
+            total += (gamma * lam) ** (k - t) * (rewards[k] + gamma * following - values[k])
+        advantages.append(total)
+    return advantages
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.8, 0.0)])
+def test_gae_equals_its_definition(ppo, gamma, lam):
+    lengths, mask, (rewards, values, _, _) = ragged(2)
+    rewards = rewards * mask  # token_rewards 给的掩码之外是 0；价值在掩码之外是任意数
+    advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
+    for i, n in enumerate(lengths):
+        expected = loop_gae(rewards[i].double().tolist(), values[i].double().tolist(), n, gamma, lam)
+        assert advantages[i, :n].tolist() == pytest.approx(expected, abs=1e-5)
+        assert advantages[i, n:].abs().sum() == 0
+        total = [a + v for a, v in zip(expected, values[i].tolist(), strict=False)]
+        assert returns[i, :n].tolist() == pytest.approx(total, abs=1e-5)
+    if lam == gamma == 1:  # 蒙特卡洛：回报就是之后的奖励之和
+        for i, n in enumerate(lengths):
+            sums = [rewards[i, t:n].sum().item() for t in range(n)]
+            assert returns[i, :n].tolist() == pytest.approx(sums, abs=1e-5)
+
+
+def test_gae_of_a_single_token(ppo):
+    rewards, values = torch.tensor([[2.0]]), torch.tensor([[0.5]])
+    advantages, returns = ppo.gae(rewards, values, torch.tensor([[True]]), 0.9, 0.9)
+    assert advantages.item() == 1.5 and returns.item() == 2.0
+
+
+def test_whiten_equals_a_loop(ppo):
+    lengths, mask, (x, _, _, _) = ragged(3)
+    x = 7 * x + 2
+    real = [x[i, t].double().item() for i, n in enumerate(lengths) for t in range(n)]
+    mean = sum(real) / len(real)
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in real) / len(real))
+    white = ppo.whiten(x, mask)
+    expected = [(v - mean) / deviation for v in real]
+    assert white[mask].tolist() == pytest.approx(expected, abs=1e-5)
+    assert (white[~mask] == 0).all()
+    constant = ppo.whiten(torch.full((5, WIDTH), 3.0), mask)
+    assert constant.abs().max() == 0  # 全都一样：没有哪个更好，也不是 NaN
+
+
+# ---- 损失 ----
+
+
+@pytest.mark.parametrize("clip", [0.2, 0.05])
+def test_policy_loss_equals_a_loop(ppo, clip):
+    lengths, mask, (logps, old, advantages, _) = ragged(4)
+    logps = (old + 0.3 * logps).requires_grad_()
+    loss, fraction = ppo.policy_loss(logps, old, advantages, mask, clip)
+    total, clipped, gradient, count = 0.0, 0, torch.zeros(5, WIDTH, dtype=torch.float64), sum(lengths)
+    for i, n in enumerate(lengths):
+        for t in range(n):
+            advantage = advantages[i, t].double().item()
+            ratio = math.exp(logps[i, t].double().item() - old[i, t].double().item())
+            limited = min(max(ratio, 1 - clip), 1 + clip)
+            total -= min(ratio * advantage, limited * advantage)
+            if limited * advantage < ratio * advantage:
+                clipped += 1  # 好处已经拿满：没有梯度
+            else:
+                gradient[i, t] = -ratio * advantage / count
+    assert loss.item() == pytest.approx(total / count, abs=1e-5)
+    assert fraction.item() == pytest.approx(clipped / count, abs=1e-6)
+    assert 0 < clipped < count
+    loss.backward()
+    torch.testing.assert_close(logps.grad.double(), gradient, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, is_clipped",
+    [
+        (1.5, 2.0, -2.4, 1),  # 好处封顶在 1.2
+        (1.5, -2.0, 3.0, 0),  # 坏处不封顶
+        (0.5, 2.0, -1.0, 0),
+        (0.5, -2.0, 1.6, 1),
+        (1.1, 2.0, -2.2, 0),
+        (1.0, 2.0, -2.0, 0),
+    ],
+)
+def test_policy_loss_by_hand(ppo, ratio, advantage, loss, is_clipped):
+    logps, mask = torch.tensor([[math.log(ratio)]]), torch.ones(1, 1, dtype=torch.bool)
+    found, fraction = ppo.policy_loss(logps, torch.zeros(1, 1), torch.tensor([[advantage]]), mask, 0.2)
+    assert found.item() == pytest.approx(loss, abs=1e-6) and fraction.item() == is_clipped
+
+
+def test_value_loss_equals_a_loop(ppo):
+    lengths, mask, (values, old, returns, _) = ragged(5)
+    values = (old + 0.4 * values).requires_grad_()
+    loss = ppo.value_loss(values, old, returns, mask, 0.2)
+    total, gradient, count = 0.0, torch.zeros(5, WIDTH, dtype=torch.float64), sum(lengths)
+    for i, n in enumerate(lengths):
+        for t in range(n):
+            v, o, r = (x[i, t].double().item() for x in (values, old, returns))
+            limited = o + min(max(v - o, -0.2), 0.2)
+            total += 0.5 * max((v - r) ** 2, (limited - r) ** 2)
+            if (v - r) ** 2 >= (limited - r) ** 2:
+                gradient[i, t] = (v - r) / count
+    assert loss.item() == pytest.approx(total / count, abs=1e-5)
+    loss.backward()
+    torch.testing.assert_close(values.grad.double(), gradient, rtol=0, atol=1e-6)
+    assert (gradient[mask] == 0).any() and (gradient[mask] != 0).any()
+
+
+# ---- 一整轮 ----
+
+
+@pytest.fixture
+def accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)  # 别的测试留下的设备不算数
+    return Accelerator(cpu=True)
+
+
+class Spy:
+    """记下每次调用的参数与结果，照常执行。"""
+
+    def __init__(self, function):
+        self.function, self.calls = function, []
+
+    def __call__(self, *args, **kwargs):
+        result = self.function(*args, **kwargs)
+        self.calls.append((args, result))
+        return result
+
+
+@pytest.fixture
+def round_of(ppo, model, reference, value_net, reward_net, rows, chat_tokenizer, accelerator, monkeypatch):
+    """走一轮 PPO，返回 (四个模型, 统计, 各函数的调用记录)。"""
+
+    def run(policy=model, frozen=reference, optimizer=torch.optim.SGD, lr=0.01, seed=0, **changes):
+        spies = {name: Spy(getattr(ppo, name)) for name in ("roll_out", "policy_loss", "value_loss", "gae")}
+        for name, spy in spies.items():
+            monkeypatch.setattr(ppo, name, spy)
+        nets = ppo.Models(*(copy.deepcopy(net) for net in (policy, value_net, frozen, reward_net)))
+        for net in (nets.reference, nets.reward):
+            net.requires_grad_(False)
+        optimizers = {
+            name: optimizer(getattr(nets, name).parameters(), lr=lr) for name in ("policy", "value")
+        }
+        stats = ppo.ppo_step(
+            nets,
+            optimizers,
+            [prompt for prompt, _ in rows],
+            chat_tokenizer,
+            ppo.PPOSettings(max_new_tokens=WIDTH, **{"max_grad_norm": 1e9, **changes}),
+            accelerator,
+            torch.Generator().manual_seed(seed),
+        )
+        monkeypatch.undo()
+        return nets, stats, {name: spy.calls for name, spy in spies.items()}
+
+    return run
+
+
+def moved(net, start) -> float:
+    return max((p - q).abs().max().item() for p, q in zip(net.parameters(), start.parameters(), strict=True))
+
+
+def test_ratio_is_exactly_one_before_the_first_update(round_of):
+    _, stats, calls = round_of(ppo_epochs=3, optimizer=torch.optim.AdamW)
+    assert len(calls["policy_loss"]) == len(calls["value_loss"]) == 3 and len(calls["roll_out"]) == 1
+    ratios = [torch.equal(logps, old) for (logps, old, *_), _ in calls["policy_loss"]]
+    assert ratios == [True, False, False]
+    assert [torch.equal(values, old) for (values, old, *_), _ in calls["value_loss"]] == [True, False, False]
+    assert calls["policy_loss"][0][1][1].item() == 0  # 还没动，谈不上裁剪
+    _, stats, _ = round_of(ppo_epochs=1)
+    assert stats["ratio_max"] == 1.0 and stats["clip_fraction"] == 0.0
+
+
+def test_only_policy_and_value_are_updated(round_of, model, reference, value_net, reward_net):
+    nets, _, _ = round_of(ppo_epochs=2)
+    assert moved(nets.reference, reference) == 0 and moved(nets.reward, reward_net) == 0
+    assert moved(nets.policy, model) > 1e-5 and moved(nets.value, value_net) > 1e-5
+    assert all(p.grad is None for net in (nets.reference, nets.reward) for p in net.parameters())
+
+
+def test_stats_describe_the_rollout(ppo, round_of, model, reward_net, chat_tokenizer):
+    _, stats, calls = round_of(frozen=model, ppo_epochs=1)
+    ((_, rollout),) = calls["roll_out"]
+    assert stats["kl"] == 0.0  # 参考模型就是策略自己
+    assert stats["score"] == pytest.approx(
+        ppo.score_responses(reward_net, rollout, 5.0).mean().item(), abs=1e-6
+    )
+    assert stats["length"] == pytest.approx(rollout.mask.sum().item() / 4)
+    assert stats["ended"] == rollout.ended.float().mean().item()
+    assert stats["sample"] == chat_tokenizer.decode(rollout.responses[0][rollout.mask[0]])
+    _, stats, _ = round_of(ppo_epochs=1)
+    assert stats["kl"] != 0.0
+
+
+def test_one_epoch_is_one_step_of_the_plain_policy_gradient(
+    ppo, round_of, model, reference, value_net, reward_net
+):
+    """独立重算一轮：ρ = 1 时裁剪损失的梯度就是 −E[A·∇log π]；价值走的是均方误差的一步。"""
+    nets, _, calls = round_of(ppo_epochs=1, lr=0.01, kl_coef=0.2)
+    ((_, rollout),) = calls["roll_out"]
+    mask = rollout.mask
+    policy, value = copy.deepcopy(model), copy.deepcopy(value_net)
+    logps, values = ppo.response_logps(policy, rollout, 1.0), ppo.response_values(value, rollout)
+    with torch.no_grad():
+        ref_logps = ppo.response_logps(reference, rollout, 1.0)
+    scores = ppo.score_responses(reward_net, rollout, 5.0)
+    advantages, returns = torch.zeros_like(logps), torch.zeros_like(logps)
+    for i, n in enumerate(mask.sum(1).tolist()):
+        rewards = [-0.2 * (logps[i, t] - ref_logps[i, t]).item() for t in range(n)]
+        rewards[-1] += scores[i].item()
+        row = loop_gae(rewards, values[i].tolist(), n, 1.0, 0.95)
+        advantages[i, :n] = torch.tensor(row)
+        returns[i, :n] = advantages[i, :n] + values[i, :n].detach()
+    real = advantages[mask]
+    white = (advantages - real.mean()) / real.std(unbiased=False)
+    (-(white * logps)[mask].mean()).backward()
+    (0.5 * ((values - returns) ** 2)[mask].mean()).backward()
+    for start, net in ((policy, nets.policy), (value, nets.value)):
+        for (name, p), q in zip(start.named_parameters(), net.parameters(), strict=True):
+            if p.grad is not None:
+                torch.testing.assert_close(q, p - 0.01 * p.grad, rtol=0, atol=1e-5, msg=name)
+        assert moved(net, start) > 1e-4
+
+
+def test_gradient_clipping_limits_the_step(round_of, model):
+    nets, _, _ = round_of(ppo_epochs=1, lr=1.0, max_grad_norm=1e-3)
+    both = zip(nets.policy.parameters(), model.parameters(), strict=True)
+    step = sum((p - q).detach().double().square().sum().item() for p, q in both)
+    assert math.sqrt(step) == pytest.approx(1e-3, rel=0.02)
+
+
+def test_a_round_is_determined_by_its_generator(round_of):
+    first, again, other = (round_of(ppo_epochs=2, seed=seed)[0].policy for seed in (3, 3, 4))
+    assert moved(first, again) == 0 and moved(first, other) > 0
+
+
+def test_dropout_is_off_while_sampling_and_updating(round_of, model):
+    """采样、打分、更新必须是同一个分布：若开着 dropout，更新前的概率比就不是 1。"""
+    policy = copy.deepcopy(model).train()
+    for layer in policy.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    _, stats, calls = round_of(policy=policy, ppo_epochs=1)
+    (((logps, old, *_), _),) = calls["policy_loss"]
+    assert torch.equal(logps, old) and stats["ratio_max"] == 1.0
+
+
+def test_repeated_rounds_raise_the_reward(ppo, model, value_net, rows, chat_tokenizer, accelerator):
+    """奖励"第一个 token 的编号是偶数"（原本约一半是）：几轮之后，策略真的更常这样开口。"""
+    prompt = rows[1][0]
+
+    class LikesEven(torch.nn.Module):
+        def forward(self, input_ids, **_):
+            return SimpleNamespace(logits=(input_ids[:, len(prompt), None] % 2 == 0).float())
+
+    policy, value = copy.deepcopy(model), copy.deepcopy(value_net)
+    nets = ppo.Models(policy, value, copy.deepcopy(model), LikesEven())
+    optimizers = {
+        k: torch.optim.AdamW(net.parameters(), 1e-3) for k, net in (("policy", policy), ("value", value))
+    }
+    settings = ppo.PPOSettings(max_new_tokens=2, max_grad_norm=1.0, kl_coef=0.0, missing_end_penalty=0.0)
+    history = []
+    for step in range(12):
+        generator = torch.Generator().manual_seed(step)
+        batch = [prompt] * 32
+        history.append(
+            ppo.ppo_step(nets, optimizers, batch, chat_tokenizer, settings, accelerator, generator)
+        )
+    scores = [stats["score"] for stats in history]
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.15
+    assert history[0]["kl"] == 0.0 and history[-1]["kl"] > 0.0

@@ -1,0 +1,140 @@
+"""run_all.py：每个阶段走两步的整条链；再跑一遍全部跳过；被杀之后接着来；与单独运行各脚本的结果相同。"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nlp_common.cli import UserError
+from nlp_common.runs import load_run
+
+HOME = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"
+STAGES = ["pretrain", "sft", "reward", "dpo", "ppo"]
+FEW = {"max_steps": 2, "max_train_samples": 64, "max_eval_samples": 16, "per_device_train_batch_size": 8}
+SMALL = ["--preset", "tiny", *(text for name, value in FEW.items() for text in (f"--{name}", str(value)))]
+MODEL_METRICS = {
+    "qa_accuracy",
+    "preferred_rate",
+    "judge_score",
+    "reward_mean",
+    "mean_chars",
+    "distinct_2",
+    "kl_to_sft",
+    "n",
+}
+
+
+def command(script: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(HOME / script), *SMALL, *arguments]
+
+
+def run(script: str, *arguments: str) -> str:
+    done = subprocess.run(command(script, *arguments), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def ids(root: Path) -> dict[str, str]:
+    return {stage: load_run(root / stage)["id"] for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> tuple[Path, str]:
+    root = tmp_path_factory.mktemp("chain") / "结果"
+    return root, run("run_all.py", "--output_dir", str(root))
+
+
+@pytest.fixture(scope="module")
+def run_all(load_script):
+    return load_script("run_all")
+
+
+def test_whole_chain_leaves_a_report(chain):
+    root, out = chain
+    for number, title in enumerate(("预训练", "SFT", "奖励模型", "DPO", "PPO", "对比"), 1):
+        assert f"{number}/6 {title}：" in out
+    report = json.loads((root / "report.json").read_text(encoding="utf-8"))
+    assert report["preset"] == "tiny" and report["seed"] == 0
+    assert list(report["stages"]) == [*STAGES, "compare"]
+    assert report["seconds"] == pytest.approx(sum(s["seconds"] for s in report["stages"].values()), abs=0.11)
+    assert report["wall_seconds"] > report["seconds"]
+    assert {"loss_over_floor", "recap_accuracy"} <= report["stages"]["pretrain"].keys()
+    assert {"pair_accuracy", "train_samples_per_s"} <= report["stages"]["reward"].keys()
+    assert {"rollout_s", "scoring_s", "update_s", "reward_mean_before"} <= report["stages"]["ppo"].keys()
+    assert list(report["models"]) == ["base", "sft", "dpo", "ppo"]
+    for name, metrics in report["models"].items():
+        assert metrics.keys() >= MODEL_METRICS and metrics["n"] == 16, name
+    # 各阶段自己量的与最后对比量的是同一个数
+    for name, metrics in report["models"].items():
+        stage = report["stages"]["pretrain" if name == "base" else name]
+        for key in metrics.keys() & stage.keys():
+            assert metrics[key] == pytest.approx(stage[key], abs=1e-6), (name, key)
+    assert "目标" in out and "≤ 1.03" not in out  # 只走两步，不与目标比
+    page = (root / "report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>") and "<svg" in page
+
+
+def test_second_run_skips_everything(chain):
+    root, _ = chain
+    before = ids(root), (root / "compare" / "run.json").stat().st_mtime_ns
+    out = run("run_all.py", "--output_dir", str(root))
+    assert out.count("已有训练结果，直接加载") == 5 and "已有比较结果，直接加载" in out
+    assert (ids(root), (root / "compare" / "run.json").stat().st_mtime_ns) == before
+    report = json.loads((root / "report.json").read_text(encoding="utf-8"))
+    assert report["wall_seconds"] < 30
+
+
+def test_one_process_gives_the_same_models_as_separate_scripts(chain):
+    """前面的阶段用掉的随机数、改过的全局状态，都不影响后面的阶段。"""
+    root, _ = chain
+    before = ids(root)
+    run("ppo_alignment.py", "--output_dir", str(root / "ppo"), "--retrain")
+    assert ids(root) == before
+
+
+def test_killed_chain_goes_on(chain, tmp_path):
+    root = tmp_path / "again"
+    process = subprocess.Popen(
+        command("run_all.py", "--output_dir", str(root)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.time() + 120
+    while not (root / "sft").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (root / "report.json").exists()
+    out = run("run_all.py", "--output_dir", str(root))
+    assert "已有训练结果" in out and ids(root) == ids(chain[0])
+
+
+def test_until_stops_early_and_reports_only_that(chain, tmp_path):
+    root = tmp_path / "part"
+    out = run("run_all.py", "--output_dir", str(root), "--until", "pretrain")
+    assert "1/1 预训练" in out and not (root / "sft").exists()
+    report = json.loads((root / "report.json").read_text(encoding="utf-8"))
+    assert list(report["stages"]) == ["pretrain"] and report["models"] == {}
+
+
+def test_full_needs_an_accelerator(run_all, monkeypatch):
+    monkeypatch.setattr(run_all, "accelerator_available", lambda: False)
+    with pytest.raises(UserError, match="--preset tiny"):
+        run_all.main(["--preset", "full"])
+
+
+def test_bad_arguments(run_all):
+    for arguments, hint in ((["--until", "rlhf"], "compare"), (["--steps", "2"], "--steps")):
+        with pytest.raises(UserError, match=hint):
+            run_all.main(arguments)
+
+
+def test_mac_configuration_on_apple_silicon(run_all, monkeypatch):
+    monkeypatch.setattr(run_all, "pick_device", lambda: type("Device", (), {"type": "mps"}))
+    assert run_all.load_script("pretrain").PRESETS["full"]["gradient_accumulation_steps"] == 4
