@@ -99,6 +99,13 @@ def read_rows(
     )
 
 
+def check_path(name: str | None) -> None:
+    """name 写得像路径却不存在时抛出 UserError；名字、hub 上的数据集不管。"""
+    path = Path(name or "").expanduser()
+    if name and not path.exists() and (not _HUB_ID.fullmatch(name) or path.suffix.lower() in _FILE_SUFFIXES):
+        raise UserError(_no_such_file(name, path))
+
+
 def has_split(name: str | Path, split: str) -> bool:
     """自带的 people_daily 或本地文件夹里有没有这一份。其余（文件、网上的、不存在的）一律 False，不联网。"""
     if name in BUILTINS:

@@ -53,7 +53,7 @@ PRESETS = {
         "dataset": "tiny_world",
         "max_train_samples": 2000,
         "max_length": 256,
-        "max_steps": 40,
+        "max_steps": 20,
         "per_device_train_batch_size": 64,
         "learning_rate": 3e-4,
         "max_new_tokens": 24,
@@ -165,10 +165,17 @@ def response_values(model, rollout: Rollout) -> torch.Tensor:
 
 
 @torch.no_grad()
-def score_responses(reward_model, rollout: Rollout, missing_end_penalty: float) -> torch.Tensor:
-    """奖励模型在最后一个真实 token 上的分数，(B,)；没说完的回答扣分，免得模型学会不停地说。"""
+def score_responses(reward_model, rollout: Rollout, pad_id: int, missing_end_penalty: float) -> torch.Tensor:
+    """奖励模型在回答的最后一个字上的分数，(B,)；没说完的回答扣分，免得模型学会不停地说。
+
+    结束符换成填充，奖励模型就像训练时一样读到最后一个字为止。
+    """
+    last = rollout.mask.sum(1) - 1  # (B,)
+    is_end = torch.zeros_like(rollout.mask).scatter(1, last[:, None], rollout.ended[:, None])
+    ids = rollout.ids.clone()
+    ids[:, -rollout.mask.shape[1] :][is_end] = pad_id
     scores = reward_model(
-        input_ids=rollout.ids,
+        input_ids=ids,
         attention_mask=rollout.attention_mask,
         position_ids=rollout.position_ids,
         use_cache=False,
@@ -266,7 +273,9 @@ def ppo_step(models: Models, optimizers: dict, prompts, tokenizer, settings, acc
             old_logps = response_logps(models.policy, rollout, settings.temperature)
             ref_logps = response_logps(models.reference, rollout, settings.temperature)
             old_values = response_values(models.value, rollout)
-        scores = score_responses(models.reward, rollout, settings.missing_end_penalty)
+        scores = score_responses(
+            models.reward, rollout, tokenizer.pad_token_id, settings.missing_end_penalty
+        )
     rewards = token_rewards(scores, old_logps, ref_logps, rollout.mask, settings.kl_coef)
     advantages, returns = gae(rewards, old_values, rollout.mask, settings.gamma, settings.lam)
     advantages = whiten(advantages, rollout.mask)

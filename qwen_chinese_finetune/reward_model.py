@@ -42,7 +42,7 @@ from qwen_common.training import (  # noqa: E402
 PRESETS = {
     "tiny": {
         "dataset": "tiny_world",
-        "max_train_samples": 4000,
+        "max_train_samples": 3000,
         "max_length": 256,
         "per_device_train_batch_size": 16,
         "learning_rate": 1e-3,
@@ -68,8 +68,8 @@ def pairwise_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
 def score_pairs(model, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(2B, T) → 好、差回答的分数各 (B,)。
 
-    AutoModelForSequenceClassification 在最后一个不是填充的 token（也就是 <|im_end|>）上读分数：
-    只有那里看过了整个回答。
+    AutoModelForSequenceClassification 在最后一个不是填充的 token 上读分数：只有那里看过了整个回答。
+    回答不带 <|im_end|>，这个 token 就是回答的最后一个字；有没有说完，由 PPO 的罚分去管。
     """
     scores = model(input_ids=input_ids, use_cache=False).logits.squeeze(-1).float()  # (2B,)
     return scores.chunk(2)
@@ -120,9 +120,9 @@ def train(stage: Stage) -> dict:
     tokenizer = load_tokenizer(stage.model_path)
     model = load_reward_model(stage.model_path, tokenizer)
     train_rows, heldout_rows, data = load_train_and_eval(settings, "pairs", to_pairs)
-    rows = [encode_pair(tokenizer, row) for row in train_rows]
+    rows = [encode_pair(tokenizer, row, with_end=False) for row in train_rows]
     rows = drop_long(rows, pair_length, settings.max_length, "训练数据")
-    heldout = [row | encode_pair(tokenizer, row) for row in heldout_rows]
+    heldout = [row | encode_pair(tokenizer, row, with_end=False) for row in heldout_rows]
     heldout = drop_long(heldout, pair_length, settings.max_length, "留出数据")
     model.to(stage.device)
     before = evaluate(model, heldout, tokenizer.pad_token_id, settings.per_device_train_batch_size)

@@ -43,7 +43,7 @@ PRESETS = {
         "max_train_samples": 5000,  # 每段三问三答
         "max_length": 256,
         "per_device_train_batch_size": 16,
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
     },
     "full": {
         "dataset": "YeungNLP/firefly-train-1.1M",

@@ -17,6 +17,7 @@
 import argparse
 import math
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -50,11 +51,11 @@ def build_vocab(sentences):
 
 
 def build_pairs(sentences, vocab):
-    """"i love cats" 变成两道题：i → love，love → cats。"""
+    """ "i love cats" 变成两道题：i → love，love → cats。"""
     pairs = []
     for sentence in sentences:
         ids = [vocab[word] for word in sentence.split()]
-        pairs += zip(ids[:-1], ids[1:], strict=True)
+        pairs += pairwise(ids)
     return torch.tensor(pairs)  # (N, 2)：第 0 列是输入，第 1 列是答案
 
 
@@ -132,7 +133,9 @@ def draw(before, after, words, path):
 def main():
     parser = argparse.ArgumentParser(description="训练最小的词向量")
     parser.add_argument("--seed", type=int, default=0, help="随机种子")
-    parser.add_argument("--words", nargs=2, default=["cats", "dogs"], metavar=("词1", "词2"), help="比较哪两个词")
+    parser.add_argument(
+        "--words", nargs=2, default=["cats", "dogs"], metavar=("词1", "词2"), help="比较哪两个词"
+    )
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -146,7 +149,9 @@ def main():
     model = WordEmbeddingModel(len(vocab))
     before = model.embedding.weight.detach().clone()  # (V, 8)
 
-    print(f"要看的事：猜下一个词，会让 {args.words[0]} 和 {args.words[1]} 的向量变成什么样？（种子 {args.seed}）")
+    print(
+        f"要看的事：猜下一个词，会让 {args.words[0]} 和 {args.words[1]} 的向量变成什么样？（种子 {args.seed}）"
+    )
     print(f"语料 {len(SENTENCES)} 句，词表 {len(vocab)} 个词，训练题 {len(pairs)} 道，例如 i → love")
     print(f"\n训练 1000 轮（这份语料的 loss 下限是 {loss_floor(pairs):.4f}）")
     train(model, pairs)

@@ -34,7 +34,12 @@ def order_pair(good, bad):
     return [(f"it is {good} not {bad}", 1), (f"it is {bad} not {good}", 0)]
 
 
-DATA = [("i love cats", 1), ("i hate cats", 0), ("the movie is really very good", 1), ("the movie is very bad", 0)]
+DATA = [
+    ("i love cats", 1),
+    ("i hate cats", 0),
+    ("the movie is really very good", 1),
+    ("the movie is very bad", 0),
+]
 for good, bad in zip(GOOD, BAD, strict=True):
     DATA += [(f"it is {good}", 1), (f"it is {bad}", 0), (f"it is not {bad}", 1), (f"it is not {good}", 0)]
 DATA += [row for g in GOOD for b in BAD if (g, b) not in HELD_OUT for row in order_pair(g, b)]
@@ -62,7 +67,9 @@ def encode(sentences, vocab):
         unknown = [word for word in words if word not in vocab]
         if unknown:
             known = " ".join(list(vocab)[1:])
-            raise SystemExit(f"错误：{sentence!r} 里的 {' '.join(unknown)} 没有学过。--text 可以用的词：{known}")
+            raise SystemExit(
+                f"错误：{sentence!r} 里的 {' '.join(unknown)} 没有学过。--text 可以用的词：{known}"
+            )
         rows.append([vocab[word] for word in words] + [PAD] * (MAX_LENGTH - len(words)))
     return torch.tensor(rows)  # (B, 6)
 
@@ -149,7 +156,9 @@ def main():
     model, mean_model = RNNClassifier(len(vocab)), MeanPoolingClassifier(len(vocab))
 
     print(f"要看的事：用词相同、词序不同的两句话，谁分得开？（种子 {args.seed}）")
-    print(f"训练 {len(DATA)} 句，另留 {len(TEST_DATA)} 句没见过的；词表 {len(vocab)} 个，输入形状 {tuple(ids.shape)}")
+    print(
+        f"训练 {len(DATA)} 句，另留 {len(TEST_DATA)} 句没见过的；词表 {len(vocab)} 个，输入形状 {tuple(ids.shape)}"
+    )
     print(f"  'it is good' → {encode(['it is good'], vocab)[0].tolist()}（0 是 <PAD>）")
     print("\n训练 RNN 300 轮（瞎猜的 loss 是 ln 2 = 0.6931）")
     train(model, ids, labels)
@@ -176,7 +185,9 @@ def main():
         print(f"\n取哪一个状态？训练过的 {len(DATA)} 句再多补几个 <PAD>，判错几句？")
         for count in (0, 3, 30):
             padded = nn.functional.pad(ids, (0, count), value=PAD)  # (N, 6 + count)
-            last_cell = model.rnn(model.embedding(padded))[0][:, -1]  # (N, 16)：常见的错误，这一格多半是 <PAD>
+            last_cell = model.rnn(model.embedding(padded))[0][
+                :, -1
+            ]  # (N, 16)：常见的错误，这一格多半是 <PAD>
             wrong = (model.output(last_cell).argmax(-1) != labels).sum()
             right = (predict(model, padded).argmax(-1) != labels).sum()
             print(f"  补 {count:2d} 个：取最后一个真词 {right} 句   取最后一格 {wrong} 句")

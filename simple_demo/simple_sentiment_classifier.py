@@ -63,7 +63,9 @@ def encode(sentences, vocab):
         unknown = [word for word in words if word not in vocab]
         if unknown:
             known = " ".join(list(vocab)[1:])
-            raise SystemExit(f"错误：{sentence!r} 里的 {' '.join(unknown)} 没有学过。--text 可以用的词：{known}")
+            raise SystemExit(
+                f"错误：{sentence!r} 里的 {' '.join(unknown)} 没有学过。--text 可以用的词：{known}"
+            )
         rows.append([vocab[word] for word in words])
     longest = max(map(len, rows))
     return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])  # (B, T)

@@ -5,47 +5,34 @@
   2. 编码器一层的次序：LayerNorm(x + 自注意力(x))，再 LayerNorm(x + 前馈网络(x))。
   3. 注意力本身不知道次序，所以给每个位置也学一个向量，加到词向量上。
   4. <PAD> 的分数在 softmax 之前换成负无穷，它的权重就正好是 0。
-
 怎么运行
   python transformer_sentiment_classification.py
   python transformer_sentiment_classification.py --seed 3 --text "we love this food"
-
 应当看到（种子 0，种子 0–9 的范围见 README）
-  loss 50 轮从 0.XXXX 降到 0.XXXX；第一个词（分类用它）把注意力从平均分变成集中在 love、hate 这样的词上；
-  热力图打印在终端，也存在 outputs/attention.png。
+  loss 50 轮从 0.7058 降到 0.0001 以下；第一个词（分类用它）放在 love、hate 这类词上的注意力
+  从 0.29（平均分）升到 0.99；热力图打印在终端，也存在 outputs/attention.png。
 """
 
 import argparse
 import math
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import nn
 
-PAD = 0
-MAX_LENGTH = 8
+PAD, MAX_LENGTH = 0, 8
 LABELS = ["负面", "正面"]
 OUTPUT_DIR = Path(__file__).resolve().parent / "outputs"
 
-# ---------- 1. 数据：1 正面，0 负面 ----------
-DATA = [
-    ("i love cats", 1),
-    ("i hate cats", 0),
-    ("we love this movie", 1),
-    ("we hate this movie", 0),
-    ("i like dogs", 1),
-    ("i dislike dogs", 0),
-    ("we like cats", 1),
-    ("we dislike cats", 0),
-    ("this movie is great", 1),
-    ("this movie is boring", 0),
-    ("this food is good", 1),
-    ("this food is bad", 0),
-    ("i am very happy today", 1),
-    ("i am very sad today", 0),
-]
-# 三句都没有在训练数据里出现过，只是每个词都见过。
-TEST_SENTENCES = ["i love this", "we dislike this food", "this food is great"]
+# ---------- 1. 数据：用两种句式拼出来；1 正面，0 负面 ----------
+TEST_SENTENCES = ["i love this", "we dislike this food", "they hate dogs"]  # 不参加训练
+VERBS = {"love": 1, "like": 1, "hate": 0, "dislike": 0}
+ADJECTIVES = {"good": 1, "great": 1, "bad": 0, "boring": 0}
+WHO, WHAT = ["i", "we", "they"], ["cats", "dogs", "this movie", "this food"]
+DATA = [(f"{who} {verb} {what}", VERBS[verb]) for what in WHAT for verb in VERBS for who in WHO]
+DATA += [(f"{what} is {word}", ADJECTIVES[word]) for what in WHAT[2:] for word in ADJECTIVES]
+DATA = [row for row in DATA if row[0] not in TEST_SENTENCES]
 
 
 def build_vocab(data):
@@ -60,19 +47,19 @@ def build_vocab(data):
 
 
 def encode(sentences, vocab):
-    """一批句子 → 编号，短的在右边补 <PAD>。"""
-    rows = []
-    for sentence in sentences:
-        words = sentence.lower().split()
+    """一批句子 → 编号 (B, T)，短的在右边补 <PAD>。"""
+    rows = [sentence.lower().split() for sentence in sentences]
+    known = " ".join(list(vocab)[1:])
+    for words in rows:
         if not 1 <= len(words) <= MAX_LENGTH:
-            raise SystemExit(f"错误：{sentence!r} 有 {len(words)} 个词；--text 要 1 到 {MAX_LENGTH} 个词。")
-        unknown = [word for word in words if word not in vocab]
-        if unknown:
-            known = " ".join(list(vocab)[1:])
-            raise SystemExit(f"错误：{sentence!r} 里的 {' '.join(unknown)} 没有学过。--text 可以用的词：{known}")
-        rows.append([vocab[word] for word in words])
+            raise SystemExit(
+                f"错误：--text {' '.join(words)!r} 有 {len(words)} 个词，要 1 到 {MAX_LENGTH} 个。"
+            )
+        for word in words:
+            if word not in vocab:
+                raise SystemExit(f"错误：--text 里的 {word!r} 没有学过。可以用的词：{known}")
     longest = max(map(len, rows))
-    return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])  # (B, T)
+    return torch.tensor([[vocab[w] for w in words] + [PAD] * (longest - len(words)) for words in rows])
 
 
 # ---------- 2. 模型 ----------
@@ -92,29 +79,25 @@ class SelfAttention(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """每个位置的 C 个数：减平均，除以标准差，再乘一个、加一个学来的数。"""
-
     def __init__(self, dim):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x):  # (B, T, C)
-        mean = x.mean(-1, keepdim=True)  # (B, T, 1)
-        variance = x.var(-1, keepdim=True, unbiased=False)  # 除以 C，不是 C - 1
+    def forward(self, x):  # (B, T, C)：每个位置的 C 个数自己归一
+        mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)  # 方差除以 C
         return (x - mean) / torch.sqrt(variance + 1e-5) * self.weight + self.bias
 
 
 class EncoderLayer(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
-        self.attention = SelfAttention(dim)
-        self.norm1 = LayerNorm(dim)
+        self.attention, self.norm1 = SelfAttention(dim), LayerNorm(dim)
         self.feed_forward = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
         self.norm2 = LayerNorm(dim)
 
     def forward(self, x, mask):  # (B, T, C)，(B, T)
         attended, weights = self.attention(x, mask)
-        x = self.norm1(x + attended)  # 先相加再归一：原来的信息一直留着一条直路
+        x = self.norm1(x + attended)  # 残差：先把原来的 x 加回来，再归一
         x = self.norm2(x + self.feed_forward(x))
         return x, weights
 
@@ -124,14 +107,15 @@ class TransformerClassifier(nn.Module):
 
     def __init__(self, vocab_size, dim=8, hidden=16, num_classes=2, max_length=MAX_LENGTH):
         super().__init__()
-        self.embedding = nn.Embedding(vocab_size, dim)
-        self.position = nn.Embedding(max_length, dim)
+        self.embedding, self.position = nn.Embedding(vocab_size, dim), nn.Embedding(max_length, dim)
+        # 从小的数开始：一开始谁和谁都差不多，注意力接近平均分，看谁多一点全是学来的。
+        nn.init.normal_(self.embedding.weight, std=0.1)
+        nn.init.normal_(self.position.weight, std=0.1)
         self.layer = EncoderLayer(dim, hidden)
         self.output = nn.Linear(dim, num_classes)
 
     def encode(self, ids):  # (B, T)
-        positions = torch.arange(ids.shape[1], device=ids.device)  # (T,)
-        x = self.embedding(ids) + self.position(positions)  # (B, T, C)
+        x = self.embedding(ids) + self.position.weight[: ids.shape[1]]  # (B, T, C) + (T, C)
         return self.layer(x, ids != PAD)  # (B, T, C)，(B, T, T)
 
     def forward(self, ids):
@@ -140,7 +124,7 @@ class TransformerClassifier(nn.Module):
 
 
 # ---------- 3. 训练 ----------
-def train(model, ids, labels, epochs=50, lr=0.02):
+def train(model, ids, labels, epochs=50, lr=0.04):
     loss_function = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     model.train()
@@ -149,8 +133,8 @@ def train(model, ids, labels, epochs=50, lr=0.02):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if epoch == 1 or epoch % (epochs // 5) == 0:
-            print(f"  epoch {epoch:2d}  loss {loss.item():.4f}")
+        if epoch == 1 or epoch % 10 == 0:
+            print(f"  epoch {epoch:2d}  loss {loss.item():.5f}")
     return loss.item()
 
 
@@ -161,3 +145,75 @@ def predict(model, ids):
     with torch.no_grad():
         return torch.softmax(model(ids), dim=-1), model.encode(ids)[1]
 
+
+def feeling_share(model, ids, vocab):
+    """第一个词的注意力里，有多少落在表达好恶的词上（各句平均）。"""
+    is_feeling = torch.isin(ids, torch.tensor([vocab[word] for word in VERBS | ADJECTIVES]))  # (B, T)
+    return (predict(model, ids)[1][:, 0] * is_feeling).sum(1).mean().item()
+
+
+def print_heat_map(words, weights):
+    """终端里的热力图：每一行是一个词怎样分配它的注意力；<PAD> 那几行没有人用。weights (T, T)。"""
+    print(" " * 13 + "".join(f"{word:9s}" for word in words))
+    for word, row in zip(words, weights.tolist(), strict=True):
+        if word != "<PAD>":
+            print(f"    {word:9s}" + "".join(f"{p:.2f} {' ▁▂▃▄▅▆▇█'[round(p * 8)]}   " for p in row))
+
+
+def draw_heat_map(words, before, after, path):
+    """训练前后两张热力图画成一张 PNG，不画 <PAD>。before、after (T, T)。"""
+    from matplotlib.figure import Figure  # 画图时才导入，不拖慢启动；不用 pyplot，也就不需要屏幕
+
+    figure, ticks = Figure(figsize=(10, 4.4), layout="constrained"), range(len(words))
+    for axes, weights in zip(figure.subplots(1, 2), (before, after), strict=True):
+        axes.imshow(weights[: len(words), : len(words)], cmap="Blues", vmin=0, vmax=1)
+        axes.set(xticks=ticks, xticklabels=words, xlabel="looks at (key)")
+        axes.set(yticks=ticks, yticklabels=words, ylabel="word (query)")
+        axes.set_title("before training" if weights is before else "after training")
+        for i, j in product(ticks, repeat=2):
+            color = "white" if weights[i, j] > 0.5 else "black"
+            axes.text(j, i, f"{weights[i, j]:.2f}", ha="center", va="center", color=color)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="手写 Transformer 编码器做情感分类")
+    parser.add_argument("--seed", type=int, default=0, help="随机种子")
+    parser.add_argument("--text", action="append", help="要判断的英文句子，可以写多次")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # 张量太小，多线程光是互相等待就比计算还久
+    vocab = build_vocab(DATA)
+    ids = encode([sentence for sentence, _ in DATA], vocab)  # (54, 4)
+    labels = torch.tensor([label for _, label in DATA])  # (54,)
+    sentences = args.text or TEST_SENTENCES
+    test_ids = encode(sentences, vocab)  # (3, 4)
+    model = TransformerClassifier(len(vocab))
+
+    print(f"要看的事：没有人告诉它哪个词重要，训练后第一个词会去看谁？（种子 {args.seed}）")
+    print(f"训练 {len(DATA)} 句，例如 {DATA[0][0]!r}；词表 {len(vocab)} 个，输入形状 {tuple(ids.shape)}")
+    share_before, maps_before = feeling_share(model, ids, vocab), predict(model, test_ids)[1]
+    print("\n训练 50 轮（瞎猜的 loss 是 ln 2 = 0.6931）")
+    train(model, ids, labels)
+    print(f"训练集正确率 {(predict(model, ids)[0].argmax(-1) == labels).float().mean():.0%}")
+
+    print("\n预测和注意力" + ("" if args.text else "（三句都不在训练数据里）"))
+    probs, maps = predict(model, test_ids)  # (3, 2)，(3, 4, 4)
+    for i, sentence in enumerate(sentences):
+        print(
+            f"  {sentence!r} → {LABELS[probs[i].argmax()]}（正面 {probs[i, 1]:.4f}，负面 {probs[i, 0]:.4f}）"
+        )
+        print_heat_map([list(vocab)[index] for index in test_ids[i]], maps[i])
+    print("每行一个词，看它把 1 分给了谁；<PAD> 一定分到 0。")
+    print("第一个词放在 love、hate、good 这类词上的注意力（训练集平均）：")
+    print(f"  训练前 {share_before:.2f}，训练后 {feeling_share(model, ids, vocab):.2f}")
+    try:
+        draw_heat_map(sentences[0].split(), maps_before[0], maps[0], OUTPUT_DIR / "attention.png")
+        print(f"图：{OUTPUT_DIR / 'attention.png'}")
+    except ImportError:
+        print("没有装 matplotlib，跳过画图；pip install matplotlib 之后再运行就有图。")
+
+
+if __name__ == "__main__":
+    main()

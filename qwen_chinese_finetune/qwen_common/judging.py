@@ -129,8 +129,12 @@ def _measure_chat(model, tokenizer, questions: list[dict], seed: int) -> tuple[d
 def score_replies(
     reward_model, tokenizer, questions: list[dict], replies: list[dict], batch_size: int = 64
 ) -> torch.Tensor:
-    """奖励模型给每个回复的分，(N,)。"""
-    rows = [prompt_ids(tokenizer, q["messages"]) + r["ids"] for q, r in zip(questions, replies, strict=True)]
+    """奖励模型给每个回复的分，(N,)；与训练它时一样，不给它看结束符。"""
+    stops = set(stop_tokens(tokenizer))
+    rows = [
+        prompt_ids(tokenizer, q["messages"]) + [i for i in r["ids"] if i not in stops]
+        for q, r in zip(questions, replies, strict=True)
+    ]
     scores = torch.empty(len(rows))
     for batch in _by_length(rows, batch_size):
         ids, mask = pad_left([rows[i] for i in batch], tokenizer.pad_token_id, reward_model.device)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from .chatml import answer_ids, prompt_ids
+from .chatml import answer_ids, encode_text, prompt_ids
 from .packing import IGNORE
 
 
-def encode_pair(tokenizer, row: dict) -> dict[str, list[int]]:
-    """一对 → ``prompt_ids``、``chosen_ids``、``rejected_ids``；回答以 <|im_end|> 结尾。"""
+def encode_pair(tokenizer, row: dict, with_end: bool = True) -> dict[str, list[int]]:
+    """一对 → ``prompt_ids``、``chosen_ids``、``rejected_ids``。
+
+    with_end：回答要不要带结尾的 <|im_end|>。DPO 要（说完也是回答的一部分），奖励模型不要（它在最后一个字上打分）。
+    """
+    encode = answer_ids if with_end else encode_text
     return {
         "prompt_ids": prompt_ids(tokenizer, row["prompt"]),
-        "chosen_ids": answer_ids(tokenizer, row["chosen"][-1]["content"]),
-        "rejected_ids": answer_ids(tokenizer, row["rejected"][-1]["content"]),
+        "chosen_ids": encode(tokenizer, row["chosen"][-1]["content"]),
+        "rejected_ids": encode(tokenizer, row["rejected"][-1]["content"]),
     }
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 from nlp_common.cli import UserError
 from nlp_common.device import describe, library_versions, peak_memory_mb, pick_device, seed_everything
 from nlp_common.hub import announce, choose_preset, require_model
+from nlp_common.rows import check_path
 from nlp_common.runs import CHECKPOINT_DONE, RunFolder, file_sha256, load_run, open_run
 
 HOME = Path(__file__).resolve().parent.parent  # qwen_chinese_finetune/

@@ -3,8 +3,8 @@
 它是一台仪器。真实语料里没人知道"最低能到多少 loss""答案到底对不对"；这里每一步随机选择都由程序做出，
 所以文档的信息量（nats）是精确的，每道题的答案也是确定的。各训练阶段有没有效果，在它上面一量便知。
 
-一篇文档 = 故事（五句话） + 几句回顾。回顾要求模型往前看、把故事里的词抄过来：预训练学会"往回看"，
-SFT 只需把这个能力引出来。训练集与留出集按槽位组合的哈希值分开，任何组合只在一边出现。
+一篇文档 = 故事（五句话） + 几句回顾 + 几个清点。回顾要求往前看、把故事里的词抄过来；清点要求认出一个词在不在
+故事里。预训练在每个 token 上学这两样本领，SFT 只需引出前一样（回答问题），奖励模型只需引出后一样（分辨对错）。训练集与留出集按槽位组合的哈希值分开，任何组合只在一边出现。
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import math
 import random
 import zlib
 
+# 每个词的最后一个字只属于它自己：看到这个字，就知道故事里有没有这个词。
 WORLD = {
-    "time": ["清晨", "上午", "中午", "下午", "傍晚", "夜里"],
-    "person": ["小刚", "小红", "小明", "小丽", "小芳", "小强", "小燕", "小龙", "小梅", "小军"],
-    "place": ["花园", "公园", "河边", "学校", "山上", "海边", "市场", "车站", "田里", "湖边"],
-    "color": ["黑色", "白色", "灰色", "棕色", "黄色", "红色"],
-    "animal": ["松鼠", "兔子", "鸽子", "乌龟", "狐狸", "刺猬", "山羊", "鹦鹉", "麻雀", "猴子"],
+    "time": ["清晨", "正午", "傍晚", "深夜", "拂晓", "黄昏"],
+    "person": ["小刚", "小兰", "小明", "小丽", "小芳", "小强", "小燕", "小龙", "小梅", "小军"],
+    "place": ["花园", "学校", "山顶", "海边", "市场", "车站", "田间", "桥头", "书店", "村口"],
+    "color": ["乌黑", "雪白", "银灰", "深棕", "金黄", "火红"],
+    "animal": ["松鼠", "野兔", "信鸽", "乌龟", "狐狸", "刺猬", "山羊", "鹦鹉", "麻雀", "猕猴"],
     "food": ["香蕉", "苹果", "面包", "饼干", "花生", "玉米", "葡萄", "萝卜", "蛋糕", "西瓜"],
     "friend": ["老王", "老李", "老张", "老赵", "老陈", "老周", "老吴", "老郑", "老孙", "老朱"],
-    "mood": ["高兴", "失望", "平静", "难过", "激动", "满意", "害怕", "得意"],
+    "mood": ["高兴", "失望", "平静", "难受", "激动", "满意", "害怕", "骄傲"],
 }
 SLOTS = list(WORLD)
 
@@ -69,7 +70,7 @@ RECAPS = 5  # 每篇文档回顾几个槽位；回顾越多，"往回看"学得�
 STYLES = {"courteous": 0.30, "plain": 0.35, "terse": 0.25, "unhelpful": 0.10}
 # 偏好的次序：越靠前越好。
 QUALITY = ["courteous", "plain", "terse", "wrong", "unhelpful"]
-CLAIMS = 4  # 每篇文档判断几句话的对错；奖励模型靠这个本领分辨对错
+CHECKS = 5  # 每篇文档清点几个词在不在故事里；奖励模型靠这个本领分辨对错
 
 
 class Draw:
@@ -104,14 +105,14 @@ def write_document(
     slots: dict[str, str],
     world: dict[str, list[str]] = WORLD,
     recaps: int = RECAPS,
-    claims: int = CLAIMS,
+    checks: int = CHECKS,
 ) -> str:
     """故事 + 几句回顾 + 清点几个词："花园有"是故事里有花园，"学校无"是没有学校。"""
     text = write_story(draw, slots) + "回想一下，"
     for slot in _pick_several(draw, list(slots), recaps):
         text += SENTENCE[slot].format(**slots) + "。"
     text += "清点一下，"
-    for slot in _pick_several(draw, list(slots), claims):
+    for slot in _pick_several(draw, list(slots), checks):
         present = draw.pick([True, False])
         value = slots[slot] if present else draw.pick([v for v in world[slot] if v != slots[slot]])
         text += value + ("有。" if present else "无。")
@@ -233,7 +234,7 @@ def heldout_questions(n: int, seed: int) -> list[dict]:
 def pairs(n: int, seed: int, heldout: bool = False) -> list[dict]:
     """n 个偏好对 ``{"prompt", "chosen", "rejected", "kinds"}``，好坏的次序见 QUALITY。
 
-    四成是"同一口气、对与错"，逼奖励模型读故事；其余是任意两种口气。
+    一半是"同一口气、对与错"，逼奖励模型读故事；其余是任意两种口气。
     """
     rng = _rng("pairs", seed, heldout)
     rows = []
@@ -241,7 +242,7 @@ def pairs(n: int, seed: int, heldout: bool = False) -> list[dict]:
         question, slots = _question(rng, heldout)
         slot = question["slot"]
         helpful = rng.choice(["courteous", "plain", "terse"])
-        same = rng.random() < float(__import__('os').environ.get('WR','0.4'))  # 同一口气
+        same = rng.random() < 0.5  # 同一口气
         kinds = [helpful, "wrong"] if same else sorted(rng.sample(QUALITY, 2), key=QUALITY.index)
         chosen, rejected = (
             _answer(rng, _mistaken(rng, slots, slot), slot, helpful)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +17,7 @@ from nlp_common.device import describe, pick_device
 from nlp_common.hub import find_model, require_model
 from nlp_common.runs import RUN_FILE, load_run
 
+from .arguments import parse_arguments
 from .loading import load_causal_lm
 from .names import FOLDERS, MODELS
 from .stage import HOME, SCRIPTS, option
@@ -39,7 +38,7 @@ class SpeakSettings:
     model: str | None = option("不用训练结果，改用这个模型：本地文件夹、hub 名或 smollm2")
     output_root: str | None = option("各阶段的结果所在的文件夹；默认 outputs/<预设>，在脚本所在的文件夹里")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
-    max_new_tokens: int | None = option("一次最多生成多少个 token")
+    max_new_tokens: int | None = option("一次最多生成多少个 token；默认由预设定，下面两个也是")
     temperature: float | None = option("采样温度：0 是贪心（每次都选最可能的），越大越随意")
     top_p: float | None = option("核采样：只在概率和刚够 top_p 的那些 token 里选；1 是不限制")
     seed: int = option("随机种子：同一种子，结果相同；tiny 的题目也由它决定", 0)
@@ -53,34 +52,9 @@ class AskSettings(SpeakSettings):
     file: str | None = option("从文件读问题：UTF-8，一行一个；可以与 --questions 一起用")
 
 
-# argparse 的英文报错 → 中文；没有列出的原样显示。
-ARGPARSE_MESSAGES = [
-    (r"argument (--\w+)\S*: invalid choice: '?(.*?)'? \(choose from (.*)\)", r"\1 不认识 \2，可以是 \3"),
-    (r"argument (--\w+)\S*: invalid int value: (.*)", r"\1 要是整数，给的是 \2"),
-    (r"argument (--\w+)\S*: invalid float value: (.*)", r"\1 要是数，给的是 \2"),
-    (r"argument (--\w+)\S*: expected .*", r"\1 后面要写上值"),
-]
-
-
 def parse_settings(settings_class, argv: list[str] | None):
     """命令行 → 设置；不认识的参数、写错的值是 UserError。"""
-    from transformers import HfArgumentParser
-
-    class Parser(HfArgumentParser):
-        def error(self, message: str):
-            for pattern, chinese in ARGPARSE_MESSAGES:
-                message = re.sub(pattern, chinese, message)
-            raise UserError(f"命令行参数不对：{message}。加 --help 看全部参数。")
-
-    # 不许缩写：写错的参数会悄悄变成别的参数。
-    script = sys.modules[settings_class.__module__].__doc__
-    parser = Parser(settings_class, description=script, allow_abbrev=False)
-    settings, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        known = [f"--{each.name}" for each in fields(settings_class)]
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        guess = f"，是不是 {close[0]}？" if close else "。"
-        raise UserError(f"命令行参数不对：不认识 {' '.join(unknown)}{guess}加 --help 看全部参数。")
+    settings = parse_arguments(settings_class, argv)
     for name, allowed, say in (
         ("max_new_tokens", lambda value: value >= 1, "要是正整数"),
         ("temperature", lambda value: value >= 0, "不能是负数"),

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from qwen_common import asking, tiny_world, trying
 from qwen_common.chatml import encode_chat, encode_text
+from qwen_common.generation import stop_tokens
 from qwen_common.loading import end_chat_turns, load_causal_lm
 
 from nlp_common.cli import UserError
@@ -86,8 +87,11 @@ def learn_by_heart(folder: Path, manner: str):
 def outputs(base_folder, tmp_path_factory) -> Path:
     """一组 tiny 结果：没训练过的 pretrain，背熟了两个故事的 sft 和（有礼的）dpo；没有 ppo。"""
     root = tmp_path_factory.mktemp("outputs")
+    base = load_causal_lm(str(base_folder))
+    with torch.no_grad():  # 永远不说结束符：Ctrl-C 的测试要它说个不停
+        base[1].get_input_embeddings().weight[stop_tokens(base[0])] = 0.0
     models = {
-        "pretrain": load_causal_lm(str(base_folder)),
+        "pretrain": base,
         "sft": learn_by_heart(base_folder, STYLES[0]),
         "dpo": learn_by_heart(base_folder, STYLES[1]),
     }

@@ -29,14 +29,10 @@ MODEL_METRICS = {
 }
 
 
-def command(script: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(HOME / script), *SMALL, *arguments]
-
-
-def run(script: str, *arguments: str) -> str:
-    done = subprocess.run(command(script, *arguments), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def start(*arguments: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(HOME / "run_all.py"), *SMALL, *arguments], text=True, **options
+    )
 
 
 def ids(root: Path) -> dict[str, str]:
@@ -46,7 +42,10 @@ def ids(root: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory) -> tuple[Path, str]:
     root = tmp_path_factory.mktemp("chain") / "结果"
-    return root, run("run_all.py", "--output_dir", str(root))
+    process = start("--output_dir", str(root), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return root, out
 
 
 @pytest.fixture(scope="module")
@@ -79,46 +78,43 @@ def test_whole_chain_leaves_a_report(chain):
     assert page.startswith("<!doctype html>") and "<svg" in page
 
 
-def test_second_run_skips_everything(chain):
+def test_second_run_skips_everything(chain, run_all, capsys):
     root, _ = chain
-    before = ids(root), (root / "compare" / "run.json").stat().st_mtime_ns
-    out = run("run_all.py", "--output_dir", str(root))
+    before, compared = ids(root), load_run(root / "compare")
+    started = time.perf_counter()
+    run_all.main([*SMALL, "--output_dir", str(root)])
+    assert time.perf_counter() - started < 15  # 各脚本的库在这个进程里可能还没有导入
+    out = capsys.readouterr().out
     assert out.count("已有训练结果，直接加载") == 5 and "已有比较结果，直接加载" in out
-    assert (ids(root), (root / "compare" / "run.json").stat().st_mtime_ns) == before
-    report = json.loads((root / "report.json").read_text(encoding="utf-8"))
-    assert report["wall_seconds"] < 30
+    assert ids(root) == before and load_run(root / "compare") == compared
 
 
-def test_one_process_gives_the_same_models_as_separate_scripts(chain):
+def test_one_process_gives_the_same_models_as_separate_scripts(chain, load_script):
     """前面的阶段用掉的随机数、改过的全局状态，都不影响后面的阶段。"""
     root, _ = chain
     before = ids(root)
-    run("ppo_alignment.py", "--output_dir", str(root / "ppo"), "--retrain")
+    load_script("ppo_alignment").main([*SMALL, "--output_dir", str(root / "ppo"), "--retrain"])
     assert ids(root) == before
 
 
-def test_killed_chain_goes_on(chain, tmp_path):
+def test_killed_chain_goes_on(chain, run_all, tmp_path, capsys):
     root = tmp_path / "again"
-    process = subprocess.Popen(
-        command("run_all.py", "--output_dir", str(root)),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = start("--output_dir", str(root), start_new_session=True, **quiet)
     deadline = time.time() + 120
     while not (root / "sft").exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (root / "report.json").exists()
-    out = run("run_all.py", "--output_dir", str(root))
-    assert "已有训练结果" in out and ids(root) == ids(chain[0])
+    run_all.main([*SMALL, "--output_dir", str(root)])
+    assert "已有训练结果" in capsys.readouterr().out and ids(root) == ids(chain[0])
 
 
-def test_until_stops_early_and_reports_only_that(chain, tmp_path):
+def test_until_stops_early_and_reports_only_that(run_all, tmp_path, capsys):
     root = tmp_path / "part"
-    out = run("run_all.py", "--output_dir", str(root), "--until", "pretrain")
-    assert "1/1 预训练" in out and not (root / "sft").exists()
+    run_all.main([*SMALL, "--output_dir", str(root), "--until", "pretrain"])
+    assert "1/1 预训练" in capsys.readouterr().out and not (root / "sft").exists()
     report = json.loads((root / "report.json").read_text(encoding="utf-8"))
     assert list(report["stages"]) == ["pretrain"] and report["models"] == {}
 
