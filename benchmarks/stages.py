@@ -44,7 +44,16 @@ def prepare(folder: Path, args) -> tuple[str, dict[str, str]]:
 def ours(stage: str, model: str, data: str, folder: Path) -> dict:
     """运行读者运行的那个脚本，从 run.json 里读速度。"""
     out = folder / f"ours-{stage}"
-    command = [sys.executable, str(QWEN / SCRIPTS[stage]), "--preset", "tiny", "--model", model, "--dataset", data]
+    command = [
+        sys.executable,
+        str(QWEN / SCRIPTS[stage]),
+        "--preset",
+        "tiny",
+        "--model",
+        model,
+        "--dataset",
+        data,
+    ]
     command += ["--output_dir", str(out), "--per_device_train_batch_size", str(BATCH), "--max_length", "1024"]
     command += ["--max_train_samples", "100000", "--max_eval_samples", "16", "--num_train_epochs", "1"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -97,7 +106,9 @@ def run_peer(stage: str, model: str, data: str, checkpointing: bool, folder: Pat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stages", nargs="+", default=list(SCRIPTS), choices=list(SCRIPTS))
     parser.add_argument("--model", help="模型文件夹；默认是没训练过的小模型")
     parser.add_argument("--chats", help="SFT 的行（jsonl）；默认用小世界的 3000 段对话")

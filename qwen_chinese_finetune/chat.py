@@ -21,18 +21,18 @@ switch base 之后就答非所问了。
 from nlp_common.cli import UserError, run_main
 from nlp_common.hub import prepare_environment
 
-prepare_environment()
+prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
 
-from collections import deque  # noqa: E402  HF_ENDPOINT 等要先设好，再导入 Hugging Face 的库
-from dataclasses import dataclass, field  # noqa: E402
-from typing import Literal  # noqa: E402
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
 
-from qwen_common import tiny_world  # noqa: E402
-from qwen_common.asking import Reply, printable, room, say, story_then_question  # noqa: E402
-from qwen_common.chatml import prompt_ids  # noqa: E402
-from qwen_common.names import FOLDERS, MODELS  # noqa: E402
-from qwen_common.stage import SCRIPTS, option  # noqa: E402
-from qwen_common.trying import (  # noqa: E402
+from qwen_common import tiny_world
+from qwen_common.asking import Reply, printable, room, say, story_then_question
+from qwen_common.chatml import prompt_ids
+from qwen_common.names import FOLDERS, MODELS
+from qwen_common.stage import SCRIPTS, option
+from qwen_common.trying import (
     Results,
     Speaker,
     SpeakSettings,

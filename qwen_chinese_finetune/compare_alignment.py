@@ -18,26 +18,30 @@ DPO 和 PPO 差不多一样准，又对、又完整、又有礼的回答到九�
 from nlp_common.cli import UserError, run_main
 from nlp_common.hub import prepare_environment
 
-prepare_environment()
+prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
 
-import json  # noqa: E402  HF_ENDPOINT 等要先设好，再导入 Hugging Face 的库
-import time  # noqa: E402
-from dataclasses import asdict, dataclass, field  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Literal  # noqa: E402
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
 
-from qwen_common.arguments import parse_arguments  # noqa: E402
-from qwen_common.chatml import prompt_ids  # noqa: E402
-from qwen_common.compare_inputs import (  # noqa: E402
+from rich.console import Console
+
+from nlp_common.device import describe, library_versions, peak_memory_mb, pick_device
+from nlp_common.runs import RunFolder, differences, load_run, open_run
+from qwen_common.arguments import parse_arguments
+from qwen_common.chatml import prompt_ids
+from qwen_common.compare_inputs import (
     check_same_vocab,
     find_models,
     find_root,
     load_questions,
     parse_models,
 )
-from qwen_common.comparison import show_lengths, show_metrics, show_samples  # noqa: E402
-from qwen_common.data import drop_long  # noqa: E402
-from qwen_common.judging import (  # noqa: E402
+from qwen_common.comparison import show_lengths, show_metrics, show_samples
+from qwen_common.data import drop_long
+from qwen_common.judging import (
     distinct_n,
     judge,
     measure_chat,
@@ -45,13 +49,9 @@ from qwen_common.judging import (  # noqa: E402
     score_replies,
     token_kl,
 )
-from qwen_common.loading import load_causal_lm, load_reward_model, load_tokenizer  # noqa: E402
-from qwen_common.names import MODELS  # noqa: E402
-from qwen_common.stage import option  # noqa: E402
-from rich.console import Console  # noqa: E402
-
-from nlp_common.device import describe, library_versions, peak_memory_mb, pick_device  # noqa: E402
-from nlp_common.runs import RunFolder, differences, load_run, open_run  # noqa: E402
+from qwen_common.loading import load_causal_lm, load_reward_model, load_tokenizer
+from qwen_common.names import MODELS
+from qwen_common.stage import option
 
 MODES = {
     "all": ("base", "sft", "dpo", "ppo"),

@@ -16,24 +16,24 @@
 from nlp_common.cli import run_main
 from nlp_common.hub import prepare_environment
 
-prepare_environment()
+prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
 
-from dataclasses import dataclass  # noqa: E402  HF_ENDPOINT 等要先设好，再导入 Hugging Face 的库
+from dataclasses import dataclass
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from trl import DPOConfig, DPOTrainer  # noqa: E402
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
 
-from qwen_common import tiny_world  # noqa: E402
-from qwen_common.data import EVAL_SEED, drop_long, load_train_and_eval  # noqa: E402
-from qwen_common.judging import measure_chat  # noqa: E402
-from qwen_common.loading import end_chat_turns, load_causal_lm  # noqa: E402
-from qwen_common.packing import IGNORE  # noqa: E402
-from qwen_common.preference import collate_pairs, encode_pair, pair_length  # noqa: E402
-from qwen_common.schemas import to_pairs  # noqa: E402
-from qwen_common.stage import Stage, StageSettings, open_stage, option, parse_settings  # noqa: E402
-from qwen_common.training import (  # noqa: E402
+from qwen_common import tiny_world
+from qwen_common.data import EVAL_SEED, drop_long, load_train_and_eval
+from qwen_common.judging import measure_chat
+from qwen_common.loading import end_chat_turns, load_causal_lm
+from qwen_common.packing import IGNORE
+from qwen_common.preference import collate_pairs, encode_pair, pair_length
+from qwen_common.schemas import to_pairs
+from qwen_common.stage import Stage, StageSettings, open_stage, option, parse_settings
+from qwen_common.training import (
     Bucketed,
     Progress,
     loss_curve,
@@ -44,10 +44,10 @@ from qwen_common.training import (  # noqa: E402
 PRESETS = {
     "tiny": {
         "dataset": "tiny_world",
-        "max_train_samples": 2000,
+        "max_train_samples": 3000,
         "max_length": 256,
         "per_device_train_batch_size": 16,
-        "learning_rate": 3e-4,
+        "learning_rate": 5e-4,
     },
     "full": {
         "dataset": "shibing624/DPO-En-Zh-20k-Preference:zh",

@@ -21,32 +21,31 @@
 from nlp_common.cli import run_main
 from nlp_common.hub import prepare_environment
 
-prepare_environment()
+prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
 
-import random  # noqa: E402  HF_ENDPOINT 等要先设好，再导入 Hugging Face 的库
-import time  # noqa: E402
-from collections import defaultdict  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
+import random
+import time
+from collections import defaultdict
+from dataclasses import dataclass
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
 
-from nlp_common.device import precision  # noqa: E402
-from qwen_common import tiny_world  # noqa: E402
-from qwen_common.chatml import prompt_ids  # noqa: E402
-from qwen_common.checkpoints import load_training_state, save_training_state  # noqa: E402
-from qwen_common.data import EVAL_SEED, drop_long, load_train_and_eval, to_questions  # noqa: E402
-from qwen_common.generation import pad_left, stop_tokens, stream_tokens  # noqa: E402
-from qwen_common.judging import measure_chat, reply_to, score_replies, token_kl  # noqa: E402
-from qwen_common.loading import (  # noqa: E402
+from nlp_common.device import precision
+from qwen_common.chatml import prompt_ids
+from qwen_common.checkpoints import load_training_state, save_training_state
+from qwen_common.data import drop_long, load_train_and_eval, to_questions
+from qwen_common.generation import pad_left, stop_tokens, stream_tokens
+from qwen_common.judging import measure_chat, reply_to, score_replies, token_kl
+from qwen_common.loading import (
     end_chat_turns,
     load_causal_lm,
     load_reward_model,
     load_value_model,
 )
-from qwen_common.stage import Stage, StageSettings, open_stage, option, parse_settings  # noqa: E402
-from qwen_common.training import progress_bar  # noqa: E402
+from qwen_common.stage import Stage, StageSettings, open_stage, option, parse_settings
+from qwen_common.training import progress_bar
 
 PRESETS = {
     "tiny": {
@@ -273,9 +272,7 @@ def ppo_step(models: Models, optimizers: dict, prompts, tokenizer, settings, acc
             old_logps = response_logps(models.policy, rollout, settings.temperature)
             ref_logps = response_logps(models.reference, rollout, settings.temperature)
             old_values = response_values(models.value, rollout)
-        scores = score_responses(
-            models.reward, rollout, tokenizer.pad_token_id, settings.missing_end_penalty
-        )
+        scores = score_responses(models.reward, rollout, tokenizer.pad_token_id, settings.missing_end_penalty)
     rewards = token_rewards(scores, old_logps, ref_logps, rollout.mask, settings.kl_coef)
     advantages, returns = gae(rewards, old_values, rollout.mask, settings.gamma, settings.lam)
     advantages = whiten(advantages, rollout.mask)

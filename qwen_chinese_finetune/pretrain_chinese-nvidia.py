@@ -18,10 +18,10 @@
 from nlp_common.cli import run_main
 from nlp_common.hub import prepare_environment
 
-prepare_environment()
+prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
 
-from qwen_common import pretraining  # noqa: E402  HF_ENDPOINT 等要先设好
-from qwen_common.stage import StageSettings, parse_settings  # noqa: E402
+from qwen_common import pretraining
+from qwen_common.stage import StageSettings, parse_settings
 
 PRESETS = {
     "tiny": pretraining.TINY,

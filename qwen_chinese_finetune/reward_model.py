@@ -17,21 +17,21 @@
 from nlp_common.cli import run_main
 from nlp_common.hub import prepare_environment
 
-prepare_environment()
+prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
 
-from statistics import mean  # noqa: E402  HF_ENDPOINT 等要先设好，再导入 Hugging Face 的库
+from statistics import mean
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from trl import RewardConfig, RewardTrainer  # noqa: E402
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from trl import RewardConfig, RewardTrainer
 
-from qwen_common.data import drop_long, load_train_and_eval  # noqa: E402
-from qwen_common.loading import load_reward_model, load_tokenizer  # noqa: E402
-from qwen_common.preference import collate_pairs, encode_pair, pair_length  # noqa: E402
-from qwen_common.schemas import to_pairs  # noqa: E402
-from qwen_common.stage import Stage, StageSettings, open_stage, parse_settings  # noqa: E402
-from qwen_common.training import (  # noqa: E402
+from qwen_common.data import drop_long, load_train_and_eval
+from qwen_common.loading import load_reward_model, load_tokenizer
+from qwen_common.preference import collate_pairs, encode_pair, pair_length
+from qwen_common.schemas import to_pairs
+from qwen_common.stage import Stage, StageSettings, open_stage, parse_settings
+from qwen_common.training import (
     Bucketed,
     Progress,
     loss_curve,
@@ -42,7 +42,7 @@ from qwen_common.training import (  # noqa: E402
 PRESETS = {
     "tiny": {
         "dataset": "tiny_world",
-        "max_train_samples": 3000,
+        "max_train_samples": 2000,
         "max_length": 256,
         "per_device_train_batch_size": 16,
         "learning_rate": 1e-3,

@@ -19,29 +19,29 @@ import time
 
 STARTED = time.perf_counter()  # 用时从这里算起：导入几个大库也要几秒
 
-from nlp_common.cli import UserError, run_main  # noqa: E402
-from nlp_common.hub import prepare_environment  # noqa: E402
+from nlp_common.cli import UserError, run_main
+from nlp_common.hub import prepare_environment
 
-prepare_environment()
+prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
 
-import gc  # noqa: E402  HF_ENDPOINT 等要先设好，再导入 Hugging Face 的库
-import importlib.util  # noqa: E402
-import sys  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from pathlib import Path  # noqa: E402
-from types import ModuleType  # noqa: E402
-from typing import Literal  # noqa: E402
+import gc
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
 
-import torch  # noqa: E402
-from qwen_common.arguments import parse_arguments  # noqa: E402
-from qwen_common.names import STAGES, highlights  # noqa: E402
-from qwen_common.report import write_report  # noqa: E402
-from qwen_common.stage import FULL_MODEL, HOME, SCRIPTS, option  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+import torch
+from rich.console import Console
+from rich.table import Table
 
-from nlp_common.device import accelerator_available, describe, peak_memory_mb, pick_device  # noqa: E402
-from nlp_common.hub import announce, choose_preset  # noqa: E402
+from nlp_common.device import accelerator_available, describe, peak_memory_mb, pick_device
+from nlp_common.hub import announce, choose_preset
+from qwen_common.arguments import parse_arguments
+from qwen_common.names import STAGES, highlights
+from qwen_common.report import write_report
+from qwen_common.stage import FULL_MODEL, HOME, SCRIPTS, option
 
 WHAT = {
     "pretrain": "在文档上学续写",

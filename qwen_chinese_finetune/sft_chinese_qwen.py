@@ -17,25 +17,25 @@
 from nlp_common.cli import run_main
 from nlp_common.hub import prepare_environment
 
-prepare_environment()
+prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
 
-from dataclasses import dataclass  # noqa: E402  HF_ENDPOINT 等要先设好，再导入 Hugging Face 的库
+from dataclasses import dataclass
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.text import Text  # noqa: E402
-from transformers import Trainer, TrainingArguments  # noqa: E402
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.text import Text
+from transformers import Trainer, TrainingArguments
 
-from qwen_common import tiny_world  # noqa: E402
-from qwen_common.chatml import encode_chat  # noqa: E402
-from qwen_common.data import EVAL_SEED, drop_long, load_train_and_eval  # noqa: E402
-from qwen_common.judging import measure_chat, reply_to  # noqa: E402
-from qwen_common.loading import end_chat_turns, load_causal_lm  # noqa: E402
-from qwen_common.packing import IGNORE  # noqa: E402
-from qwen_common.schemas import to_chats  # noqa: E402
-from qwen_common.stage import Stage, StageSettings, open_stage, option, parse_settings  # noqa: E402
-from qwen_common.training import Bucketed, Progress, loss_curve, run_trainer, training_kwargs  # noqa: E402
+from qwen_common import tiny_world
+from qwen_common.chatml import encode_chat
+from qwen_common.data import EVAL_SEED, drop_long, load_train_and_eval
+from qwen_common.judging import measure_chat, reply_to
+from qwen_common.loading import end_chat_turns, load_causal_lm
+from qwen_common.packing import IGNORE
+from qwen_common.schemas import to_chats
+from qwen_common.stage import Stage, StageSettings, open_stage, option, parse_settings
+from qwen_common.training import Bucketed, Progress, loss_curve, run_trainer, training_kwargs
 
 PRESETS = {
     "tiny": {

@@ -18,12 +18,13 @@ DPO 之后几乎总是完整又有礼，而故事里的事仍然答得对。
 from nlp_common.cli import UserError, run_main
 from nlp_common.hub import prepare_environment
 
-prepare_environment()
+prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
 
-from dataclasses import dataclass  # noqa: E402  HF_ENDPOINT 等要先设好，再导入 Hugging Face 的库
-from typing import Literal  # noqa: E402
+from dataclasses import dataclass
+from typing import Literal
 
-from qwen_common.asking import (  # noqa: E402
+from nlp_common.hub import require_model
+from qwen_common.asking import (
     answer,
     ask_all,
     load_questions,
@@ -32,10 +33,10 @@ from qwen_common.asking import (  # noqa: E402
     story_then_question,
     user_question,
 )
-from qwen_common.chatml import prompt_ids  # noqa: E402
-from qwen_common.names import MODELS  # noqa: E402
-from qwen_common.stage import option  # noqa: E402
-from qwen_common.trying import (  # noqa: E402
+from qwen_common.chatml import prompt_ids
+from qwen_common.names import MODELS
+from qwen_common.stage import option
+from qwen_common.trying import (
     AskSettings,
     Results,
     Speaker,
@@ -45,8 +46,6 @@ from qwen_common.trying import (  # noqa: E402
     read_line,
     run_record,
 )
-
-from nlp_common.hub import require_model  # noqa: E402
 
 DEFAULTS = {
     # 小世界里用温度 1：口气改了没有，采样才看得出来，preferred_rate 也是这样量的。

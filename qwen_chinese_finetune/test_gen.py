@@ -17,12 +17,12 @@
 from nlp_common.cli import run_main
 from nlp_common.hub import prepare_environment
 
-prepare_environment()
+prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
 
-from qwen_common import tiny_world  # noqa: E402  HF_ENDPOINT 等要先设好，再导入 Hugging Face 的库
-from qwen_common.asking import answer, read_lines, show_speakers  # noqa: E402
-from qwen_common.chatml import encode_text  # noqa: E402
-from qwen_common.trying import AskSettings, Speaker, find_results, load_speaker, parse_settings  # noqa: E402
+from qwen_common import tiny_world
+from qwen_common.asking import answer, read_lines, show_speakers
+from qwen_common.chatml import encode_text
+from qwen_common.trying import AskSettings, Speaker, find_results, load_speaker, parse_settings
 
 DEFAULTS = {
     "tiny": {"max_new_tokens": 160, "temperature": 0.0, "top_p": 1.0},

@@ -17,10 +17,10 @@
 from nlp_common.cli import run_main
 from nlp_common.hub import prepare_environment
 
-prepare_environment()
+prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
 
-from qwen_common.asking import ask_all, load_questions  # noqa: E402  HF_ENDPOINT 等要先设好
-from qwen_common.trying import AskSettings, find_results, load_speaker, parse_settings  # noqa: E402
+from qwen_common.asking import ask_all, load_questions
+from qwen_common.trying import AskSettings, find_results, load_speaker, parse_settings
 
 DEFAULTS = {
     # 小世界里用温度 1：口气改了没有，采样才看得出来，preferred_rate 也是这样量的。

@@ -3,11 +3,8 @@
 你会学到
   1. 自注意力 = softmax(QKᵀ/√d)V：每个词拿自己的 Q 去比所有词的 K，比得越像，分到的 V 越多。
   2. 编码器一层的次序：LayerNorm(x + 自注意力(x))，再 LayerNorm(x + 前馈网络(x))。
-  3. 注意力本身不知道次序，所以给每个位置也学一个向量，加到词向量上。
-  4. <PAD> 的分数在 softmax 之前换成负无穷，它的权重就正好是 0。
-怎么运行
-  python transformer_sentiment_classification.py
-  python transformer_sentiment_classification.py --seed 3 --text "we love this food"
+  3. 注意力不知道次序，所以每个位置也学一个向量；<PAD> 的分数换成负无穷，softmax 之后正好是 0。
+怎么运行：python transformer_sentiment_classification.py [--seed 3] [--text "we love this food"]
 应当看到（种子 0，种子 0–9 的范围见 README）
   loss 50 轮从 0.7058 降到 0.0001 以下；第一个词（分类用它）放在 love、hate 这类词上的注意力
   从 0.29（平均分）升到 0.99；热力图打印在终端，也存在 outputs/attention.png。
@@ -21,8 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-PAD, MAX_LENGTH = 0, 8
-LABELS = ["负面", "正面"]
+PAD, MAX_LENGTH, LABELS = 0, 8, ["负面", "正面"]
 OUTPUT_DIR = Path(__file__).resolve().parent / "outputs"
 
 # ---------- 1. 数据：用两种句式拼出来；1 正面，0 负面 ----------
@@ -48,18 +44,15 @@ def build_vocab(data):
 
 def encode(sentences, vocab):
     """一批句子 → 编号 (B, T)，短的在右边补 <PAD>。"""
-    rows = [sentence.lower().split() for sentence in sentences]
-    known = " ".join(list(vocab)[1:])
+    known, rows = " ".join(list(vocab)[1:]), [sentence.lower().split() for sentence in sentences]
     for words in rows:
         if not 1 <= len(words) <= MAX_LENGTH:
-            raise SystemExit(
-                f"错误：--text {' '.join(words)!r} 有 {len(words)} 个词，要 1 到 {MAX_LENGTH} 个。"
-            )
+            raise SystemExit(f"错误：--text 要 1 到 {MAX_LENGTH} 个词，现在有 {len(words)} 个：{words}")
         for word in words:
             if word not in vocab:
                 raise SystemExit(f"错误：--text 里的 {word!r} 没有学过。可以用的词：{known}")
-    longest = max(map(len, rows))
-    return torch.tensor([[vocab[w] for w in words] + [PAD] * (longest - len(words)) for words in rows])
+    tensors = [torch.tensor([vocab[word] for word in words]) for words in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=PAD)
 
 
 # ---------- 2. 模型 ----------
@@ -98,19 +91,15 @@ class EncoderLayer(nn.Module):
     def forward(self, x, mask):  # (B, T, C)，(B, T)
         attended, weights = self.attention(x, mask)
         x = self.norm1(x + attended)  # 残差：先把原来的 x 加回来，再归一
-        x = self.norm2(x + self.feed_forward(x))
-        return x, weights
+        return self.norm2(x + self.feed_forward(x)), weights
 
 
-class TransformerClassifier(nn.Module):
-    """词向量 + 位置向量 → 编码器一层 → 第一个位置 → 2 类。"""
-
+class TransformerClassifier(nn.Module):  # 词向量 + 位置向量 → 编码器一层 → 第一个位置 → 2 类
     def __init__(self, vocab_size, dim=8, hidden=16, num_classes=2, max_length=MAX_LENGTH):
         super().__init__()
         self.embedding, self.position = nn.Embedding(vocab_size, dim), nn.Embedding(max_length, dim)
-        # 从小的数开始：一开始谁和谁都差不多，注意力接近平均分，看谁多一点全是学来的。
-        nn.init.normal_(self.embedding.weight, std=0.1)
-        nn.init.normal_(self.position.weight, std=0.1)
+        for table in (self.embedding, self.position):  # 从小的数开始：注意力一开始接近平均分，之后全是学来的
+            nn.init.normal_(table.weight, std=0.1)
         self.layer = EncoderLayer(dim, hidden)
         self.output = nn.Linear(dim, num_classes)
 
@@ -119,17 +108,15 @@ class TransformerClassifier(nn.Module):
         return self.layer(x, ids != PAD)  # (B, T, C)，(B, T, T)
 
     def forward(self, ids):
-        states, _ = self.encode(ids)
-        return self.output(states[:, 0])  # (B, 2)：第一个位置看过了整句，用它代表整句
+        return self.output(self.encode(ids)[0][:, 0])  # (B, 2)：第一个位置看过了整句，用它代表整句
 
 
 # ---------- 3. 训练 ----------
 def train(model, ids, labels, epochs=50, lr=0.04):
-    loss_function = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     model.train()
     for epoch in range(1, epochs + 1):
-        loss = loss_function(model(ids), labels)
+        loss = nn.functional.cross_entropy(model(ids), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -155,9 +142,8 @@ def feeling_share(model, ids, vocab):
 def print_heat_map(words, weights):
     """终端里的热力图：每一行是一个词怎样分配它的注意力；<PAD> 那几行没有人用。weights (T, T)。"""
     print(" " * 13 + "".join(f"{word:9s}" for word in words))
-    for word, row in zip(words, weights.tolist(), strict=True):
-        if word != "<PAD>":
-            print(f"    {word:9s}" + "".join(f"{p:.2f} {' ▁▂▃▄▅▆▇█'[round(p * 8)]}   " for p in row))
+    for word, row in zip([word for word in words if word != "<PAD>"], weights.tolist(), strict=False):
+        print(f"    {word:9s}" + "".join(f"{p:.2f} {' ▁▂▃▄▅▆▇█'[round(p * 8)]}   " for p in row))
 
 
 def draw_heat_map(words, before, after, path):
@@ -165,11 +151,11 @@ def draw_heat_map(words, before, after, path):
     from matplotlib.figure import Figure  # 画图时才导入，不拖慢启动；不用 pyplot，也就不需要屏幕
 
     figure, ticks = Figure(figsize=(10, 4.4), layout="constrained"), range(len(words))
-    for axes, weights in zip(figure.subplots(1, 2), (before, after), strict=True):
+    panels = zip(figure.subplots(1, 2), (before, after), ("before training", "after training"), strict=True)
+    for axes, weights, title in panels:
         axes.imshow(weights[: len(words), : len(words)], cmap="Blues", vmin=0, vmax=1)
-        axes.set(xticks=ticks, xticklabels=words, xlabel="looks at (key)")
-        axes.set(yticks=ticks, yticklabels=words, ylabel="word (query)")
-        axes.set_title("before training" if weights is before else "after training")
+        axes.set(xticks=ticks, xticklabels=words, yticks=ticks, yticklabels=words)
+        axes.set(title=title, xlabel="looks at (key)", ylabel="word (query)")
         for i, j in product(ticks, repeat=2):
             color = "white" if weights[i, j] > 0.5 else "black"
             axes.text(j, i, f"{weights[i, j]:.2f}", ha="center", va="center", color=color)
@@ -190,24 +176,19 @@ def main():
     sentences = args.text or TEST_SENTENCES
     test_ids = encode(sentences, vocab)  # (3, 4)
     model = TransformerClassifier(len(vocab))
-
     print(f"要看的事：没有人告诉它哪个词重要，训练后第一个词会去看谁？（种子 {args.seed}）")
-    print(f"训练 {len(DATA)} 句，例如 {DATA[0][0]!r}；词表 {len(vocab)} 个，输入形状 {tuple(ids.shape)}")
+    print(f"训练 {len(DATA)} 句，例如 {DATA[0][0]!r}；词表 {len(vocab)} 个，输入形状 {tuple(ids.shape)}\n")
     share_before, maps_before = feeling_share(model, ids, vocab), predict(model, test_ids)[1]
-    print("\n训练 50 轮（瞎猜的 loss 是 ln 2 = 0.6931）")
+    print("训练 50 轮（瞎猜的 loss 是 ln 2 = 0.6931）")
     train(model, ids, labels)
     print(f"训练集正确率 {(predict(model, ids)[0].argmax(-1) == labels).float().mean():.0%}")
-
     print("\n预测和注意力" + ("" if args.text else "（三句都不在训练数据里）"))
     probs, maps = predict(model, test_ids)  # (3, 2)，(3, 4, 4)
     for i, sentence in enumerate(sentences):
-        print(
-            f"  {sentence!r} → {LABELS[probs[i].argmax()]}（正面 {probs[i, 1]:.4f}，负面 {probs[i, 0]:.4f}）"
-        )
+        print(f"  {sentence!r} → {LABELS[probs[i].argmax()]}（正面的概率 {probs[i, 1]:.4f}）")
         print_heat_map([list(vocab)[index] for index in test_ids[i]], maps[i])
-    print("每行一个词，看它把 1 分给了谁；<PAD> 一定分到 0。")
-    print("第一个词放在 love、hate、good 这类词上的注意力（训练集平均）：")
-    print(f"  训练前 {share_before:.2f}，训练后 {feeling_share(model, ids, vocab):.2f}")
+    print("每行一个词，看它把 1 分给了谁；<PAD> 一定分到 0。第一个词放在 love、hate、good 这类词上的")
+    print(f"注意力（训练集平均）：训练前 {share_before:.2f}，训练后 {feeling_share(model, ids, vocab):.2f}")
     try:
         draw_heat_map(sentences[0].split(), maps_before[0], maps[0], OUTPUT_DIR / "attention.png")
         print(f"图：{OUTPUT_DIR / 'attention.png'}")

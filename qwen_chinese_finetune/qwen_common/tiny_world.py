@@ -232,18 +232,21 @@ def heldout_questions(n: int, seed: int) -> list[dict]:
 
 
 def pairs(n: int, seed: int, heldout: bool = False) -> list[dict]:
-    """n 个偏好对 ``{"prompt", "chosen", "rejected", "kinds"}``，好坏的次序见 QUALITY。
-
-    一半是"同一口气、对与错"，逼奖励模型读故事；其余是任意两种口气。
-    """
+    """n 个偏好对 ``{"prompt", "chosen", "rejected", "kinds"}``，好坏的次序见 QUALITY。"""
     rng = _rng("pairs", seed, heldout)
     rows = []
     for _ in range(n):
         question, slots = _question(rng, heldout)
         slot = question["slot"]
         helpful = rng.choice(["courteous", "plain", "terse"])
-        same = rng.random() < 0.5  # 同一口气
-        kinds = [helpful, "wrong"] if same else sorted(rng.sample(QUALITY, 2), key=QUALITY.index)
+        kinds = rng.choices(
+            [
+                [helpful, "wrong"],  # 同一口气，对与错：逼奖励模型读故事
+                ["courteous", rng.choice(QUALITY[1:])],
+                sorted(rng.sample(QUALITY, 2), key=QUALITY.index),
+            ],
+            [0.3, 0.4, 0.3],
+        )[0]
         chosen, rejected = (
             _answer(rng, _mistaken(rng, slots, slot), slot, helpful)
             if kind == "wrong"

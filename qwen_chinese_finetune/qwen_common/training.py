@@ -62,11 +62,21 @@ class Bucketed:
 def training_kwargs(stage: Stage) -> dict:
     """settings → TrainingArguments / DPOConfig / RewardConfig 共有的参数。"""
     s = stage.settings
-    names = (
-        "per_device_train_batch_size gradient_accumulation_steps learning_rate num_train_epochs max_steps "
-        "warmup_steps weight_decay max_grad_norm lr_scheduler_type "
-        "dataloader_num_workers logging_steps save_steps seed"
-    ).split()
+    names = [
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "num_train_epochs",
+        "max_steps",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "lr_scheduler_type",
+        "dataloader_num_workers",
+        "logging_steps",
+        "save_steps",
+        "seed",
+    ]
     # transformers 5.23 起改名；TRL 的配置默认开着它，所以总要写明
     fields = TrainingArguments.__dataclass_fields__
     checkpointing = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in fields)

@@ -13,6 +13,7 @@ from nlp_common.hub import prepare_environment
 prepare_environment()  # 要在导入任何 Hugging Face 库之前
 
 import torch  # noqa: E402
+
 from qwen_common import tiny_model  # noqa: E402
 from qwen_common.loading import end_chat_turns, load_causal_lm, load_reward_model, load_tokenizer  # noqa: E402
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from qwen_common import tiny_model, tiny_world
 
 HOME = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"

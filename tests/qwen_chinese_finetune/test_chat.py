@@ -15,13 +15,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+
+from nlp_common.cli import UserError
+from nlp_common.runs import RunFolder
 from qwen_common import asking, tiny_world, trying
 from qwen_common.chatml import encode_chat, encode_text
 from qwen_common.generation import stop_tokens
 from qwen_common.loading import end_chat_turns, load_causal_lm
-
-from nlp_common.cli import UserError
-from nlp_common.runs import RunFolder
 
 QWEN = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"
 STYLES = ("", "好的，")  # sft 直接答，dpo 先说一句客气话

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+from trl.chat_template_utils import qwen3_training_chat_template
+
 from qwen_common import tiny_world
 from qwen_common.chatml import answer_ids, encode_chat, encode_text, prompt_ids
 from qwen_common.loading import load_tokenizer
@@ -14,8 +17,6 @@ from qwen_common.packing import IGNORE
 from qwen_common.preference import encode_pair
 from qwen_common.schemas import to_chats
 from qwen_common.tiny_model import CHAT_TEMPLATE, IM_END, IM_START
-from trl import SFTConfig, SFTTrainer
-from trl.chat_template_utils import qwen3_training_chat_template
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 QWEN3 = SHARED / "tokenizers" / "qwen3"
@@ -191,10 +192,11 @@ def test_prompt_and_answer_join_into_the_chat(tokenizer):
 def test_pairs_share_the_prompt_and_end_with_im_end(tokenizer):
     end = tokenizer.convert_tokens_to_ids(IM_END)
     for row in tiny_world.pairs(30, 2):
-        pair = encode_pair(tokenizer, row)
+        pair, bare = (encode_pair(tokenizer, row, with_end=with_end) for with_end in (True, False))
         for kind in ("chosen", "rejected"):
             ids, mask = encode_chat(tokenizer, row["prompt"] + row[kind])
             answer = pair[f"{kind}_ids"]
             assert pair["prompt_ids"] + answer == ids[:-1]
             assert answer[-1] == end and answer.count(end) == 1
             assert all(mask[len(pair["prompt_ids"]) : -1])
+            assert bare[f"{kind}_ids"] == answer[:-1] and bare["prompt_ids"] == pair["prompt_ids"]

@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
+
+from nlp_common.cli import UserError
+from nlp_common.runs import load_run
 from qwen_common import judging, tiny_world
 from qwen_common.comparison import length_bins, mark_of, printable
 from qwen_common.judging import distinct_n, judge, measure_chat, reply_to, score_replies, token_kl
 from qwen_common.loading import load_causal_lm
-
-from nlp_common.cli import UserError
-from nlp_common.runs import load_run
 
 SETTINGS = {"dataset": "tiny_world", "eval_dataset": None, "max_new_tokens": 24}
 

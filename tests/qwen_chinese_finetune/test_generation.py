@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TopPLogitsWarper
+
 from qwen_common import tiny_world
 from qwen_common.chatml import prompt_ids
 from qwen_common.generation import generate, pad_left, pick_next, stop_tokens, stream_tokens
 from qwen_common.judging import reply_to, score_replies, token_kl
-from transformers import TopPLogitsWarper
 
 LENGTH = 20
 
@@ -259,11 +260,14 @@ def test_token_kl_equals_an_explicit_sum(model64, reference64, chat_tokenizer, a
 
 
 def test_score_replies_equals_scoring_one_by_one(reward64, chat_tokenizer, answered):
+    """奖励模型训练时没见过结束符，打分时也不给它看。"""
     questions, replies = answered
     scores = score_replies(reward64, chat_tokenizer, questions, replies, batch_size=4)
     assert scores.shape == (7,) and scores.std() > 1e-2
+    stops = stop_tokens(chat_tokenizer)
     for question, reply, score in zip(questions, replies, scores.tolist(), strict=True):
-        ids = torch.tensor([prompt_ids(chat_tokenizer, question["messages"]) + reply["ids"]])
+        said = [i for i in reply["ids"] if i not in stops]
+        ids = torch.tensor([prompt_ids(chat_tokenizer, question["messages"]) + said])
         with torch.no_grad():
             hidden = reward64.model(input_ids=ids).last_hidden_state[0, -1]
         # 左填充的行位置整体后移：旋转位置编码只看相对位置，结果只差 float32 的舍入

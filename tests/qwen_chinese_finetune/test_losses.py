@@ -6,15 +6,16 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainingArguments
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference as TRLDPOCollator
+from trl.trainer.reward_trainer import DataCollatorForPreference as TRLRewardCollator
+
 from qwen_common import tiny_world
 from qwen_common.chatml import prompt_ids
 from qwen_common.packing import IGNORE, collate_blocks, pack_documents
 from qwen_common.preference import collate_pairs, encode_pair
 from qwen_common.pretraining import Blocks, PretrainTrainer
-from transformers import TrainingArguments
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference as TRLDPOCollator
-from trl.trainer.reward_trainer import DataCollatorForPreference as TRLRewardCollator
 
 BETA = 0.3
 
@@ -25,6 +26,12 @@ def pairs(chat_tokenizer):
     rows = [encode_pair(chat_tokenizer, row) for row in tiny_world.pairs(8, 4)]
     assert len({len(r["prompt_ids"]) for r in rows}) > 3
     return rows
+
+
+@pytest.fixture(scope="module")
+def reward_pairs(chat_tokenizer):
+    """同样的 8 对，奖励模型的写法：回答不带结束符，分数读在最后一个字上。"""
+    return [encode_pair(chat_tokenizer, row, with_end=False) for row in tiny_world.pairs(8, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -205,12 +212,12 @@ def test_pairwise_loss_equals_a_float64_loop(reward):
     torch.testing.assert_close(shifted, loss, rtol=0, atol=1e-5)
 
 
-def test_scores_are_read_at_the_last_real_token(reward, reward64, pairs, chat_tokenizer):
-    """一批里右填充着算，与一行一行、没有填充地从 <|im_end|> 的隐状态手算相同。"""
-    batch = collate_pairs(pairs, chat_tokenizer.pad_token_id)
+def test_scores_are_read_at_the_last_real_token(reward, reward64, reward_pairs, chat_tokenizer):
+    """一批里右填充着算，与一行一行、没有填充地从最后一个字的隐状态手算相同。"""
+    batch = collate_pairs(reward_pairs, chat_tokenizer.pad_token_id)
     with torch.no_grad():
         chosen, rejected = reward.score_pairs(reward64, batch["input_ids"])
-        for i, row in enumerate(pairs):
+        for i, row in enumerate(reward_pairs):
             for kind, score in (("chosen_ids", chosen[i]), ("rejected_ids", rejected[i])):
                 ids = torch.tensor([row["prompt_ids"] + row[kind]])
                 hidden = reward64.model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
@@ -220,9 +227,9 @@ def test_scores_are_read_at_the_last_real_token(reward, reward64, pairs, chat_to
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_reward_trainer_equals_trl(dtype, reward, reward64, pairs, chat_tokenizer, trainer_args):
+def test_reward_trainer_equals_trl(dtype, reward, reward64, reward_pairs, chat_tokenizer, trainer_args):
     mine, other, pad_id = *(copy.deepcopy(reward64).to(dtype) for _ in range(2)), chat_tokenizer.pad_token_id
-    full = [{k: row["prompt_ids"] + row[k] for k in ("chosen_ids", "rejected_ids")} for row in pairs]
+    full = [{k: row["prompt_ids"] + row[k] for k in ("chosen_ids", "rejected_ids")} for row in reward_pairs]
     trainers = [
         trainer_class(
             model=net.train(),
@@ -231,11 +238,11 @@ def test_reward_trainer_equals_trl(dtype, reward, reward64, pairs, chat_tokenize
             processing_class=copy.deepcopy(chat_tokenizer),
         )
         for trainer_class, net, rows in (
-            (reward.PairwiseRewardTrainer, mine, pairs),
+            (reward.PairwiseRewardTrainer, mine, reward_pairs),
             (RewardTrainer, other, full),
         )
     ]
-    ours = trainers[0].compute_loss(trainers[0].model, collate_pairs(pairs, pad_id))
+    ours = trainers[0].compute_loss(trainers[0].model, collate_pairs(reward_pairs, pad_id))
     theirs = trainers[1].compute_loss(trainers[1].model, TRLRewardCollator(pad_token_id=pad_id)(full))
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
     (a,), (b,) = (t._metrics["train"]["accuracy"] for t in trainers)
@@ -246,7 +253,10 @@ def test_reward_trainer_equals_trl(dtype, reward, reward64, pairs, chat_tokenize
 
 
 def test_reward_evaluate_counts_pairs_and_kinds(reward, reward64, chat_tokenizer):
-    rows = [row | encode_pair(chat_tokenizer, row) for row in tiny_world.pairs(20, 6, heldout=True)]
+    rows = [
+        row | encode_pair(chat_tokenizer, row, with_end=False)
+        for row in tiny_world.pairs(20, 6, heldout=True)
+    ]
     pad_id = chat_tokenizer.pad_token_id
     metrics = reward.evaluate(copy.deepcopy(reward64), rows, pad_id, 7)
     with torch.no_grad():
@@ -382,23 +392,23 @@ def test_dpo_accumulation(dpo, model64, reference64, pairs, chat_tokenizer, trai
     assert_one_sgd_step(results[0], model64, loss, 0.1)
 
 
-def test_reward_accumulation(reward, reward64, pairs, chat_tokenizer, trainer_args):
+def test_reward_accumulation(reward, reward64, reward_pairs, chat_tokenizer, trainer_args):
     pad_id = chat_tokenizer.pad_token_id
 
     def train(net, **shape):
         trainer = reward.PairwiseRewardTrainer(
             model=net,
             args=RewardConfig(**trainer_args(RewardConfig, **shape, learning_rate=0.02), max_length=None),
-            train_dataset=Dataset.from_list(pairs),
+            train_dataset=Dataset.from_list(reward_pairs),
             data_collator=lambda batch: collate_pairs(batch, pad_id),
             processing_class=copy.deepcopy(chat_tokenizer),
         )
-        trainer.row_lengths = [len(row["prompt_ids"]) for row in pairs]
+        trainer.row_lengths = [len(row["prompt_ids"]) for row in reward_pairs]
         trainer.train()
 
     results = steps(reward64, train)
     assert_all_equal(results, reward64)
-    ids = collate_pairs(pairs, pad_id)["input_ids"]
+    ids = collate_pairs(reward_pairs, pad_id)["input_ids"]
     assert_one_sgd_step(
         results[0], reward64, lambda net: reward.pairwise_loss(*reward.score_pairs(net, ids)).mean(), 0.02
     )

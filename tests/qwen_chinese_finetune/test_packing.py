@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import TrainingArguments
+
 from qwen_common.packing import IGNORE, collate_blocks, pack_documents
 from qwen_common.pretraining import PretrainTrainer, causal_lm_loss, heldout_loss
-from transformers import TrainingArguments
 
 BLOCK = 24
 PAD = 0

@@ -8,10 +8,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+
 from qwen_common import tiny_world
-from qwen_common.chatml import prompt_ids
+from qwen_common.chatml import answer_ids, prompt_ids
 from qwen_common.generation import stop_tokens
+from qwen_common.judging import score_replies
 from qwen_common.loading import load_value_model
+from qwen_common.preference import collate_pairs, encode_pair
 
 WIDTH = 6  # 回答最多几个 token
 
@@ -189,7 +192,7 @@ def test_left_padding_and_batch_mates_change_nothing(
         for function in (
             lambda r: ppo.response_logps(model64, r, 1.0),
             lambda r: ppo.response_values(value64, r),
-            lambda r: ppo.score_responses(reward64, r, 0.0),
+            lambda r: ppo.score_responses(reward64, r, chat_tokenizer.pad_token_id, 0.0),
         ):
             together = function(rollout)
             for i, row in enumerate(rows):
@@ -198,15 +201,39 @@ def test_left_padding_and_batch_mates_change_nothing(
                 torch.testing.assert_close(mine, alone, rtol=0, atol=1e-5)
 
 
-def test_scores_are_the_reward_models_at_the_end_minus_the_penalty(ppo, reward64, rows, rollout):
-    scores = ppo.score_responses(reward64, rollout, missing_end_penalty=5.0)
+def test_scores_are_the_reward_models_view_minus_the_penalty(ppo, reward64, rows, rollout, chat_tokenizer):
+    """与训练奖励模型时一样，不给它看结束符：分数读在最后一个字上；没说完的扣分。"""
+    pad = chat_tokenizer.pad_token_id
+    before = copy.deepcopy(rollout)
+    scores = ppo.score_responses(reward64, rollout, pad, missing_end_penalty=5.0)
     assert not scores.requires_grad and scores.shape == (4,)
+    assert torch.equal(rollout.ids, before.ids)  # 之后还要用它算概率，不许改
     for i, (prompt, response) in enumerate(rows):
+        said = response[:-1] if rollout.ended[i] else response
         with torch.no_grad():
-            raw = reward64(input_ids=torch.tensor([prompt + response])).logits.item()
+            hidden = reward64.model(input_ids=torch.tensor([prompt + said])).last_hidden_state[0, -1]
+        raw = (hidden @ reward64.score.weight[0]).item()
         assert scores[i].item() == pytest.approx(raw - (0 if rollout.ended[i] else 5), abs=1e-5)
-    free = ppo.score_responses(reward64, rollout, missing_end_penalty=0.0)
+    free = ppo.score_responses(reward64, rollout, pad, missing_end_penalty=0.0)
     torch.testing.assert_close(free - scores, torch.tensor([0.0, 0.0, 0.0, 5.0]))
+
+
+def test_ppo_scores_what_the_reward_model_was_trained_on(ppo, reward, reward64, chat_tokenizer):
+    """同一个回答，训练奖励模型时、PPO 里、评测里，三处的分数相同。"""
+    pairs, pad = tiny_world.pairs(6, 9), chat_tokenizer.pad_token_id
+    batch = collate_pairs([encode_pair(chat_tokenizer, pair, with_end=False) for pair in pairs], pad)
+    with torch.no_grad():
+        trained, _ = reward.score_pairs(reward64, batch["input_ids"])
+    prompts = [prompt_ids(chat_tokenizer, pair["prompt"]) for pair in pairs]
+    responses = [answer_ids(chat_tokenizer, pair["chosen"][0]["content"]) for pair in pairs]
+    rollout = build(ppo, list(zip(prompts, responses, strict=True)), chat_tokenizer)
+    assert rollout.ended.all()
+    in_ppo = ppo.score_responses(reward64, rollout, pad, 5.0)
+    questions = [{"messages": pair["prompt"]} for pair in pairs]
+    measured = score_replies(reward64, chat_tokenizer, questions, [{"ids": ids} for ids in responses])
+    torch.testing.assert_close(in_ppo, trained, rtol=0, atol=1e-4)
+    torch.testing.assert_close(measured, trained, rtol=0, atol=1e-4)
+    assert trained.std() > 1e-2
 
 
 # ---- 奖励、优势 ----
@@ -414,7 +441,7 @@ def test_stats_describe_the_rollout(ppo, round_of, model, reward_net, chat_token
     ((_, rollout),) = calls["roll_out"]
     assert stats["kl"] == 0.0  # 参考模型就是策略自己
     assert stats["score"] == pytest.approx(
-        ppo.score_responses(reward_net, rollout, 5.0).mean().item(), abs=1e-6
+        ppo.score_responses(reward_net, rollout, chat_tokenizer.pad_token_id, 5.0).mean().item(), abs=1e-6
     )
     assert stats["length"] == pytest.approx(rollout.mask.sum().item() / 4)
     assert stats["ended"] == rollout.ended.float().mean().item()
@@ -424,7 +451,7 @@ def test_stats_describe_the_rollout(ppo, round_of, model, reward_net, chat_token
 
 
 def test_one_epoch_is_one_step_of_the_plain_policy_gradient(
-    ppo, round_of, model, reference, value_net, reward_net
+    ppo, round_of, model, reference, value_net, reward_net, chat_tokenizer
 ):
     """独立重算一轮：ρ = 1 时裁剪损失的梯度就是 −E[A·∇log π]；价值走的是均方误差的一步。"""
     nets, _, calls = round_of(ppo_epochs=1, lr=0.01, kl_coef=0.2)
@@ -434,7 +461,7 @@ def test_one_epoch_is_one_step_of_the_plain_policy_gradient(
     logps, values = ppo.response_logps(policy, rollout, 1.0), ppo.response_values(value, rollout)
     with torch.no_grad():
         ref_logps = ppo.response_logps(reference, rollout, 1.0)
-    scores = ppo.score_responses(reward_net, rollout, 5.0)
+    scores = ppo.score_responses(reward_net, rollout, chat_tokenizer.pad_token_id, 5.0)
     advantages, returns = torch.zeros_like(logps), torch.zeros_like(logps)
     for i, n in enumerate(mask.sum(1).tolist()):
         rewards = [-0.2 * (logps[i, t] - ref_logps[i, t]).item() for t in range(n)]

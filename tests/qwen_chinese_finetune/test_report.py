@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+
 from qwen_common.names import highlights
 from qwen_common.report import write_report
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from qwen_common.schemas import to_chats, to_pairs, to_texts
 
 from nlp_common.cli import UserError
 from nlp_common.rows import read_rows
+from qwen_common.schemas import to_chats, to_pairs, to_texts
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="没有 ../shared/data")

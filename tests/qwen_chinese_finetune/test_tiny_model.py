@@ -5,6 +5,8 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer
+
 from qwen_common import tiny_model, tiny_world
 from qwen_common.chatml import encode_chat, encode_text, prompt_ids
 from qwen_common.loading import (
@@ -15,7 +17,6 @@ from qwen_common.loading import (
     load_value_model,
 )
 from qwen_common.tiny_model import CHAT_TEMPLATE, END_OF_TEXT, IM_END, IM_START
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer
 
 MIXED = [
     "今天天气不错😀👩‍👩‍👧，去龘靐齉的山上。",  # 表情（含零宽连接符）和没见过的字

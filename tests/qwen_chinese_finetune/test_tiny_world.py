@@ -9,6 +9,7 @@ import re
 from collections import Counter, defaultdict
 
 import pytest
+
 from qwen_common import judging, tiny_world
 from qwen_common.judging import distinct_n, judge, measure_chat
 from qwen_common.tiny_world import (
@@ -227,13 +228,16 @@ def small_grammar(n_values: list[int]) -> tuple[list, dict[str, list[str]]]:
 
 
 @pytest.mark.parametrize(
-    "n_values, recaps, claims", [([3, 2], 2, 0), ([2], 1, 2), ([3, 2], 1, 1), ([2], 0, 1)]
+    "n_values, lengths", [([3, 2], (2, 0)), ([2], (1, 2)), ([3, 2], (1, 1)), ([3], (0, 1))]
 )
-def test_nats_is_the_entropy_of_an_enumerated_small_grammar(monkeypatch, n_values, recaps, claims):
+def test_nats_is_the_entropy_of_an_enumerated_small_grammar(monkeypatch, n_values, lengths):
     story, world = small_grammar(n_values)
     monkeypatch.setattr(tiny_world, "STORY", story)
-    given = {"world": world, "recaps": recaps, "claims": claims}
-    given = {k: v for k, v in given.items() if k in inspect.signature(write_document).parameters}
+    parameters = inspect.signature(write_document).parameters.values()
+    counts = [p.name for p in parameters if isinstance(p.default, int)]  # 几句回顾、清点几个词……
+    given = dict(zip(counts, lengths, strict=False))
+    if "world" in inspect.signature(write_document).parameters:
+        given["world"] = world
     paths = list(all_paths(lambda draw: write_document(draw, draw_slots(draw, world), **given)))
     assert len(paths) > 50
     assert len({text for text, _, _ in paths}) == len(paths)  # 不同的推导写出不同的文本
@@ -410,6 +414,16 @@ def test_no_value_hides_inside_another_or_inside_fixed_texts():
     templates = [*itertools.chain(*STORY), *SENTENCE.values(), *itertools.chain(*QUESTION.values())]
     fixed = [re.sub(r"\{\w+\}", "|", t) for t in templates] + OPENINGS + CLOSES + UNHELPFUL
     assert not [(value, text) for value in values for text in fixed if value in text]
+
+
+def test_the_last_character_of_a_value_is_its_own():
+    """看到这个字，就知道故事里有没有这个词：别的词、句子的固定部分里都没有它。"""
+    values = [value for group in WORLD.values() for value in group]
+    fixed = "".join(itertools.chain(*STORY, SENTENCE.values()))
+    elsewhere = {
+        v: "".join(other for other in values if other != v) + re.sub(r"\{\w+\}", "", fixed) for v in values
+    }
+    assert [v for v in values if v[-1] in elsewhere[v]] == []
 
 
 @pytest.mark.parametrize("slot", SLOTS)

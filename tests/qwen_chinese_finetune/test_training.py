@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import TrainingArguments
+
 from qwen_common.packing import IGNORE
 from qwen_common.training import LengthBucketSampler, loss_curve
-from transformers import TrainingArguments
 
 
 def random_lengths(n: int, seed: int = 0) -> list[int]:

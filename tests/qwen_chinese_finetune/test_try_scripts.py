@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from qwen_common import asking, tiny_world, trying
-from qwen_common.judging import Verdict
 
 from nlp_common.cli import UserError
 from nlp_common.runs import RunFolder
+from qwen_common import asking, tiny_world, trying
+from qwen_common.judging import Verdict
 
 QWEN = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"
 ASKING = ["test_sft", "test_dpo", "test_ppo"]
