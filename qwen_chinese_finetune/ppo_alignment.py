@@ -52,9 +52,10 @@ PRESETS = {
         "dataset": "tiny_world",
         "max_train_samples": 2000,
         "max_length": 256,
-        "max_steps": 20,
-        "per_device_train_batch_size": 64,
-        "learning_rate": 3e-4,
+        "max_steps": 36,
+        "per_device_train_batch_size": 32,
+        "learning_rate": 4e-4,
+        "kl_coef": 0.5,  # 小世界的奖励差有十来分，0.1 拉不住
         "max_new_tokens": 24,
         "save_steps": 10,
     },
@@ -65,6 +66,7 @@ PRESETS = {
         "max_steps": 200,
         "per_device_train_batch_size": 16,
         "learning_rate": 1e-5,
+        "kl_coef": 0.1,
         "max_new_tokens": 128,
         "save_steps": 20,
     },
@@ -76,7 +78,7 @@ class PPOSettings(StageSettings):
     reward_model: str | None = option("奖励模型的文件夹；默认是 reward_model.py 的结果")
     max_new_tokens: int | None = option("一个回答最多多少个 token")
     ppo_epochs: int = option("每批回答用来更新几遍", 4)
-    kl_coef: float = option("KL 惩罚的系数：越大离 SFT 模型越近", 0.1)
+    kl_coef: float | None = option("KL 惩罚的系数：越大离 SFT 模型越近")
     gamma: float = option("折扣；一个回答很短，不打折", 1.0)
     lam: float = option("GAE 的 λ：1 是蒙特卡洛，0 是一步自举", 0.95)
     clip_range: float = option("概率比裁剪的范围 ε", 0.2)

@@ -70,7 +70,7 @@ RECAPS = 5  # 每篇文档回顾几个槽位；回顾越多，"往回看"学得�
 STYLES = {"courteous": 0.30, "plain": 0.35, "terse": 0.25, "unhelpful": 0.10}
 # 偏好的次序：越靠前越好。
 QUALITY = ["courteous", "plain", "terse", "wrong", "unhelpful"]
-CHECKS = 5  # 每篇文档清点几个词在不在故事里；奖励模型靠这个本领分辨对错
+CHECKS = 4  # 每篇文档清点几个词在不在故事里；奖励模型靠这个本领分辨对错
 
 
 class Draw:
