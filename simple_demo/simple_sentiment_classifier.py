@@ -10,7 +10,7 @@
   python simple_sentiment_classifier.py --seed 3 --text "we love cats"
 
 应当看到（种子 0，种子 0–9 的范围见 README）
-  loss 从 0.6942 降到 0.0014；"i love this" 判为正面，概率 0.99 以上。
+  loss 从 0.6967 降到 0.0001；"i love this" 判为正面，概率 0.99 以上。
 """
 
 import argparse

@@ -11,7 +11,7 @@
   python transformer_encoder_classifier.py --seed 3 --text "we love this food"
 
 应当看到（种子 0，种子 0–9 的范围见 README）
-  loss 50 轮从 0.XXXX 降到 0.XXXX，三句没见过的话全部判对；手算和 PyTorch 的差都在 1e-6 以内。
+  loss 50 轮从 0.7235 降到 0.0010，三句没见过的话全部判对；手写和 PyTorch 每一步的差都在 1e-6 以内。
 """
 
 import argparse
@@ -130,27 +130,25 @@ def print_comparison(model, ids):
     """逐步核对：我们手算一遍，PyTorch 的模块算一遍。只比真词，<PAD> 位置的输出没有人用。"""
     model.eval()
     padding = ids == PAD  # (B, T)
-    print("  层  形状            最大相差   手写                    PyTorch")
+    print("  层  形状            最大相差   手写                      PyTorch")
     with torch.no_grad():
         x = model.embed(ids)  # (B, T, C)
         for number, layer in enumerate(model.layers, 1):
             weights, attended, normed, by_hand = layer_by_hand(layer, x, padding)
             built_in, built_in_weights = layer.self_attn(x, x, x, padding, average_attn_weights=False)
             rows = [
-                (
-                    weights.transpose(1, 2),
-                    built_in_weights.transpose(1, 2),
-                    "softmax(QK'/sqrt(d))",
-                    "self_attn[1]",
-                ),
+                (weights, built_in_weights, "softmax(QK'/sqrt(d))", "self_attn[1]"),
                 (attended, built_in, "output(weights @ V)", "self_attn[0]"),
                 (normed, layer.norm1(x + built_in), "LayerNorm(x + attention)", "norm1(x + self_attn)"),
             ]
             x = layer(x, src_key_padding_mask=padding)  # (B, T, C)
             rows.append((by_hand, x, "LayerNorm(x + FFN)", "TransformerEncoderLayer"))
             for ours, theirs, name, module in rows:
-                gap = (ours - theirs)[~padding].abs().max()
-                print(f"  {number}   {tuple(ours.shape)!s:15s} {gap:.1e}    {name:24s}{module}")
+                gap = (ours - theirs).abs()
+                gap = gap.transpose(1, 2) if gap.dim() == 4 else gap  # 换成 (B, T, ...)，才好挑出真词
+                print(
+                    f"  {number}   {tuple(ours.shape)!s:15s} {gap[~padding].max():.1e}    {name:26s}{module}"
+                )
 
 
 def main():

@@ -6,7 +6,7 @@
   3. 注意力不知道次序，所以每个位置也学一个向量；<PAD> 的分数换成负无穷，softmax 之后正好是 0。
 怎么运行：python transformer_sentiment_classification.py [--seed 3] [--text "we love this food"]
 应当看到（种子 0，种子 0–9 的范围见 README）
-  loss 50 轮从 0.7058 降到 0.0001 以下；第一个词（分类用它）放在 love、hate 这类词上的注意力
+  loss 50 轮从 0.7058 降到 0.00005；第一个词（分类用它）放在 love、hate 这类词上的注意力
   从 0.29（平均分）升到 0.99；热力图打印在终端，也存在 outputs/attention.png。
 """
 
