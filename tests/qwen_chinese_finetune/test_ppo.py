@@ -96,7 +96,7 @@ class Scripted(torch.nn.Module):
 
 
 def sampling(ppo, **changes):
-    return ppo.PPOSettings(max_new_tokens=WIDTH, max_grad_norm=1.0, **changes)
+    return ppo.PPOSettings(**{"max_new_tokens": WIDTH, "max_grad_norm": 1.0, "kl_coef": 0.1, **changes})
 
 
 def test_roll_out_marks_exactly_the_real_tokens(ppo, rows, chat_tokenizer):
@@ -404,7 +404,7 @@ def round_of(ppo, model, reference, value_net, reward_net, rows, chat_tokenizer,
             optimizers,
             [prompt for prompt, _ in rows],
             chat_tokenizer,
-            ppo.PPOSettings(max_new_tokens=WIDTH, **{"max_grad_norm": 1e9, **changes}),
+            ppo.PPOSettings(max_new_tokens=WIDTH, **{"max_grad_norm": 1e9, "kl_coef": 0.1, **changes}),
             accelerator,
             torch.Generator().manual_seed(seed),
         )
