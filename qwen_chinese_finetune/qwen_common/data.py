@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+from nlp_common.cli import UserError
 from nlp_common.people_daily import people_daily
 from nlp_common.rows import has_split, read_rows
 
@@ -13,7 +14,12 @@ from . import tiny_world
 from .schemas import to_chats, to_pairs
 
 EVAL_SEED = 0  # 留出的题与训练种子无关：不同种子的结果可以相比
-TINY_ROWS = {"documents": tiny_world.documents, "chats": tiny_world.chats, "pairs": tiny_world.pairs}
+TINY_ROWS = {
+    "documents": tiny_world.documents,
+    "chats": tiny_world.chats,
+    "pairs": tiny_world.pairs,
+    "questions": tiny_world.questions,
+}
 
 
 def load_train_and_eval(settings, kind: str, convert: Callable) -> tuple[list[dict], list[dict], dict]:
@@ -60,13 +66,8 @@ def to_questions(rows: list[dict], where: str) -> list[dict]:
     return [{"messages": row["messages"][:-1]} for row in to_chats(rows, where)]
 
 
-TINY_ROWS["questions"] = tiny_world.questions
-
-
 def drop_long(rows: list[dict], length: Callable[[dict], int], max_length: int, what: str) -> list[dict]:
     """去掉超过 max_length 个 token 的行并说出有几行；宁可不用，也不把提示切成半句。"""
-    from nlp_common.cli import UserError
-
     kept = [row for row in rows if length(row) <= max_length]
     if dropped := len(rows) - len(kept):
         print(f"{what}：{dropped} 行超过 --max_length {max_length} 个 token，不用。")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ from nlp_common.device import describe, library_versions, peak_memory_mb, pick_d
 from nlp_common.hub import announce, choose_preset, require_model
 from nlp_common.rows import check_path
 from nlp_common.runs import CHECKPOINT_DONE, RunFolder, file_sha256, load_run, open_run
+
+from .arguments import parse_arguments
 
 HOME = Path(__file__).resolve().parent.parent  # qwen_chinese_finetune/
 FULL_MODEL = "Qwen/Qwen1.5-0.5B"
@@ -97,16 +100,7 @@ COMMON = {
 
 def parse_settings(settings_class, presets: dict[str, dict], argv: list[str] | None):
     """命令行 → 设置：先选预设（第一行就说选了哪个、为什么），再把没给的参数用预设补上。"""
-    from transformers import HfArgumentParser
-
-    class Parser(HfArgumentParser):
-        def error(self, message: str):
-            raise UserError(f"命令行参数不对：{message}\n加 --help 看全部参数。")
-
-    parser = Parser(settings_class, description=sys.modules[settings_class.__module__].__doc__)
-    settings, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"不认识 {' '.join(unknown)}")
+    settings = parse_arguments(settings_class, argv)
     choice = choose_preset(
         settings.preset, settings.model, full_model=FULL_MODEL, needs_accelerator=True, source=settings.source
     )
@@ -136,8 +130,6 @@ class Stage:
 
     def checkpoint(self) -> Path | None:
         """可以接着训练的检查点；之前花掉的秒数也算进这次的记录。"""
-        import json
-
         latest = self.folder.latest_checkpoint()
         if latest:
             self.started -= json.loads((latest / CHECKPOINT_DONE).read_text())["seconds"]
