@@ -169,9 +169,9 @@ class Stage:
 def show_metrics(metrics: dict) -> None:
     for name, value in metrics.items():
         if isinstance(value, float):
-            print(f"  {name:<24}{value:.4f}")
+            print(f"  {name:<28}{value:.4f}")
         elif not isinstance(value, (dict, list)):
-            print(f"  {name:<24}{value}")
+            print(f"  {name:<28}{value}")
 
 
 def fingerprint(settings: StageSettings, parents: dict[str, dict]) -> dict:
@@ -213,11 +213,12 @@ def _parent(settings: StageSettings, root: Path, field_name: str, stage: str) ->
 
 def _tiny_base(settings: StageSettings, root: Path) -> dict:
     """tiny 预设的起点：没训练过的小模型，存成 hub 布局的文件夹 outputs/tiny/base。"""
-    from . import tiny_model
+    from . import tiny_model, tiny_world
 
-    wanted = {"seed": settings.seed}
+    sources = [Path(module.__file__) for module in (tiny_model, tiny_world)]
+    wanted = {"seed": settings.seed, "sources": [file_sha256(path)[:12] for path in sources]}
     with open_run(root / "base") as folder:
-        run = folder.finished(wanted)
+        run = None if settings.retrain else folder.finished(wanted)
         if run is None:
             record = {"stage": "base", "fingerprint": wanted, "versions": library_versions()}
             run = folder.finish(lambda path: tiny_model.save_tiny_base(path, settings.seed), record)
