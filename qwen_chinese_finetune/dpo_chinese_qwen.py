@@ -7,8 +7,8 @@
     python dpo_chinese_qwen.py --preset tiny               # 离线小世界
     python dpo_chinese_qwen.py --preset full               # DPO-En-Zh-20k 偏好数据，需要加速器
 
-预期输出（tiny，实测见本文件夹的 README.md）：采样回答又对、又完整、又有礼的比例从三成以下升到 95% 以上，
-正确率不掉。
+预期输出（tiny，实测见本文件夹的 README.md）：采样回答又对、又完整、又有礼的比例从 0.13 升到 0.74，
+贪心正确率从 1.00 降到 0.98（种子 0）。
 
 参考：Rafailov et al. 2023（DPO）式 7；训练器用 TRL 的 DPOTrainer。
 """
@@ -27,10 +27,11 @@ from trl import DPOConfig, DPOTrainer
 
 from qwen_common import tiny_world
 from qwen_common.data import EVAL_SEED, drop_long, load_train_and_eval
+from qwen_common.generation import batches_by_length
 from qwen_common.judging import measure_chat
 from qwen_common.loading import end_chat_turns, load_causal_lm
 from qwen_common.packing import IGNORE
-from qwen_common.preference import collate_pairs, encode_pair, pair_length
+from qwen_common.preference import collate_pairs, encode_pair, pair_length, pair_tokens
 from qwen_common.schemas import to_pairs
 from qwen_common.stage import Stage, StageSettings, open_stage, option, parse_settings
 from qwen_common.training import (
@@ -111,17 +112,12 @@ class PairDPOTrainer(Bucketed, DPOTrainer):
 # ---------------------------------------------------------------- 2. 参考模型与评测
 
 
-def batches(rows: list[dict], size: int) -> list[list[dict]]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
 @torch.no_grad()
 def logps_of(model, rows: list[dict], pad_id: int, batch_size: int) -> torch.Tensor:
     """每对的 (log π(好), log π(差))，形状 (N, 2)。长度相近的排在一批里算。"""
     model.eval()
-    order = sorted(range(len(rows)), key=lambda i: pair_length(rows[i]))
     result = torch.empty(len(rows), 2)
-    for batch in batches(order, batch_size):
+    for batch in batches_by_length([pair_length(row) for row in rows], batch_size):
         inputs = {k: v.to(model.device) for k, v in collate_pairs([rows[i] for i in batch], pad_id).items()}
         result[batch] = torch.stack(sequence_logps(model, **inputs).chunk(2), 1).cpu()
     model.train()
@@ -167,7 +163,7 @@ def train(stage: Stage) -> dict:
         return collate_pairs(batch, pad_id) | {"ref_logps": torch.tensor(refs)}
 
     lengths = [pair_length(row) for row in rows]
-    n_tokens = sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)
+    n_tokens = sum(pair_tokens(row) for row in rows)
     progress = Progress(stage, "DPO", n_tokens / len(rows))
     trainer = PairDPOTrainer(
         model=model,

@@ -12,8 +12,8 @@
     python ppo_alignment.py --preset tiny                  # 离线小世界
     python ppo_alignment.py --preset full                  # 需要加速器
 
-预期输出（tiny，实测见本文件夹的 README.md）：奖励升高一个标准差以上，九成以上的采样回答又对、又完整、又有礼，
-每个 token 的 KL 小于 0.6 nats。
+预期输出（tiny，实测见本文件夹的 README.md）：奖励升高一个标准差以上，又对、又完整、又有礼的采样回答从 0.13 升到 0.63，
+贪心正确率却从 1.00 降到 0.89，每个 token 的 KL 是 0.27 nats（种子 0；还没有调到位）。
 
 参考：Schulman et al. 2017（PPO）；Schulman et al. 2016（GAE）；Ziegler et al. 2019；Ouyang et al. 2022。
 """

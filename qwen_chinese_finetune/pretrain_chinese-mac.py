@@ -7,7 +7,7 @@
 
 运行：
     python pretrain_chinese-mac.py                         # 自动选预设
-    python pretrain_chinese-mac.py --preset tiny           # 离线小世界，约半分钟
+    python pretrain_chinese-mac.py --preset tiny           # 离线小世界，约一分钟
     python pretrain_chinese-mac.py --preset full           # Qwen1.5-0.5B + 中文维基，MPS
 
 预期输出与算法：见 pretrain_chinese-nvidia.py 和 qwen_common/pretraining.py。

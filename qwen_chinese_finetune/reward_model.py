@@ -28,7 +28,7 @@ from trl import RewardConfig, RewardTrainer
 
 from qwen_common.data import drop_long, load_train_and_eval
 from qwen_common.loading import load_reward_model, load_tokenizer
-from qwen_common.preference import collate_pairs, encode_pair, pair_length
+from qwen_common.preference import collate_pairs, encode_pair, pair_length, pair_tokens
 from qwen_common.schemas import to_pairs
 from qwen_common.stage import Stage, StageSettings, open_stage, parse_settings
 from qwen_common.training import (
@@ -128,7 +128,7 @@ def train(stage: Stage) -> dict:
     before = evaluate(model, heldout, tokenizer.pad_token_id, settings.per_device_train_batch_size)
 
     lengths = [pair_length(row) for row in rows]
-    n_tokens = sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)
+    n_tokens = sum(pair_tokens(row) for row in rows)
     progress = Progress(stage, "奖励模型", n_tokens / len(rows))
     trainer = PairwiseRewardTrainer(
         model=model,

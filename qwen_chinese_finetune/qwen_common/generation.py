@@ -78,6 +78,12 @@ def stream_tokens(
         position_ids = position_ids[:, -1:] + 1
 
 
+def batches_by_length(lengths: list[int], batch_size: int) -> list[list[int]]:
+    """行号分批，长度相近的在一批里，几乎没有填充。"""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
 def generate(
     model,
     tokenizer,
@@ -98,9 +104,7 @@ def generate(
     generator = torch.Generator(device).manual_seed(seed)
     stop_ids, pad_id = stop_tokens(tokenizer), tokenizer.pad_token_id
     replies: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    for batch in batches_by_length([len(prompt) for prompt in prompts], batch_size):
         ids, mask = pad_left([prompts[i] for i in batch], pad_id, device)
         steps = stream_tokens(
             model, ids, mask, max_new_tokens, stop_ids, pad_id, temperature, top_p, generator

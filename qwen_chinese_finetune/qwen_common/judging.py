@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .chatml import prompt_ids
-from .generation import generate, pad_left, stop_tokens
+from .generation import batches_by_length, generate, pad_left, stop_tokens
 from .tiny_world import OPENINGS, WORLD
 
 MAX_REPLY = 32  # 小世界里最长的回复约 25 个 token
@@ -136,7 +136,7 @@ def score_replies(
         for q, r in zip(questions, replies, strict=True)
     ]
     scores = torch.empty(len(rows))
-    for batch in _by_length(rows, batch_size):
+    for batch in batches_by_length([len(row) for row in rows], batch_size):
         ids, mask = pad_left([rows[i] for i in batch], tokenizer.pad_token_id, reward_model.device)
         logits = reward_model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         scores[batch] = logits.squeeze(-1).float().cpu()
@@ -155,7 +155,7 @@ def token_kl(
     prompts = [prompt_ids(tokenizer, q["messages"]) for q in questions]
     rows = [p + r["ids"] for p, r in zip(prompts, replies, strict=True)]
     total = count = 0.0
-    for batch in _by_length(rows, batch_size):
+    for batch in batches_by_length([len(row) for row in rows], batch_size):
         ids, mask = pad_left([rows[i] for i in batch], tokenizer.pad_token_id, policy.device)
         lengths = torch.tensor([len(replies[i]["ids"]) for i in batch], device=ids.device)
         width = int(lengths.max())
@@ -171,8 +171,3 @@ def token_kl(
         total += (kl * is_reply).sum().item()
         count += is_reply.sum().item()
     return total / count
-
-
-def _by_length(rows: list[list[int]], batch_size: int) -> list[list[int]]:
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -26,6 +26,11 @@ def pair_length(row: dict) -> int:
     return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
+def pair_tokens(row: dict) -> int:
+    """一对的两条（提示各算一次）一共多少个 token，填充不算。"""
+    return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+
+
 def collate_pairs(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
     """B 对 → ``input_ids``、``labels``，形状 (2B, T)：前 B 行是好回答，后 B 行是差回答，右填充。
 

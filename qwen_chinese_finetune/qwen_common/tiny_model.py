@@ -90,7 +90,7 @@ def build_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
     )
     model = Qwen2ForCausalLM(config)
     # 每层有一个头的 K 从 Q 抄来：q·k 一开始就偏向"相同的字互相注意"。"这个词故事里有没有"要靠它；
-    # 全部随机初始化时，这么小的模型看几万道题也学不会（判断的正确率停在 0.5）。
+    # 全部随机初始化时，这么小的模型很难自己学出这个本领。
     with torch.no_grad():
         for attention in (layer.self_attn for layer in model.model.layers):
             shared = attention.head_dim
