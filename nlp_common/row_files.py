@@ -53,6 +53,26 @@ def sha256_of(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def row_place(path: Path, index: int) -> str:
+    """read_file 给出的第 index 条（从 0 数）在文件的哪里，如"第 7 行"；说不出行号的格式说"第 7 条"。
+
+    只在报错时调用：它把文件再读一遍。
+    """
+    suffix, starts = path.suffix.lower(), []
+    if path.is_file() and suffix in (".csv", ".tsv"):
+        reader, start = csv.reader(_lines(path), delimiter="\t" if suffix == ".tsv" else ","), 1
+        for cells in reader:
+            starts += [start] if cells else []
+            start = reader.line_num + 1
+        starts = starts[1:]  # 第一个是表头
+    elif path.is_file() and suffix in (".json", ".jsonl"):
+        lines = list(_lines(path))
+        starts = [number for number, line in enumerate(lines, 1) if line.strip()]
+        if lines[starts[0] - 1].lstrip().startswith("["):
+            return f"第 {_line_of_item(''.join(lines), index)} 行"
+    return f"第 {starts[index]} 行" if starts else f"第 {index + 1} 条"
+
+
 def _lines(path: Path) -> Iterator[str]:
     """逐行解码。自己按 b"\\n" 分行：str.splitlines 会在 U+2028 等处断行，行号就和编辑器里的不一样了。"""
     with open(path, "rb") as file:

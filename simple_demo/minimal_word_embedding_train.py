@@ -132,13 +132,14 @@ def draw(before, after, words, path):
 
 def main():
     parser = argparse.ArgumentParser(description="训练最小的词向量")
-    parser.add_argument("--seed", type=int, default=0, help="随机种子")
+    parser.add_argument("--seed", default="0", help="随机种子")
     parser.add_argument(
         "--words", nargs=2, default=["cats", "dogs"], metavar=("词1", "词2"), help="比较哪两个词"
     )
     args = parser.parse_args()
-
-    torch.manual_seed(args.seed)
+    if not (args.seed.isdecimal() and len(args.seed) < 19):
+        raise SystemExit(f"错误：--seed 要一个 0 以上的整数，现在是 {args.seed!r}。")
+    torch.manual_seed(int(args.seed))
     torch.set_num_threads(1)  # 张量太小，多线程光是互相等待就比计算还久
     vocab = build_vocab(SENTENCES)
     for word in args.words:
@@ -185,8 +186,8 @@ def main():
         trained = {word: index for word, index in vocab.items() if index in inputs}
         draw(before, after, trained, OUTPUT_DIR / "word_embedding.png")
         print(f"\n图：{OUTPUT_DIR / 'word_embedding.png'}")
-    except ImportError:
-        print("\n没有装 matplotlib，跳过画图；pip install matplotlib 之后再运行就有图。")
+    except (ImportError, OSError) as error:
+        print(f"\n没有画成图：{error}。没装 matplotlib 的话：pip install matplotlib")
 
 
 if __name__ == "__main__":

@@ -153,10 +153,12 @@ def print_comparison(model, ids):
 
 def main():
     parser = argparse.ArgumentParser(description="用 nn.TransformerEncoderLayer 做情感分类")
-    parser.add_argument("--seed", type=int, default=0, help="随机种子")
+    parser.add_argument("--seed", default="0", help="随机种子")
     parser.add_argument("--text", action="append", help="要判断的英文句子，可以写多次")
     args = parser.parse_args()
-    torch.manual_seed(args.seed)
+    if not (args.seed.isdecimal() and len(args.seed) < 19):
+        raise SystemExit(f"错误：--seed 要一个 0 以上的整数，现在是 {args.seed!r}。")
+    torch.manual_seed(int(args.seed))
     torch.set_num_threads(1)  # 张量太小，多线程光是互相等待就比计算还久
     vocab = build_vocab(DATA)
     ids = encode([sentence for sentence, _ in DATA], vocab)  # (54, 4)

@@ -6,13 +6,12 @@
   3. 注意力不知道次序，所以每个位置也学一个向量；<PAD> 的分数换成负无穷，softmax 之后正好是 0。
 怎么运行：python transformer_sentiment_classification.py [--seed 3] [--text "we love this food"]
 应当看到（种子 0，种子 0–9 的范围见 README）
-  loss 50 轮从 0.7058 降到 0.00005；第一个词（分类用它）放在 love、hate 这类词上的注意力
-  从 0.29（平均分）升到 0.99；热力图打印在终端，也存在 outputs/attention.png。
+  loss 从 0.7058 降到 0.00005；第一个词（分类用它）放在 love、hate 这类词上的注意力从 0.29 升到 0.99；
+  热力图打印在终端，也存在 outputs/attention.png。
 """
 
 import argparse
 import math
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -156,19 +155,21 @@ def draw_heat_map(words, before, after, path):
         axes.imshow(weights[: len(words), : len(words)], cmap="Blues", vmin=0, vmax=1)
         axes.set(xticks=ticks, xticklabels=words, yticks=ticks, yticklabels=words)
         axes.set(title=title, xlabel="looks at (key)", ylabel="word (query)")
-        for i, j in product(ticks, repeat=2):
-            color = "white" if weights[i, j] > 0.5 else "black"
-            axes.text(j, i, f"{weights[i, j]:.2f}", ha="center", va="center", color=color)
+        for i, row in enumerate(weights[: len(words), : len(words)].tolist()):
+            for j, p in enumerate(row):
+                axes.text(j, i, f"{p:.2f}", ha="center", va="center", color="white" if p > 0.5 else "black")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
 
 
 def main():
     parser = argparse.ArgumentParser(description="手写 Transformer 编码器做情感分类")
-    parser.add_argument("--seed", type=int, default=0, help="随机种子")
+    parser.add_argument("--seed", default="0", help="随机种子")
     parser.add_argument("--text", action="append", help="要判断的英文句子，可以写多次")
     args = parser.parse_args()
-    torch.manual_seed(args.seed)
+    if not (args.seed.isdecimal() and len(args.seed) < 19):
+        raise SystemExit(f"错误：--seed 要一个 0 以上的整数，现在是 {args.seed!r}。")
+    torch.manual_seed(int(args.seed))
     torch.set_num_threads(1)  # 张量太小，多线程光是互相等待就比计算还久
     vocab = build_vocab(DATA)
     ids = encode([sentence for sentence, _ in DATA], vocab)  # (54, 4)
@@ -182,18 +183,17 @@ def main():
     print("训练 50 轮（瞎猜的 loss 是 ln 2 = 0.6931）")
     train(model, ids, labels)
     print(f"训练集正确率 {(predict(model, ids)[0].argmax(-1) == labels).float().mean():.0%}")
-    print("\n预测和注意力" + ("" if args.text else "（三句都不在训练数据里）"))
+    print("\n每行一个词，看它把 1 分给了谁" + ("" if args.text else "（三句都不在训练数据里）"))
     probs, maps = predict(model, test_ids)  # (3, 2)，(3, 4, 4)
     for i, sentence in enumerate(sentences):
         print(f"  {sentence!r} → {LABELS[probs[i].argmax()]}（正面的概率 {probs[i, 1]:.4f}）")
         print_heat_map([list(vocab)[index] for index in test_ids[i]], maps[i])
-    print("每行一个词，看它把 1 分给了谁；<PAD> 一定分到 0。第一个词放在 love、hate、good 这类词上的")
-    print(f"注意力（训练集平均）：训练前 {share_before:.2f}，训练后 {feeling_share(model, ids, vocab):.2f}")
+    print(f"第一个词看好恶词（训练集平均）：{share_before:.2f} → {feeling_share(model, ids, vocab):.2f}")
     try:
         draw_heat_map(sentences[0].split(), maps_before[0], maps[0], OUTPUT_DIR / "attention.png")
         print(f"图：{OUTPUT_DIR / 'attention.png'}")
-    except ImportError:
-        print("没有装 matplotlib，跳过画图；pip install matplotlib 之后再运行就有图。")
+    except (ImportError, OSError) as error:
+        print(f"没有画成图：{error}。没装 matplotlib 的话：pip install matplotlib")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from nlp_common.cli import UserError
+from nlp_common.row_files import read_file, row_place
 from nlp_common.rows import has_split, read_rows
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -147,6 +148,21 @@ def test_bad_files_name_the_file_and_the_line(tmp_path, filename, content, expec
     assert name in message
     for part in expected:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    "filename, content, expected",
+    [
+        ("a.jsonl", '\n{"a": 1}\n\n{"a": 2}\n', ["第 2 行", "第 4 行"]),
+        ("a.json", '[{"a": "},\\n {"},\n\n {"a": 2}]', ["第 1 行", "第 3 行"]),
+        ("a.csv", 'a,b\n"两\n行",1\n\n三,2\n', ["第 2 行", "第 5 行"]),
+        ("a.tsv", "a\n一\n二\n", ["第 2 行", "第 3 行"]),
+        ("a.txt", "一\n二\n", ["第 1 条", "第 2 条"]),
+    ],
+)
+def test_row_place_is_the_line_an_editor_shows(tmp_path, filename, content, expected):
+    path = Path(write(tmp_path / filename, content))
+    assert [row_place(path, index) for index, _ in enumerate(read_file(path))] == expected
 
 
 def test_emoji_written_as_escapes_is_fine(tmp_path):
