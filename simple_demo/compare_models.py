@@ -22,6 +22,7 @@ import signal
 import time
 import unicodedata
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -83,11 +84,11 @@ def batches(rows, labels, shuffle):
 class AverageOfVectors(nn.Module):
     """词向量先靠“猜下一个字”学好，再冻住、取平均；只有最后的线性层看过标签。"""
 
-    def __init__(self, embedding):
+    def __init__(self, vectors):  # (V, C)
         super().__init__()
-        self.embedding = embedding.requires_grad_(False)
-        self.norm = nn.BatchNorm1d(embedding.embedding_dim)  # 平均之后各维大小悬殊，先拉到一样
-        self.output = nn.Linear(embedding.embedding_dim, 2)
+        self.embedding = nn.Embedding.from_pretrained(vectors)  # freeze=True 是默认：不再变
+        self.norm = nn.BatchNorm1d(vectors.shape[1])  # 平均之后各维大小悬殊，先拉到一样
+        self.output = nn.Linear(vectors.shape[1], 2)
 
     def forward(self, ids):  # (B, T)
         return self.output(self.norm(mean_pooling(self.embedding(ids), ids != PAD)))  # (B, 2)
@@ -103,7 +104,7 @@ def next_char_vectors(rows, vocab_size):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return model.embedding
+    return model.embedding.weight.detach()  # (V, 64)
 
 
 def build(name, vocab_size, rows):
@@ -145,11 +146,12 @@ def run_network(name, splits, seed):
     start = time.perf_counter()
     model, lr = build(name, len(vocab), rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    passes = max(1, 50 * BATCH // len(rows))  # 数据少时多看几遍才算一轮，免得还没学会就停了
     best, best_epoch, best_state, epoch = -1.0, 0, {}, 0
-    while epoch - best_epoch < PATIENCE and time.perf_counter() - start < SECONDS_EACH:
+    while epoch == 0 or (epoch - best_epoch < PATIENCE and time.perf_counter() - start < SECONDS_EACH):
         epoch += 1
         model.train()
-        for ids, answer in batches(rows, labels, shuffle=True):
+        for ids, answer in chain.from_iterable(batches(rows, labels, True) for _ in range(passes)):
             loss = nn.functional.cross_entropy(model(ids), answer)
             optimizer.zero_grad()
             loss.backward()

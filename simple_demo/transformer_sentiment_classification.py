@@ -152,7 +152,7 @@ def draw_heat_map(words, before, after, path):
     figure, ticks = Figure(figsize=(10, 4.4), layout="constrained"), range(len(words))
     panels = zip(figure.subplots(1, 2), (before, after), ("before training", "after training"), strict=True)
     for axes, weights, title in panels:
-        axes.imshow(weights[: len(words), : len(words)], cmap="Blues", vmin=0, vmax=1)
+        axes.imshow(weights[: len(words), : len(words)].tolist(), cmap="Blues", vmin=0, vmax=1)
         axes.set(xticks=ticks, xticklabels=words, yticks=ticks, yticklabels=words)
         axes.set(title=title, xlabel="looks at (key)", ylabel="word (query)")
         for i, row in enumerate(weights[: len(words), : len(words)].tolist()):
