@@ -83,7 +83,7 @@ class PPOSettings(StageSettings):
     lam: float = option("GAE 的 λ：1 是蒙特卡洛，0 是一步自举", 0.95)
     clip_range: float = option("概率比裁剪的范围 ε", 0.2)
     clip_range_value: float = option("价值裁剪的范围", 0.2)
-    missing_end_penalty: float = option("没有说完（不以 <|im_end|> 结束）的回答扣几分", 5.0)
+    missing_end_penalty: float = option("没有说完（不以 <|im_end|> 结束）的回答扣几分（归一后的分）", 3.0)
     temperature: float = option("采样的温度", 1.0)
 
 
@@ -166,8 +166,8 @@ def response_values(model, rollout: Rollout) -> torch.Tensor:
 
 
 @torch.no_grad()
-def score_responses(reward_model, rollout: Rollout, pad_id: int, missing_end_penalty: float) -> torch.Tensor:
-    """奖励模型在回答的最后一个字上的分数，(B,)；没说完的回答扣分，免得模型学会不停地说。
+def score_responses(reward_model, rollout: Rollout, pad_id: int) -> torch.Tensor:
+    """奖励模型在回答的最后一个字上的分数，(B,)。
 
     结束符换成填充，奖励模型就像训练时一样读到最后一个字为止。
     """
@@ -181,7 +181,18 @@ def score_responses(reward_model, rollout: Rollout, pad_id: int, missing_end_pen
         position_ids=rollout.position_ids,
         use_cache=False,
     ).logits.squeeze(-1)
-    return scores.float() - missing_end_penalty * (~rollout.ended)
+    return scores.float()
+
+
+def response_rewards(
+    scores: torch.Tensor, ended: torch.Tensor, mean: float, std: float, missing_end_penalty: float
+) -> torch.Tensor:
+    """分数 (B,) → 奖励 (B,)：按 SFT 回答的均值和标准差归一；没说完的再扣分，免得模型学会不停地说。
+
+    成对的损失只管谁高谁低，分数的零点和尺度是任意的；归一之后，kl_coef、clip_range_value 在哪个奖励模型上
+    都是同一个意思。
+    """
+    return (scores - mean) / std - missing_end_penalty * (~ended)
 
 
 def token_rewards(
@@ -261,6 +272,20 @@ class Models:
     value: torch.nn.Module
     reference: torch.nn.Module
     reward: torch.nn.Module
+    score_mean: float  # SFT 的回答在奖励模型那里的均值与标准差
+    score_std: float
+
+
+def sft_scores(reference, reward, prompts, tokenizer, settings, n: int = 128) -> tuple[float, float]:
+    """SFT 模型回答前 n 个提示，奖励模型给的分的均值与标准差。"""
+    generator = torch.Generator(next(reference.parameters()).device).manual_seed(settings.seed)
+    batch = settings.per_device_train_batch_size
+    scores = []
+    for start in range(0, min(n, len(prompts)), batch):
+        rollout = roll_out(reference, prompts[start : start + batch], tokenizer, settings, generator)
+        scores.append(score_responses(reward, rollout, tokenizer.pad_token_id))
+    every = torch.cat(scores)
+    return every.mean().item(), max(every.std(correction=0).item(), 1e-3)  # 只有一个回答时标准差是 0
 
 
 def ppo_step(models: Models, optimizers: dict, prompts, tokenizer, settings, accelerator, generator) -> dict:
@@ -274,8 +299,11 @@ def ppo_step(models: Models, optimizers: dict, prompts, tokenizer, settings, acc
             old_logps = response_logps(models.policy, rollout, settings.temperature)
             ref_logps = response_logps(models.reference, rollout, settings.temperature)
             old_values = response_values(models.value, rollout)
-        scores = score_responses(models.reward, rollout, tokenizer.pad_token_id, settings.missing_end_penalty)
-    rewards = token_rewards(scores, old_logps, ref_logps, rollout.mask, settings.kl_coef)
+        scores = score_responses(models.reward, rollout, tokenizer.pad_token_id)
+    outcome = response_rewards(
+        scores, rollout.ended, models.score_mean, models.score_std, settings.missing_end_penalty
+    )
+    rewards = token_rewards(outcome, old_logps, ref_logps, rollout.mask, settings.kl_coef)
     advantages, returns = gae(rewards, old_values, rollout.mask, settings.gamma, settings.lam)
     advantages = whiten(advantages, rollout.mask)
     clock["scoring"] = time.perf_counter()
@@ -334,6 +362,12 @@ def train(stage: Stage) -> dict:
     random.Random(settings.seed).shuffle(prompts)
 
     policy, value = policy.to(device), value.to(device)
+    with accelerator.autocast():
+        mean, std = sft_scores(reference, reward, prompts, tokenizer, settings)
+    print(f"  SFT 的回答平均 {mean:+.2f} 分，标准差 {std:.2f}：奖励按它归一。")
+    with torch.no_grad():  # 价值从奖励模型开始，也换到归一后的尺度
+        value.score.weight /= std
+        value.score.bias -= mean / std
     optimizers = {
         name: torch.optim.AdamW(
             model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
@@ -345,7 +379,7 @@ def train(stage: Stage) -> dict:
         history = load_training_state(latest, {"policy": policy, "value": value}, optimizers)
     policy, value = accelerator.prepare(policy, value)
     optimizers = {name: accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
-    models = Models(policy, value, reference, reward)
+    models = Models(policy, value, reference, reward, mean, std)
 
     bar = progress_bar("PPO", settings.max_steps, len(history))
     for step in range(len(history), settings.max_steps):

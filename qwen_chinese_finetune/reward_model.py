@@ -42,10 +42,11 @@ from qwen_common.training import (
 PRESETS = {
     "tiny": {
         "dataset": "tiny_world",
-        "max_train_samples": 3000,
+        "max_train_samples": 2500,
         "max_length": 256,
         "per_device_train_batch_size": 16,
         "learning_rate": 1e-3,
+        "adam_beta2": 0.98,
     },
     "full": {
         "dataset": "shibing624/DPO-En-Zh-20k-Preference:zh",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
 import sys
@@ -18,6 +19,14 @@ MESSAGES = [
 ]
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """脚本开头的说明原样印出，不挤成一段；有默认值的参数写上默认值。"""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        shown = not any(action.default is hidden for hidden in (None, False, argparse.SUPPRESS))
+        return f"{action.help or ''}{'（默认 %(default)s）' if shown else ''}"
+
+
 def parse_arguments(settings_class, argv: list[str] | None):
     """按 dataclass 的字段解析 argv（None 是 sys.argv）；``--help`` 先印脚本开头的说明。"""
     from transformers import HfArgumentParser
@@ -30,7 +39,7 @@ def parse_arguments(settings_class, argv: list[str] | None):
 
     # 不许缩写：写错的参数会悄悄变成别的参数。
     script = sys.modules[settings_class.__module__].__doc__
-    parser = Parser(settings_class, description=script, allow_abbrev=False)
+    parser = Parser(settings_class, description=script, allow_abbrev=False, formatter_class=HelpFormatter)
     settings, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         close = difflib.get_close_matches(

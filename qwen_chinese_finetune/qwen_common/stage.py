@@ -74,6 +74,7 @@ class StageSettings:
     max_steps: int | None = option("最多更新几步；-1 表示由 num_train_epochs 决定")
     warmup_steps: float | None = option("学习率预热：步数，或小于 1 的比例")
     weight_decay: float | None = option("权重衰减")
+    adam_beta2: float | None = option("Adam 二阶矩的衰减：步数少时取小些，跟得上梯度的变化")
     max_grad_norm: float | None = option("梯度裁剪的范数")
     lr_scheduler_type: str | None = option("学习率曲线：linear、cosine、constant …")
     gradient_checkpointing: bool | None = option("用时间换显存：反向时重算激活")
@@ -88,6 +89,7 @@ COMMON = {
     "max_steps": -1,
     "warmup_steps": 0.05,
     "weight_decay": 0.0,
+    "adam_beta2": 0.999,
     "max_grad_norm": 1.0,
     "lr_scheduler_type": "linear",
     "gradient_checkpointing": False,

@@ -3,8 +3,9 @@
 它是一台仪器。真实语料里没人知道"最低能到多少 loss""答案到底对不对"；这里每一步随机选择都由程序做出，
 所以文档的信息量（nats）是精确的，每道题的答案也是确定的。各训练阶段有没有效果，在它上面一量便知。
 
-一篇文档 = 故事（五句话） + 几句回顾 + 几个清点。回顾要求往前看、把故事里的词抄过来；清点要求认出一个词在不在
-故事里。预训练在每个 token 上学这两样本领，SFT 只需引出前一样（回答问题），奖励模型只需引出后一样（分辨对错）。训练集与留出集按槽位组合的哈希值分开，任何组合只在一边出现。
+一篇文档 = 故事（五句话） + 几句回顾 + 几道判断题。回顾要求往前看、把故事里的词抄过来；判断题要求认出一个词
+与故事合不合。预训练在每个 token 上学这两样本领，SFT 只需引出前一样（回答问题），奖励模型只需引出后一样
+（分辨对错）。训练集与留出集按槽位组合的哈希值分开，任何组合只在一边出现。
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 import random
 import zlib
+from collections.abc import Callable
 
 # 每个词的最后一个字只属于它自己：看到这个字，就知道故事里有没有这个词。
 WORLD = {
@@ -45,6 +47,17 @@ SENTENCE = {
     "friend": "后来的是{friend}",
     "mood": "{person}的心情是{mood}",
 }
+# 判断题里各槽位的名称。
+LABEL = {
+    "time": "时间",
+    "person": "人物",
+    "place": "地点",
+    "color": "颜色",
+    "animal": "动物",
+    "food": "食物",
+    "friend": "朋友",
+    "mood": "心情",
+}
 QUESTION = {
     "time": ["{person}是什么时候去{place}的？", "那是什么时候？"],
     "person": ["谁去了{place}？", "去{place}的是谁？"],
@@ -65,12 +78,13 @@ SMALL_TALK = [
     (["再见", "再见！"], "再见！祝您愉快！"),
 ]
 
-RECAPS = 5  # 每篇文档回顾几个槽位；回顾越多，"往回看"学得越早（3 句时偶有种子学不会）
+RECAPS = 4  # 每篇文档回顾几个槽位："往回看"的本领
+CHECKS = 3  # 每篇文档有几道判断题："分辨对错"的本领
+RIGHT, WRONG = "√", "×"
 # SFT 数据里四种口气混在一起，就像真实的指令数据：留给 DPO 和 PPO 去挑。
-STYLES = {"courteous": 0.30, "plain": 0.35, "terse": 0.25, "unhelpful": 0.10}
+STYLES = {"courteous": 0.35, "plain": 0.35, "terse": 0.20, "unhelpful": 0.10}
 # 偏好的次序：越靠前越好。
 QUALITY = ["courteous", "plain", "terse", "wrong", "unhelpful"]
-CHECKS = 4  # 每篇文档清点几个词在不在故事里；奖励模型靠这个本领分辨对错
 
 
 class Draw:
@@ -100,6 +114,13 @@ def _pick_several(draw: Draw, options: list[str], n: int) -> list[str]:
     return [left.pop(left.index(draw.pick(left))) for _ in range(n)]
 
 
+def mistaken(
+    pick: Callable[[list], str], slots: dict[str, str], slot: str, world: dict[str, list[str]] = WORLD
+) -> dict[str, str]:
+    """把 slot 换成同类的另一个词：照着它说就是说错。"""
+    return slots | {slot: pick([v for v in world[slot] if v != slots[slot]])}
+
+
 def write_document(
     draw: Draw,
     slots: dict[str, str],
@@ -107,15 +128,19 @@ def write_document(
     recaps: int = RECAPS,
     checks: int = CHECKS,
 ) -> str:
-    """故事 + 几句回顾 + 清点几个词："花园有"是故事里有花园，"学校无"是没有学校。"""
+    """故事 + 几句回顾（"小刚去了花园。"） + 几道判断题（"地点学校×"），判断题对错各半。
+
+    对错紧跟在词的后面：模型读到这个词的最后一个字，就得知道合不合故事。判断题不用回顾的句式：回顾里的话
+    句句是真的，模型照着抄就对；同样的句式一半是假话，微调之后它就拿不准该不该照抄。
+    """
     text = write_story(draw, slots) + "回想一下，"
     for slot in _pick_several(draw, list(slots), recaps):
         text += SENTENCE[slot].format(**slots) + "。"
-    text += "清点一下，"
+    text += "判断一下，"
     for slot in _pick_several(draw, list(slots), checks):
-        present = draw.pick([True, False])
-        value = slots[slot] if present else draw.pick([v for v in world[slot] if v != slots[slot]])
-        text += value + ("有。" if present else "无。")
+        mark = draw.pick([RIGHT, WRONG])
+        said = slots if mark == RIGHT else mistaken(draw.pick, slots, slot, world)
+        text += LABEL[slot] + said[slot] + mark
     return text
 
 
@@ -169,32 +194,35 @@ def _answer(rng: random.Random, slots: dict[str, str], slot: str, style: str) ->
     return opening + SENTENCE[slot].format(**slots)
 
 
-def _mistaken(rng: random.Random, slots: dict[str, str], slot: str) -> dict[str, str]:
-    """把 slot 换成同类的另一个词：照着它回答就是答错。"""
-    return slots | {slot: rng.choice([v for v in WORLD[slot] if v != slots[slot]])}
-
-
 def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
+def _small_talk(rng: random.Random) -> list[dict[str, str]]:
+    asks, reply = rng.choice(SMALL_TALK)
+    return [_turn("user", rng.choice(asks)), _turn("assistant", reply)]
+
+
 def chats(n: int, seed: int, heldout: bool = False) -> list[dict]:
-    """n 段 SFT 对话 ``{"messages"}``：一个故事连问三题（后两题要靠第一轮里的故事），二十段里有一段是寒暄。"""
+    """n 段 SFT 对话 ``{"messages"}``：一个故事连问一到五题（第二题起要靠第一轮里的故事），五段里有一段以寒暄
+    结束；二十段里有一段只有寒暄。
+    """
     rng = _rng("chats", seed, heldout)
     styles, weights = zip(*STYLES.items(), strict=True)
     rows = []
     for _ in range(n):
         if rng.random() < 0.05:
-            asks, reply = rng.choice(SMALL_TALK)
-            rows.append({"messages": [_turn("user", rng.choice(asks)), _turn("assistant", reply)]})
+            rows.append({"messages": _small_talk(rng)})
             continue
         draw, slots = _side(rng, heldout)
         prefix, messages = write_story(draw, slots) + "\n", []
-        for slot in rng.sample(SLOTS, 3):
+        for slot in rng.sample(SLOTS, rng.randint(1, 5)):
             ask = prefix + rng.choice(QUESTION[slot]).format(**slots)
             style = rng.choices(styles, weights)[0]
             messages += [_turn("user", ask), _turn("assistant", _answer(rng, slots, slot, style))]
             prefix = ""
+        if rng.random() < 0.2:
+            messages += _small_talk(rng)
         rows.append({"messages": messages})
     return rows
 
@@ -238,17 +266,17 @@ def pairs(n: int, seed: int, heldout: bool = False) -> list[dict]:
     for _ in range(n):
         question, slots = _question(rng, heldout)
         slot = question["slot"]
-        helpful = rng.choice(["courteous", "plain", "terse"])
+        helpful = rng.choice(["courteous", "courteous", "plain", "terse"])
         kinds = rng.choices(
             [
                 [helpful, "wrong"],  # 同一口气，对与错：逼奖励模型读故事
-                ["courteous", rng.choice(QUALITY[1:])],
+                ["courteous", rng.choice(["plain", "plain", "terse", "wrong", "unhelpful"])],  # 挑有礼的
                 sorted(rng.sample(QUALITY, 2), key=QUALITY.index),
             ],
             [0.3, 0.4, 0.3],
         )[0]
         chosen, rejected = (
-            _answer(rng, _mistaken(rng, slots, slot), slot, helpful)
+            _answer(rng, mistaken(rng.choice, slots, slot), slot, helpful)
             if kind == "wrong"
             else _answer(rng, slots, slot, kind)
             for kind in kinds

@@ -70,6 +70,7 @@ def training_kwargs(stage: Stage) -> dict:
         "max_steps",
         "warmup_steps",
         "weight_decay",
+        "adam_beta2",
         "max_grad_norm",
         "lr_scheduler_type",
         "dataloader_num_workers",

@@ -154,14 +154,26 @@ def our_dpo_batch(dpo, frozen, pairs, pad_id) -> dict[str, torch.Tensor]:
     return collate_pairs(pairs, pad_id) | {"ref_logps": refs.T.flatten()}
 
 
+def test_chosen_sft_loss_averages_each_answer_over_its_own_tokens(dpo):
+    labels = torch.full((4, 6), IGNORE)  # 两对；好回答各有 2 个、4 个 token
+    labels[0, 3:5] = labels[1, 1:5] = labels[2:, 5] = 7
+    loss = dpo.chosen_sft_loss(torch.tensor([-3.0, -2.0]), labels)
+    assert loss.tolist() == [1.5, 0.5]
+
+
+# TRL 的 "sft" 项按整批的 token 平均，我们按每个回答平均：一批只有一对时两者是同一个数。
+@pytest.mark.parametrize("sft_weight, n_pairs", [(0.0, 8), (0.3, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dpo_trainer_equals_trl(dtype, dpo, model64, reference64, pairs, chat_tokenizer, trainer_args):
+def test_dpo_trainer_equals_trl(
+    dtype, sft_weight, n_pairs, dpo, model64, reference64, pairs, chat_tokenizer, trainer_args
+):
     mine, other, frozen = (copy.deepcopy(net).to(dtype) for net in (model64, model64, reference64))
-    pad_id = chat_tokenizer.pad_token_id
+    pad_id, pairs = chat_tokenizer.pad_token_id, pairs[:n_pairs]
+    losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, sft_weight]} if sft_weight else {}
     trl = DPOTrainer(
         model=other.train(),
         ref_model=copy.deepcopy(frozen),
-        args=DPOConfig(**trainer_args(DPOConfig), beta=BETA, max_length=None),
+        args=DPOConfig(**trainer_args(DPOConfig), beta=BETA, max_length=None, **losses),
         train_dataset=text_pairs(),
         processing_class=copy.deepcopy(chat_tokenizer),
     )
@@ -173,6 +185,7 @@ def test_dpo_trainer_equals_trl(dtype, dpo, model64, reference64, pairs, chat_to
         train_dataset=Dataset.from_list(pairs),
         processing_class=copy.deepcopy(chat_tokenizer),
     )
+    trainer.sft_weight = sft_weight
     ours = trainer.compute_loss(trainer.model, our_dpo_batch(dpo, frozen, pairs, pad_id))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert abs(ours.item() - math.log(2)) > 1e-3  # 参考模型确实不同
@@ -376,7 +389,7 @@ def test_dpo_accumulation(dpo, model64, reference64, pairs, chat_tokenizer, trai
             data_collator=collate,
             processing_class=copy.deepcopy(chat_tokenizer),
         )
-        trainer.row_lengths = [len(row["prompt_ids"]) for row in rows]
+        trainer.row_lengths, trainer.sft_weight = [len(row["prompt_ids"]) for row in rows], 0.3
         trainer.train()
         for p, q in zip(trainer.ref_model.parameters(), reference64.parameters(), strict=True):
             assert torch.equal(p, q)  # 参考模型没动
@@ -387,7 +400,8 @@ def test_dpo_accumulation(dpo, model64, reference64, pairs, chat_tokenizer, trai
 
     def loss(net):
         logps = dpo.sequence_logps(net, batch["input_ids"], batch["labels"]).chunk(2)
-        return dpo.dpo_loss(*logps, *batch["ref_logps"].chunk(2), BETA)[0].mean()
+        sft = dpo.chosen_sft_loss(logps[0], batch["labels"])
+        return (dpo.dpo_loss(*logps, *batch["ref_logps"].chunk(2), BETA)[0] + 0.3 * sft).mean()
 
     assert_one_sgd_step(results[0], model64, loss, 0.1)
 

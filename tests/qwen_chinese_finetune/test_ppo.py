@@ -192,7 +192,7 @@ def test_left_padding_and_batch_mates_change_nothing(
         for function in (
             lambda r: ppo.response_logps(model64, r, 1.0),
             lambda r: ppo.response_values(value64, r),
-            lambda r: ppo.score_responses(reward64, r, chat_tokenizer.pad_token_id, 0.0),
+            lambda r: ppo.score_responses(reward64, r, chat_tokenizer.pad_token_id),
         ):
             together = function(rollout)
             for i, row in enumerate(rows):
@@ -201,21 +201,44 @@ def test_left_padding_and_batch_mates_change_nothing(
                 torch.testing.assert_close(mine, alone, rtol=0, atol=1e-5)
 
 
-def test_scores_are_the_reward_models_view_minus_the_penalty(ppo, reward64, rows, rollout, chat_tokenizer):
-    """与训练奖励模型时一样，不给它看结束符：分数读在最后一个字上；没说完的扣分。"""
-    pad = chat_tokenizer.pad_token_id
+def test_scores_are_the_reward_models_view_without_the_end_token(
+    ppo, reward64, rows, rollout, chat_tokenizer
+):
+    """与训练奖励模型时一样，不给它看结束符：分数读在最后一个字上。"""
     before = copy.deepcopy(rollout)
-    scores = ppo.score_responses(reward64, rollout, pad, missing_end_penalty=5.0)
+    scores = ppo.score_responses(reward64, rollout, chat_tokenizer.pad_token_id)
     assert not scores.requires_grad and scores.shape == (4,)
     assert torch.equal(rollout.ids, before.ids)  # 之后还要用它算概率，不许改
     for i, (prompt, response) in enumerate(rows):
         said = response[:-1] if rollout.ended[i] else response
         with torch.no_grad():
             hidden = reward64.model(input_ids=torch.tensor([prompt + said])).last_hidden_state[0, -1]
-        raw = (hidden @ reward64.score.weight[0]).item()
-        assert scores[i].item() == pytest.approx(raw - (0 if rollout.ended[i] else 5), abs=1e-5)
-    free = ppo.score_responses(reward64, rollout, pad, missing_end_penalty=0.0)
-    torch.testing.assert_close(free - scores, torch.tensor([0.0, 0.0, 0.0, 5.0]))
+        assert scores[i].item() == pytest.approx((hidden @ reward64.score.weight[0]).item(), abs=1e-5)
+
+
+def test_rewards_are_normalised_scores_minus_the_penalty(ppo):
+    scores, ended = torch.tensor([1.0, 5.0, 5.0]), torch.tensor([True, True, False])
+    rewards = ppo.response_rewards(scores, ended, mean=3.0, std=4.0, missing_end_penalty=2.0)
+    assert rewards.tolist() == [-0.5, 0.5, -1.5]
+
+
+def test_sft_scores_are_the_mean_and_spread_over_the_first_prompts(
+    ppo, model, reward_net, rows, chat_tokenizer
+):
+    """分批量出来的均值与标准差，与逐个回答重算的一致；只用前 n 个提示。"""
+    settings = ppo.PPOSettings(max_new_tokens=4, per_device_train_batch_size=3, seed=5)
+    prompts = [prompt for prompt, _ in rows] * 2
+    n = 6  # 两批
+    mean, std = ppo.sft_scores(model, reward_net, prompts, chat_tokenizer, settings, n=n)
+    generator = torch.Generator().manual_seed(5)
+    scores = []
+    for start in (0, 3):
+        rollout = ppo.roll_out(model, prompts[start : start + 3], chat_tokenizer, settings, generator)
+        scores += ppo.score_responses(reward_net, rollout, chat_tokenizer.pad_token_id).tolist()
+    expected = sum(scores) / n
+    assert mean == pytest.approx(expected, abs=1e-5)
+    assert std == pytest.approx((sum((x - expected) ** 2 for x in scores) / n) ** 0.5, abs=1e-5)
+    assert ppo.sft_scores(model, reward_net, prompts, chat_tokenizer, settings, n=1)[1] > 0
 
 
 def test_ppo_scores_what_the_reward_model_was_trained_on(ppo, reward, reward64, chat_tokenizer):
@@ -228,7 +251,7 @@ def test_ppo_scores_what_the_reward_model_was_trained_on(ppo, reward, reward64, 
     responses = [answer_ids(chat_tokenizer, pair["chosen"][0]["content"]) for pair in pairs]
     rollout = build(ppo, list(zip(prompts, responses, strict=True)), chat_tokenizer)
     assert rollout.ended.all()
-    in_ppo = ppo.score_responses(reward64, rollout, pad, 5.0)
+    in_ppo = ppo.score_responses(reward64, rollout, pad)
     questions = [{"messages": pair["prompt"]} for pair in pairs]
     measured = score_replies(reward64, chat_tokenizer, questions, [{"ids": ids} for ids in responses])
     torch.testing.assert_close(in_ppo, trained, rtol=0, atol=1e-4)
@@ -385,6 +408,9 @@ class Spy:
         return result
 
 
+MEAN, STD = 0.3, 1.7  # SFT 的分数的均值与标准差，随便取的
+
+
 @pytest.fixture
 def round_of(ppo, model, reference, value_net, reward_net, rows, chat_tokenizer, accelerator, monkeypatch):
     """走一轮 PPO，返回 (四个模型, 统计, 各函数的调用记录)。"""
@@ -393,7 +419,8 @@ def round_of(ppo, model, reference, value_net, reward_net, rows, chat_tokenizer,
         spies = {name: Spy(getattr(ppo, name)) for name in ("roll_out", "policy_loss", "value_loss", "gae")}
         for name, spy in spies.items():
             monkeypatch.setattr(ppo, name, spy)
-        nets = ppo.Models(*(copy.deepcopy(net) for net in (policy, value_net, frozen, reward_net)))
+        nets = (copy.deepcopy(net) for net in (policy, value_net, frozen, reward_net))
+        nets = ppo.Models(*nets, score_mean=MEAN, score_std=STD)
         for net in (nets.reference, nets.reward):
             net.requires_grad_(False)
         optimizers = {
@@ -441,7 +468,7 @@ def test_stats_describe_the_rollout(ppo, round_of, model, reward_net, chat_token
     ((_, rollout),) = calls["roll_out"]
     assert stats["kl"] == 0.0  # 参考模型就是策略自己
     assert stats["score"] == pytest.approx(
-        ppo.score_responses(reward_net, rollout, chat_tokenizer.pad_token_id, 5.0).mean().item(), abs=1e-6
+        ppo.score_responses(reward_net, rollout, chat_tokenizer.pad_token_id).mean().item(), abs=1e-6
     )
     assert stats["length"] == pytest.approx(rollout.mask.sum().item() / 4)
     assert stats["ended"] == rollout.ended.float().mean().item()
@@ -461,7 +488,8 @@ def test_one_epoch_is_one_step_of_the_plain_policy_gradient(
     logps, values = ppo.response_logps(policy, rollout, 1.0), ppo.response_values(value, rollout)
     with torch.no_grad():
         ref_logps = ppo.response_logps(reference, rollout, 1.0)
-    scores = ppo.score_responses(reward_net, rollout, chat_tokenizer.pad_token_id, 5.0)
+    scores = ppo.score_responses(reward_net, rollout, chat_tokenizer.pad_token_id)
+    scores = (scores - MEAN) / STD - 3.0 * (~rollout.ended)
     advantages, returns = torch.zeros_like(logps), torch.zeros_like(logps)
     for i, n in enumerate(mask.sum(1).tolist()):
         rewards = [-0.2 * (logps[i, t] - ref_logps[i, t]).item() for t in range(n)]
@@ -511,7 +539,7 @@ def test_repeated_rounds_raise_the_reward(ppo, model, value_net, rows, chat_toke
             return SimpleNamespace(logits=(input_ids[:, len(prompt), None] % 2 == 0).float())
 
     policy, value = copy.deepcopy(model), copy.deepcopy(value_net)
-    nets = ppo.Models(policy, value, copy.deepcopy(model), LikesEven())
+    nets = ppo.Models(policy, value, copy.deepcopy(model), LikesEven(), score_mean=0.5, score_std=0.5)
     optimizers = {
         k: torch.optim.AdamW(net.parameters(), 1e-3) for k, net in (("policy", policy), ("value", value))
     }

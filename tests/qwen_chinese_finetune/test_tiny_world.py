@@ -76,10 +76,12 @@ def slot_asked(ask: str, slots: dict[str, str]) -> str:
 
 
 def parse_prompt(messages: list[dict]) -> tuple[dict[str, str], list[str]]:
-    """消息 → (故事的槽位, 每一轮问的是哪个槽位)。"""
+    """消息 → (故事的槽位, 每一轮问的是哪个槽位)；最后的寒暄不算。"""
     slots, _, rest = parse_story(messages[0]["content"])
     assert rest.startswith("\n")
     asks = [rest[1:]] + [m["content"] for m in messages[1:] if m["role"] == "user"]
+    if any(asks[-1] in talk for talk, _ in SMALL_TALK):
+        asks.pop()
     return slots, [slot_asked(ask, slots) for ask in asks]
 
 
@@ -332,7 +334,7 @@ def test_follow_ups_need_the_earlier_turn():
 
 
 def test_chats_ask_every_question_in_every_style_and_answer_right():
-    asked, forms, styles, small_talk = Counter(), set(), Counter(), 0
+    asked, forms, styles, small_talk, closings, lengths = Counter(), set(), Counter(), 0, 0, set()
     chats = tiny_world.chats(600, 0)
     for row in chats:
         messages = row["messages"]
@@ -343,7 +345,13 @@ def test_chats_ask_every_question_in_every_style_and_answer_right():
             assert messages[1]["content"] == reply
             continue
         slots, turns = parse_prompt(messages)
-        assert len(turns) == 3 == len(set(turns))
+        assert len(turns) == len(set(turns))
+        lengths.add(len(turns))
+        if len(turns) < len(messages) // 2:
+            closings += 1
+            assert any(
+                messages[-2]["content"] in asks and messages[-1]["content"] == r for asks, r in SMALL_TALK
+            )
         asked.update(turns)
         for i, slot in enumerate(turns):
             ask, reply = messages[2 * i]["content"], messages[2 * i + 1]["content"]
@@ -355,6 +363,7 @@ def test_chats_ask_every_question_in_every_style_and_answer_right():
     assert forms == {(slot, form) for slot in SLOTS for form in QUESTION[slot]}
     assert set(asked) == set(SLOTS)
     assert 0.01 < small_talk / len(chats) < 0.12
+    assert 0.1 < closings / len(chats) < 0.3 and lengths == {1, 2, 3, 4, 5}
     total = sum(styles.values())
     for style, share in STYLES.items():
         assert styles[style] / total == pytest.approx(share, abs=0.05)
