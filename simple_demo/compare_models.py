@@ -9,7 +9,7 @@
   python compare_models.py
   python compare_models.py --models mean tfidf                   # 只比其中几个，十几秒
   python compare_models.py --data my_reviews.csv                 # tsv、csv、jsonl：要有 text 和 label 两列
-  python compare_models.py --data ../shared/data/chnsenticorp    # 文件夹：用它自己的 train、validation、test
+  python compare_models.py --data chnsenticorp                   # 文件夹：用它自己的 train、validation、test
 
 应当看到：每个模型的验证正确率，最后一张表（实测值见 README），图在 outputs/compare_models.png。
 """
