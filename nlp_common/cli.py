@@ -13,6 +13,7 @@ class UserError(Exception):
 
 def run_main(main: Callable[[], object]) -> None:
     """运行 main；UserError 退出码 2，Ctrl-C 退出码 130，磁盘满退出码 2，其余异常照常抛出。"""
+    sys.stdout.reconfigure(line_buffering=True)  # 输出接到文件或管道时，也随时看得到
     try:
         main()
     except UserError as error:

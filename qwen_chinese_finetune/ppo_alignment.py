@@ -36,7 +36,7 @@ from nlp_common.device import precision
 from qwen_common.chatml import prompt_ids
 from qwen_common.checkpoints import load_training_state, save_training_state
 from qwen_common.data import drop_long, load_train_and_eval, to_questions
-from qwen_common.generation import pad_left, stop_tokens, stream_tokens
+from qwen_common.generation import pad_left, padded_positions, stop_tokens, stream_tokens
 from qwen_common.judging import measure_chat, reply_to, score_replies, token_kl
 from qwen_common.loading import (
     end_chat_turns,
@@ -52,10 +52,10 @@ PRESETS = {
         "dataset": "tiny_world",
         "max_train_samples": 2000,
         "max_length": 256,
-        "max_steps": 36,
+        "max_steps": 30,
         "per_device_train_batch_size": 32,
-        "learning_rate": 4e-4,
-        "kl_coef": 0.5,  # 小世界的奖励差有十来分，0.1 拉不住
+        "learning_rate": 3e-4,
+        "kl_coef": 0.1,
         "max_new_tokens": 24,
         "save_steps": 10,
     },
@@ -128,7 +128,7 @@ def roll_out(policy, prompts: list[list[int]], tokenizer, settings, generator) -
     return Rollout(
         ids=torch.cat([ids, responses], 1),
         attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+        position_ids=padded_positions(attention_mask),
         mask=mask,
         ended=(is_stop & mask).any(1),
     )

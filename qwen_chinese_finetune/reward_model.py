@@ -129,8 +129,7 @@ def train(stage: Stage) -> dict:
     before = evaluate(model, heldout, tokenizer.pad_token_id, settings.per_device_train_batch_size)
 
     lengths = [pair_length(row) for row in rows]
-    n_tokens = sum(pair_tokens(row) for row in rows)
-    progress = Progress(stage, "奖励模型", n_tokens / len(rows))
+    progress = Progress(stage, "奖励模型", [pair_tokens(row) for row in rows])
     trainer = PairwiseRewardTrainer(
         model=model,
         args=RewardConfig(**training_kwargs(stage), max_length=None),

@@ -188,7 +188,7 @@ def train(stage: Stage) -> dict:
 
     before = measure()
     lengths = [len(row["input_ids"]) for row in rows]
-    progress = Progress(stage, "SFT", sum(lengths) / len(lengths))
+    progress = Progress(stage, "SFT", lengths)
     trainer = SFTTrainer(
         model=model,
         args=TrainingArguments(**training_kwargs(stage)),

@@ -23,6 +23,11 @@ def pad_left(sequences: list[list[int]], pad_id: int, device=None) -> tuple[torc
     return ids, mask
 
 
+def padded_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, T) 的掩码 → 位置编号：填充不占位置，每行从第一个真实 token 的 0 数起。"""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
 def pick_next(
     logits: torch.Tensor, temperature: float, top_p: float = 1.0, generator: torch.Generator | None = None
 ) -> torch.Tensor:
@@ -53,7 +58,7 @@ def stream_tokens(
 
     input_ids、attention_mask：(B, T)，左填充。
     """
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # 填充不占位置
+    position_ids = padded_positions(attention_mask)
     stops = torch.tensor(stop_ids, device=input_ids.device)
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     cache = None

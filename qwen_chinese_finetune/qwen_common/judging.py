@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .chatml import prompt_ids
-from .generation import batches_by_length, generate, pad_left, stop_tokens
+from .generation import batches_by_length, generate, pad_left, padded_positions, stop_tokens
 from .tiny_world import OPENINGS, WORLD
 
 MAX_REPLY = 32  # 小世界里最长的回复约 25 个 token
@@ -138,7 +138,9 @@ def score_replies(
     scores = torch.empty(len(rows))
     for batch in batches_by_length([len(row) for row in rows], batch_size):
         ids, mask = pad_left([rows[i] for i in batch], tokenizer.pad_token_id, reward_model.device)
-        logits = reward_model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = reward_model(
+            input_ids=ids, attention_mask=mask, position_ids=padded_positions(mask), use_cache=False
+        ).logits
         scores[batch] = logits.squeeze(-1).float().cpu()
     return scores
 
@@ -159,11 +161,9 @@ def token_kl(
         ids, mask = pad_left([rows[i] for i in batch], tokenizer.pad_token_id, policy.device)
         lengths = torch.tensor([len(replies[i]["ids"]) for i in batch], device=ids.device)
         width = int(lengths.max())
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": padded_positions(mask)}
         logps = [
-            model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=width + 1)
-            .logits[:, :-1]
-            .float()
-            .log_softmax(-1)
+            model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, :-1].float().log_softmax(-1)
             for model in (policy, reference)
         ]  # (B, width, V)
         kl = (logps[0].exp() * (logps[0] - logps[1])).sum(-1)  # (B, width)

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable
 
 # 每个词的最后一个字只属于它自己：看到这个字，就知道故事里有没有这个词。
+# 同类的词也尽量不同头：十个"老×"要先写出"老"再往回找，这一类总是最晚才学会，有的种子学不会。
 WORLD = {
     "time": ["清晨", "正午", "傍晚", "深夜", "拂晓", "日落"],
     "person": ["小刚", "小兰", "小明", "小丽", "小芳", "小强", "小燕", "小龙", "小梅", "小军"],
@@ -23,7 +24,7 @@ WORLD = {
     "color": ["乌黑", "雪白", "银灰", "深棕", "金黄", "火红"],
     "animal": ["松鼠", "野兔", "信鸽", "乌龟", "狐狸", "刺猬", "山羊", "鹦鹉", "麻雀", "猕猴"],
     "food": ["香蕉", "苹果", "面包", "饼干", "花生", "玉米", "葡萄", "萝卜", "蛋糕", "西瓜"],
-    "friend": ["老王", "老李", "老张", "老赵", "老陈", "老周", "老吴", "老郑", "老孙", "老朱"],
+    "friend": ["王伯", "李婶", "张叔", "赵姨", "陈爷", "周嫂", "吴哥", "郑姐", "孙舅", "朱姑"],
     "mood": ["高兴", "失望", "平静", "难受", "激动", "满意", "害怕", "骄傲"],
 }
 SLOTS = list(WORLD)
@@ -82,7 +83,7 @@ RECAPS = 4  # 每篇文档回顾几个槽位："往回看"的本领
 CHECKS = 3  # 每篇文档有几道判断题："分辨对错"的本领
 RIGHT, WRONG = "√", "×"
 # SFT 数据里四种口气混在一起，就像真实的指令数据：留给 DPO 和 PPO 去挑。
-STYLES = {"courteous": 0.35, "plain": 0.35, "terse": 0.20, "unhelpful": 0.10}
+STYLES = {"courteous": 0.20, "plain": 0.50, "terse": 0.25, "unhelpful": 0.05}
 # 偏好的次序：越靠前越好。
 QUALITY = ["courteous", "plain", "terse", "wrong", "unhelpful"]
 
@@ -270,10 +271,10 @@ def pairs(n: int, seed: int, heldout: bool = False) -> list[dict]:
         kinds = rng.choices(
             [
                 [helpful, "wrong"],  # 同一口气，对与错：逼奖励模型读故事
-                ["courteous", rng.choice(["plain", "plain", "terse", "wrong", "unhelpful"])],  # 挑有礼的
+                ["courteous", rng.choice(["plain", "plain", "plain", "terse", "wrong", "unhelpful"])],
                 sorted(rng.sample(QUALITY, 2), key=QUALITY.index),
             ],
-            [0.3, 0.4, 0.3],
+            [0.3, 0.5, 0.2],
         )[0]
         chosen, rejected = (
             _answer(rng, mistaken(rng.choice, slots, slot), slot, helpful)

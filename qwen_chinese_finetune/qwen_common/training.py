@@ -105,12 +105,13 @@ def run_trainer(trainer, stage: Stage, progress: Progress) -> None:
 class Progress(TrainerCallback):
     """显示进度、给写完的检查点打上完成标记、统计吞吐。"""
 
-    def __init__(self, stage: Stage, label: str, tokens_per_row: float):
-        self.stage, self.label, self.tokens_per_row = stage, label, tokens_per_row
+    def __init__(self, stage: Stage, label: str, row_tokens: list[int]):
+        """row_tokens：每行有几个 token（不算填充）。"""
+        self.stage, self.label, self.row_tokens = stage, label, row_tokens
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args, state, control, **_):
-        self.first_step, self.started = state.global_step, time.perf_counter()
+        self.first_epoch, self.started = state.epoch or 0, time.perf_counter()
         if state.is_world_process_zero:
             self.bar = progress_bar(self.label, state.max_steps, state.global_step)
 
@@ -129,11 +130,10 @@ class Progress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **_):
         seconds = time.perf_counter() - self.started
-        rows = (state.global_step - self.first_step) * args.train_batch_size
-        rows *= args.gradient_accumulation_steps * args.world_size
+        epochs = state.epoch - self.first_epoch  # 最后一批可能不满，按遍数算才准
         self.metrics = {
-            "train_samples_per_s": round(rows / seconds, 2),
-            "train_tokens_per_s": round(rows * self.tokens_per_row / seconds, 1),
+            "train_samples_per_s": round(epochs * len(self.row_tokens) / seconds, 2),
+            "train_tokens_per_s": round(epochs * sum(self.row_tokens) / seconds, 1),
             "train_seconds": round(seconds, 2),
         }
         if self.bar is not None:

@@ -81,9 +81,7 @@ def test_whole_chain_leaves_a_report(chain):
 def test_second_run_skips_everything(chain, run_all, capsys):
     root, _ = chain
     before, compared = ids(root), load_run(root / "compare")
-    started = time.perf_counter()
     run_all.main([*SMALL, "--output_dir", str(root)])
-    assert time.perf_counter() - started < 15  # 各脚本的库在这个进程里可能还没有导入
     out = capsys.readouterr().out
     assert out.count("已有训练结果，直接加载") == 5 and "已有比较结果，直接加载" in out
     assert ids(root) == before and load_run(root / "compare") == compared
