@@ -42,7 +42,7 @@ from qwen_common.training import (
 PRESETS = {
     "tiny": {
         "dataset": "tiny_world",
-        "max_train_samples": 2500,
+        "max_train_samples": 3500,
         "max_length": 256,
         "per_device_train_batch_size": 16,
         "learning_rate": 1e-3,

@@ -83,7 +83,7 @@ RECAPS = 4  # 每篇文档回顾几个槽位："往回看"的本领
 CHECKS = 3  # 每篇文档有几道判断题："分辨对错"的本领
 RIGHT, WRONG = "√", "×"
 # SFT 数据里四种口气混在一起，就像真实的指令数据：留给 DPO 和 PPO 去挑。
-STYLES = {"courteous": 0.20, "plain": 0.50, "terse": 0.25, "unhelpful": 0.05}
+STYLES = {"courteous": 0.28, "plain": 0.45, "terse": 0.22, "unhelpful": 0.05}
 # 偏好的次序：越靠前越好。
 QUALITY = ["courteous", "plain", "terse", "wrong", "unhelpful"]
 
@@ -267,14 +267,14 @@ def pairs(n: int, seed: int, heldout: bool = False) -> list[dict]:
     for _ in range(n):
         question, slots = _question(rng, heldout)
         slot = question["slot"]
-        helpful = rng.choice(["courteous", "courteous", "plain", "terse"])
+        helpful = rng.choice(["courteous", "courteous", "courteous", "plain", "terse"])
         kinds = rng.choices(
             [
                 [helpful, "wrong"],  # 同一口气，对与错：逼奖励模型读故事
                 ["courteous", rng.choice(["plain", "plain", "plain", "terse", "wrong", "unhelpful"])],
                 sorted(rng.sample(QUALITY, 2), key=QUALITY.index),
             ],
-            [0.3, 0.5, 0.2],
+            [0.35, 0.5, 0.15],
         )[0]
         chosen, rejected = (
             _answer(rng, mistaken(rng.choice, slots, slot), slot, helpful)

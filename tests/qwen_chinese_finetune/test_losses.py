@@ -439,6 +439,14 @@ def test_chosen_and_rejected_rows_keep_their_halves(pairs, chat_tokenizer):
             assert set(ids[n:]) <= {chat_tokenizer.pad_token_id} and set(labels[n:]) <= {IGNORE}
 
 
+def test_dpo_sees_the_end_only_after_the_chosen_answer(dpo, chat_tokenizer):
+    row = tiny_world.pairs(1, 4)[0]
+    pair = dpo.encode(chat_tokenizer, row)
+    chosen, rejected = (row[k][-1]["content"] for k in ("chosen", "rejected"))
+    assert chat_tokenizer.decode(pair["chosen_ids"]) == chosen + "<|im_end|>"
+    assert chat_tokenizer.decode(pair["rejected_ids"]) == rejected
+
+
 def test_pairs_are_generated_from_the_prompt_a_chat_would_use(pairs, chat_tokenizer):
     for row, pair in zip(tiny_world.pairs(8, 4), pairs, strict=True):
         assert pair["prompt_ids"] == prompt_ids(chat_tokenizer, row["prompt"])
