@@ -33,12 +33,12 @@ def find_model(name: str, source: str = "hf") -> str | None:
     if folder.is_file():
         raise UserError(f"{name} 是一个文件；--model 要的是装着 config.json 和权重的文件夹。")
     if _is_path(name):
-        raise UserError(f"没有这个文件夹：{name}（当前目录是 {Path.cwd()}）。请检查 --model 的写法。")
+        raise UserError(f"没有这个文件夹：{name}（当前目录是 {Path.cwd()}）。请检查路径的写法。")
     if cached := _cached(name, source):
         return cached
     if folder.parent != Path(".") and folder.parent.is_dir():  # outputs/tini：目录在，多半是路径打错了
         raise UserError(
-            f"{folder.parent} 里没有 {folder.name}，模型缓存里也没有 {name}。请检查 --model 的写法；"
+            f"{folder.parent} 里没有 {folder.name}，模型缓存里也没有 {name}。请检查名字的写法；"
             f"如果 {name} 是 hub 上的名字，换个没有 {folder.parent} 文件夹的目录运行。"
         )
     return name if hub_reachable(source=source) else None
