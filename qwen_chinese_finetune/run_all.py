@@ -4,14 +4,14 @@
 
 运行：
     python run_all.py                                      # 自动选预设
-    python run_all.py --preset tiny                        # 离线小世界，2 核 CPU 约四分钟
+    python run_all.py --preset tiny                        # 离线小世界，2 核 CPU 三分半钟
     python run_all.py --preset full                        # Qwen1.5-0.5B 与真实数据，需要加速器
     python run_all.py --preset tiny --until sft            # 只跑到 SFT
     python run_all.py --preset tiny --max_steps 2          # 每个阶段只走两步，看看能不能跑通
 
 做完的阶段直接用；Ctrl-C 之后再运行同一条命令，从最近的检查点接着来。
 
-预期输出（tiny，实测见本文件夹的 README.md）：各阶段的指标都达到表里的目标；
+预期输出（tiny，实测见本文件夹的 README.md）：种子 0 各阶段的指标都达到表里的目标；
 outputs/tiny/report.html 里有损失与奖励曲线、各模型的正确率、长度分布和并排的回答。
 """
 
