@@ -44,16 +44,8 @@ def prepare(folder: Path, args) -> tuple[str, dict[str, str]]:
 def ours(stage: str, model: str, data: str, folder: Path) -> dict:
     """运行读者运行的那个脚本，从 run.json 里读速度。"""
     out = folder / f"ours-{stage}"
-    command = [
-        sys.executable,
-        str(QWEN / SCRIPTS[stage]),
-        "--preset",
-        "tiny",
-        "--model",
-        model,
-        "--dataset",
-        data,
-    ]
+    command = [sys.executable, str(QWEN / SCRIPTS[stage]), "--preset", "tiny"]
+    command += ["--model", model, "--dataset", data]
     command += ["--output_dir", str(out), "--per_device_train_batch_size", str(BATCH), "--max_length", "1024"]
     command += ["--max_train_samples", "100000", "--max_eval_samples", "16", "--num_train_epochs", "1"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

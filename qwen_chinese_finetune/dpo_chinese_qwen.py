@@ -7,7 +7,7 @@
     python dpo_chinese_qwen.py --preset tiny               # 离线小世界
     python dpo_chinese_qwen.py --preset full               # DPO-En-Zh-20k 偏好数据，需要加速器
 
-预期输出（tiny，实测见本文件夹的 README.md）：采样回答又对、又完整、又有礼的比例从两成以内升到 95% 以上，
+预期输出（tiny，实测见本文件夹的 README.md）：采样回答又对、又完整、又有礼的比例从两成多升到 95% 以上，
 贪心正确率不降。
 
 参考：Rafailov et al. 2023（DPO）式 7；Pang et al. 2024（好回答上的 SFT 项）；训练器用 TRL 的 DPOTrainer。

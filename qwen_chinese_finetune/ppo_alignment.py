@@ -12,7 +12,7 @@
     python ppo_alignment.py --preset tiny                  # 离线小世界
     python ppo_alignment.py --preset full                  # 需要加速器
 
-预期输出（tiny，实测见本文件夹的 README.md）：奖励升高一个标准差以上，又对、又完整、又有礼的采样回答从两成以内
+预期输出（tiny，实测见本文件夹的 README.md）：奖励升高一个标准差以上，又对、又完整、又有礼的采样回答从两成多
 升到 90% 以上，贪心正确率不降，每个 token 对 SFT 的 KL 不到 0.6 nats。
 
 参考：Schulman et al. 2017（PPO）；Schulman et al. 2016（GAE）；Ziegler et al. 2019；Ouyang et al. 2022。
