@@ -1,0 +1,421 @@
+"""MiniGPT：从零写一个 GPT，一个文件，只用 PyTorch。
+
+你会学到
+  1. 自回归：每个位置只做一件事，猜下一个 token；写句子就是把猜到的一次次接回去。
+  2. 因果掩码：猜的时候不许偷看后面。
+  3. 位置向量、多头注意力、pre-norm 与残差、权重共享、KV 缓存，各是哪几行。
+
+怎么运行
+  python mini_gpt.py                              # 四句话的玩具，几秒
+  python mini_gpt.py --data input.txt             # 任何 UTF-8 文本，一个字一个 token
+  python mini_gpt.py --data input.txt --prompt "ROMEO:" --temperature 0.5    # 训练完再运行：只生成
+
+参考：Radford et al. 2019（GPT-2）；Vaswani et al. 2017（注意力）；Loshchilov & Hutter 2019（AdamW）。
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SENTENCES = ["i love cats", "i love cats", "i love dogs", "you love dogs"]
+END = "<end>"
+
+
+def option(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Settings:
+    layers: int = option(4, "Transformer 块的层数")
+    heads: int = option(4, "注意力的头数")
+    dim: int = option(128, "每个 token 的向量有多少维")
+    block: int = option(64, "上下文最多多少个 token")
+    bias: bool = option(False, "Linear 和 LayerNorm 带偏置，和 GPT-2 一样；不带的快一点")
+    attention: str = option("sdpa", "注意力的算法：manual 手写的三行，sdpa 是 PyTorch 的一个函数")
+    batch: int = option(12, "每步多少段")
+    steps: int = option(2000, "更新多少步；玩具里就是多少轮")
+    lr: float = option(3e-3, "学习率的峰值；之后按余弦降到 0")
+    warmup: int = option(100, "学习率从 0 升到峰值用多少步")
+    weight_decay: float = option(0.1, "权重衰减，只用在矩阵上")
+    beta2: float = option(0.99, "Adam 二阶矩的衰减")
+    seed: int = option(0, "随机种子：同一种子，结果相同")
+    eval_every: int = option(250, "每多少步量一次验证 loss，并存检查点")
+    prompt: str = option("\n", "生成时的开头")
+    max_new_tokens: int = option(300, "最多生成多少个 token")
+    temperature: float = option(0.8, "采样温度，大于 0：越小越保守")
+    greedy: bool = option(False, "贪心：不采样，总取概率最大的")
+    data: str = option("", "训练用的文本文件（UTF-8）；不给就跑玩具")
+    out: str = option("", "检查点存到哪里；默认 outputs/mini_gpt-<文件名>.pt，在本脚本的文件夹里")
+    retrain: bool = option(False, "不用已有的检查点，从头训练")
+
+
+TOY = Settings(layers=2, heads=2, dim=64, block=4, batch=4, steps=100, warmup=0, eval_every=20)
+TOY = replace(TOY, attention="manual", prompt="i", max_new_tokens=4, temperature=1.0)
+# 不影响训练结果的参数，改了也能用同一个检查点。
+FREE = {
+    "attention",
+    "eval_every",
+    "prompt",
+    "max_new_tokens",
+    "temperature",
+    "greedy",
+    "data",
+    "out",
+    "retrain",
+}
+
+
+# ---------- 1. 模型：层的名字和 GPT-2 一样，所以权重可以一一对应 ----------
+class CausalSelfAttention(nn.Module):
+    def __init__(self, s):
+        super().__init__()
+        self.heads, self.attention = s.heads, s.attention
+        self.c_attn = nn.Linear(s.dim, 3 * s.dim, bias=s.bias)  # Q、K、V 三个矩阵并成一次乘法
+        self.c_proj = nn.Linear(s.dim, s.dim, bias=s.bias)
+        # 第 t 行：第 t 个位置看得见谁。只有自己和前面的。
+        mask = torch.ones(s.block, s.block, dtype=torch.bool).tril()
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x, past=None):
+        """x (B, T, C)。past 是这一层的缓存 [K, V]：接上新的，旧的不用重算。"""
+        B, T, C = x.shape
+        q, k, v = (
+            part.view(B, T, self.heads, C // self.heads).transpose(1, 2)  # (B, nh, T, hs)
+            for part in self.c_attn(x).split(C, dim=2)
+        )
+        if past:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, nh, S, hs)
+        if past is not None:
+            past[:] = [k, v]
+        S = k.shape[2]  # 看得见的总长：缓存里的加上这次的 T 个
+        mask = self.mask[S - T : S, :S]  # (T, S)
+        if self.attention == "manual":
+            scores = q @ k.transpose(-2, -1) / math.sqrt(C // self.heads)  # (B, nh, T, S)
+            weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)  # 看不见的正好是 0
+            y = weights @ v  # (B, nh, T, hs)
+        elif S == T:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, s):
+        super().__init__()
+        self.c_fc = nn.Linear(s.dim, 4 * s.dim, bias=s.bias)
+        self.c_proj = nn.Linear(4 * s.dim, s.dim, bias=s.bias)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 用的是 tanh 近似
+
+
+class Block(nn.Module):
+    """pre-norm：先归一再进子层；残差那条路上什么也不做，层数多了也好训练。"""
+
+    def __init__(self, s):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(s.dim, bias=s.bias), nn.LayerNorm(s.dim, bias=s.bias)
+        self.attn, self.mlp = CausalSelfAttention(s), MLP(s)
+
+    def forward(self, x, past=None):
+        x = x + self.attn(self.ln_1(x), past)
+        return x + self.mlp(self.ln_2(x))
+
+
+class MiniGPT(nn.Module):
+    def __init__(self, vocab_size, s):
+        super().__init__()
+        self.block_size = s.block
+        self.wte = nn.Embedding(vocab_size, s.dim)  # 是哪个 token
+        self.wpe = nn.Embedding(s.block, s.dim)  # 在第几个位置
+        self.h = nn.ModuleList(Block(s) for _ in range(s.layers))
+        self.ln_f = nn.LayerNorm(s.dim, bias=s.bias)
+        self.lm_head = nn.Linear(s.dim, vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight  # 权重共享：读进来和写出去用同一张表
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                # 每层往残差上加两次；除以 √(2·层数)，加完之后的大小才不随层数变。
+                shrink = math.sqrt(2 * s.layers) if name.endswith("c_proj.weight") else 1.0
+                nn.init.normal_(parameter, std=0.02 / shrink)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, ids, cache=None):
+        """ids (B, T) → logits (B, T, V)。cache 是每层一个 list，由 generate 建好。"""
+        start = cache[0][0].shape[2] if cache and cache[0] else 0
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device)
+        x = self.wte(ids) + self.wpe(positions)  # (B, T, C)
+        for i, block in enumerate(self.h):
+            x = block(x, cache[i] if cache else None)
+        return self.lm_head(self.ln_f(x))
+
+
+def next_token_loss(logits, targets):
+    """(B, T, V) 与 (B, T) → 平均每个 token 的 -log p(正确的下一个)。"""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+# ---------- 2. 生成 ----------
+@torch.no_grad()
+def generate(model, ids, max_new_tokens, temperature=1.0, greedy=False, seed=0, use_cache=True):
+    """ids (1, T) → 一个一个地产出新 token。
+
+    KV 缓存：前面的 K、V 不会再变，新来一个 token 只算它自己那一行。位置向量只有 block 个，写满之后窗口要往前移，
+    每个 token 的位置都变了，缓存作废：从那以后每步都取最后 block 个重算，和没有缓存一样慢。
+    """
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    cache = None
+    for _ in range(max_new_tokens):
+        if cache and ids.shape[1] <= model.block_size:
+            logits = model(ids[:, -1:], cache)
+        else:
+            cache = [[] for _ in model.h] if use_cache else None
+            logits = model(ids[:, -model.block_size :], cache)
+        last = logits[0, -1].float().cpu()  # (V,)：最后一个位置猜的下一个
+        choice = (
+            last.argmax() if greedy else (last / temperature).softmax(-1).multinomial(1, generator=generator)
+        )
+        yield choice.item()
+        ids = torch.cat([ids, choice.view(1, 1).to(ids.device)], dim=1)
+
+
+# ---------- 3. 训练 ----------
+def learning_rate(step, s):
+    """先线性升到峰值，再按余弦降到 0。"""
+    if step < s.warmup:
+        return s.lr * (step + 1) / s.warmup
+    return s.lr * 0.5 * (1 + math.cos(math.pi * (step - s.warmup) / max(1, s.steps - s.warmup)))
+
+
+def make_optimizer(model, s):
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]  # LayerNorm 与偏置，往 0 拉没有道理
+    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, s.beta2), fused=True)
+
+
+def train_step(model, optimizer, inputs, targets, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss = next_token_loss(model(inputs), targets)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def get_batch(data, s, step):
+    """第 step 步的那一批，只由 (seed, step) 决定：中断后接着训练，读到的还是同样的批。"""
+    generator = torch.Generator().manual_seed(s.seed * 1_000_003 + step)
+    starts = torch.randint(len(data) - s.block, (s.batch, 1), generator=generator)
+    rows = data[(starts + torch.arange(s.block + 1)).to(data.device)]  # (B, T+1)：一次取完，不用 Python 循环
+    return rows[:, :-1], rows[:, 1:]
+
+
+@torch.no_grad()
+def evaluate(model, data, batch=64):
+    """整份数据的 loss：切成不重叠的段，末尾不足一段的不算。没有随机数，次次一样。"""
+    model.eval()
+    block = model.block_size
+    n = (len(data) - 1) // block
+    inputs, targets = data[: n * block].view(n, block), data[1 : n * block + 1].view(n, block)
+    batches = zip(inputs.split(batch), targets.split(batch), strict=True)
+    total = sum(next_token_loss(model(x), y).item() * len(x) for x, y in batches)
+    model.train()
+    return total / n
+
+
+def save_checkpoint(path, wanted, step, history, model, optimizer):
+    """先写到旁边再改名：任何时候被打断，path 都是一个写完整的检查点。"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {"fingerprint": wanted, "step": step, "history": history}
+    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path, wanted):
+    """读检查点；设置或数据不同就逐项说出来，不悄悄接着用。"""
+    try:
+        state = torch.load(path, weights_only=True)  # 只读张量，不执行 pickle 里的代码
+        saved = state["fingerprint"]
+    except Exception as error:  # 坏文件在各版本里抛的异常不同
+        reason = f"{path} 不是完整的检查点（{type(error).__name__}）"
+        raise SystemExit(f"错误：{reason}。加 --retrain 从头训练，或用 --out 另存。") from error
+    names = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
+    if names:
+        changed = "\n".join(f"  {name}：已有 {saved.get(name)}，这次 {wanted.get(name)}" for name in names)
+        raise SystemExit(
+            f"错误：{path} 是用别的设置训练的：\n{changed}\n改回去，或加 --retrain 从头训练，或用 --out 另存。"
+        )
+    return state
+
+
+def train(model, train_data, val_data, s, path=None, wanted=None, state=None):
+    """训练到 s.steps 步，state 是从哪个检查点继续；返回 [(步, 验证 loss), …]。"""
+    optimizer = make_optimizer(model, s)
+    step, history = 0, []
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, history = state["step"], [*state["history"]]
+    model.train()
+    started, tokens = time.perf_counter(), 0
+    while step < s.steps:
+        inputs, targets = get_batch(train_data, s, step)
+        loss = train_step(model, optimizer, inputs, targets, learning_rate(step, s))
+        step, tokens = step + 1, tokens + inputs.numel()
+        if step % s.eval_every == 0 or step == s.steps:
+            speed = tokens / (time.perf_counter() - started)
+            history.append((step, evaluate(model, val_data)))
+            print(
+                f"  第 {step:5d} 步  训练 {loss:.4f}  验证 {history[-1][1]:.4f}  每秒 {speed:,.0f} 字",
+                flush=True,
+            )
+            if path:
+                save_checkpoint(path, wanted, step, history, model, optimizer)
+            started, tokens = time.perf_counter(), 0
+    return history
+
+
+# ---------- 4. 两种用法 ----------
+def encode(pieces, vocab, what):
+    unknown = [piece for piece in pieces if piece not in vocab]
+    if unknown or not pieces:
+        problem = f"里的{what} {unknown[0]!r} 不在词表里" if unknown else "是空的"
+        known = " ".join(vocab) if what == "词" else "".join(vocab)
+        raise SystemExit(f"错误：--prompt {problem}。可以用的{what}：{known!r}")
+    return torch.tensor([[vocab[piece] for piece in pieces]])  # (1, T)
+
+
+def crop(ids, s):
+    if ids.shape[1] > s.block:
+        print(f"开头有 {ids.shape[1]} 个 token，上下文只有 {s.block} 个：只用最后 {s.block} 个。")
+    return ids
+
+
+def run_toy(s):
+    """四句话，六个词：看得见掩码，看得见 loss 降到哪里为止。"""
+    vocab = {word: i for i, word in enumerate(dict.fromkeys([*" ".join(SENTENCES).split(), END]))}
+    words = [[*sentence.split(), END] for sentence in SENTENCES]
+    ids = torch.tensor([[vocab[word] for word in row] for row in words])  # (4, 4)
+    prompt = crop(encode(s.prompt.split(), vocab, "词"), s)
+    torch.set_num_threads(1)  # 张量太小，多线程光是互相等待就比计算还久
+    model = MiniGPT(len(vocab), s)
+    print(f"词表 {len(vocab)} 个：{' '.join(vocab)}；参数 {sum(p.numel() for p in model.parameters()):,} 个")
+    print("\n因果掩码：每行是一个词，看得见的是 1")
+    print(" " * 7 + "".join(f"{word:>7}" for word in words[0]))
+    for word, row in zip(words[0], model.h[0].attn.mask.int().tolist(), strict=False):
+        print(f"{word:>7}" + "".join(f"{cell:>7}" for cell in row[: len(words[0])]))
+
+    print(f"\n训练 {s.steps} 轮（瞎猜的 loss 是 ln {len(vocab)} = {math.log(len(vocab)):.4f}）")
+    optimizer = make_optimizer(model, s)
+    for step in range(s.steps):
+        loss = train_step(model, optimizer, ids[:, :-1], ids[:, 1:], learning_rate(step, s))
+        if step == 0 or (step + 1) % s.eval_every == 0:
+            print(f"  epoch {step + 1:3d}  loss {loss:.4f}")
+
+    names = list(vocab)
+
+    def say(**how):
+        tokens = [names[t] for t in generate(model, prompt, s.max_new_tokens, s.temperature, **how)]
+        return " ".join([s.prompt, *tokens]).split(f" {END}")[0]
+
+    print(f"\n贪心：{say(greedy=True)}")
+    print(f"采样（温度 {s.temperature}）：" + "；".join(say(seed=i) for i in range(6)))
+
+
+def run_file(s):
+    """在一个文本文件上训练，然后生成。"""
+    source = Path(s.data)
+    try:
+        text = source.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SystemExit(
+            f"错误：读不了 --data {s.data}：{error.strerror}（当前目录是 {Path.cwd()}）。"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise SystemExit(
+            f"错误：{s.data} 第 {error.start} 个字节起不是 UTF-8；请另存为 UTF-8 再试。"
+        ) from error
+    split = int(len(text) * 0.9)  # 前 90% 训练，后 10% 验证
+    if len(text) - split <= s.block:
+        raise SystemExit(
+            f"错误：{s.data} 只有 {len(text)} 个字，后 10% 留作验证，不够一段（--block {s.block}）。"
+            f"换一份 {10 * (s.block + 1)} 个字以上的文本，或把 --block 改小。"
+        )
+    characters = sorted(set(text))
+    vocab = {character: i for i, character in enumerate(characters)}
+    prompt = crop(encode(s.prompt, vocab, "字"), s)
+
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    ids = torch.tensor([vocab[character] for character in text], device=device)
+    model = MiniGPT(len(vocab), s).to(device)
+    path = Path(s.out) if s.out else Path(__file__).parent / "outputs" / f"mini_gpt-{source.stem}.pt"
+    wanted = {name: value for name, value in asdict(s).items() if name not in FREE}
+    wanted["data_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    state = load_checkpoint(path, wanted) if path.exists() and not s.retrain else None
+    print(
+        f"{s.data}：{len(text):,} 个字，{len(vocab)} 种；参数 {sum(p.numel() for p in model.parameters()):,} 个"
+    )
+    print(f"检查点 {path}" + (f"：从第 {state['step']} 步继续（--retrain 从头训练）" if state else ""))
+    try:
+        train(model, ids[:split], ids[split:], s, path, wanted, state)
+    except KeyboardInterrupt:
+        raise SystemExit(f"\n已中断。再运行同一条命令，就从 {path} 里最近的检查点继续。") from None
+
+    print(f"\n生成（{'贪心' if s.greedy else f'温度 {s.temperature}'}）：\n{s.prompt}", end="")
+    for token in generate(model, prompt.to(device), s.max_new_tokens, s.temperature, s.greedy, s.seed):
+        print(characters[token], end="", flush=True)
+    print()
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for each in fields(Settings):
+        kind = {"action": "store_true"} if each.type is bool else {"type": each.type}
+        default = (
+            ""
+            if each.default in ("", False)
+            else f"（默认 {each.default!r}；玩具 {getattr(TOY, each.name)!r}）"
+        )
+        parser.add_argument(f"--{each.name}", default=None, help=each.metadata["help"] + default, **kind)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    s = replace(Settings() if given.get("data") is not None else TOY, **given)
+    for name in ("layers", "heads", "dim", "block", "batch", "steps", "eval_every", "max_new_tokens"):
+        if getattr(s, name) < 1:
+            raise SystemExit(f"错误：--{name} 要是正整数，现在是 {getattr(s, name)}。")
+    if s.dim % s.heads:
+        raise SystemExit(f"错误：--dim {s.dim} 不能平分给 --heads {s.heads} 个头。")
+    if s.temperature <= 0:
+        raise SystemExit(
+            f"错误：--temperature 要大于 0，现在是 {s.temperature:g}；要总取概率最大的，用 --greedy。"
+        )
+    if s.attention not in ("manual", "sdpa"):
+        raise SystemExit(f"错误：--attention 只有 manual 和 sdpa，没有 {s.attention}。")
+    return s
+
+
+def main(argv=None):
+    s = parse(argv)
+    torch.manual_seed(s.seed)
+    run_file(s) if s.data else run_toy(s)
+
+
+if __name__ == "__main__":
+    main()
