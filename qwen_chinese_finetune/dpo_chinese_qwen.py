@@ -172,7 +172,7 @@ def train(stage: Stage) -> dict:
     for each in (model, reference):
         end_chat_turns(each, tokenizer)
         each.to(stage.device)
-    pad_id = tokenizer.pad_token_id
+    pad_id, batch = tokenizer.pad_token_id, settings.per_device_train_batch_size
 
     train_rows, heldout_rows, data = load_train_and_eval(settings, "pairs", to_pairs)
     rows = [encode(tokenizer, row) for row in train_rows]
@@ -181,9 +181,9 @@ def train(stage: Stage) -> dict:
     heldout = drop_long(heldout, pair_length, settings.max_length, "留出数据")
 
     # 参考模型不动，它的对数概率算一遍就够，不必每步重算
-    for row, ref in zip(rows, logps_of(reference, rows, pad_id, 32).tolist(), strict=True):
+    for row, ref in zip(rows, logps_of(reference, rows, pad_id, batch).tolist(), strict=True):
         row["ref_chosen"], row["ref_rejected"] = ref
-    heldout_ref = logps_of(reference, heldout, pad_id, 32)
+    heldout_ref = logps_of(reference, heldout, pad_id, batch)
 
     def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
         refs = [row["ref_chosen"] for row in batch] + [row["ref_rejected"] for row in batch]

@@ -26,7 +26,9 @@ prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前�
 import random
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +56,7 @@ PRESETS = {
         "max_length": 256,
         "max_steps": 28,
         "per_device_train_batch_size": 48,
+        "micro_batch_size": 16,
         "learning_rate": 2e-4,
         "kl_coef": 0.1,
         "max_new_tokens": 24,
@@ -65,6 +68,7 @@ PRESETS = {
         "max_length": 512,
         "max_steps": 200,
         "per_device_train_batch_size": 16,
+        "micro_batch_size": 4,
         "learning_rate": 1e-5,
         "kl_coef": 0.1,
         "max_new_tokens": 128,
@@ -77,8 +81,17 @@ PRESETS = {
 class PPOSettings(StageSettings):
     reward_model: str | None = option("奖励模型的文件夹；默认是 reward_model.py 的结果")
     max_new_tokens: int | None = option("一个回答最多多少个 token")
+    micro_batch_size: int | None = option(
+        "前向、反向一次算几行：长度相近的在一起，梯度累加，结果与一次算完相同"
+    )
     ppo_epochs: int = option("每批回答用来更新几遍", 4)
-    kl_coef: float | None = option("KL 惩罚的系数：越大离 SFT 模型越近")
+    kl_coef: float | None = option("KL 惩罚的系数 β：越大离 SFT 模型越近")
+    kl_estimator: Literal["k1", "k2", "k3"] = option("KL 惩罚用哪个单样本估计", "k1")
+    kl_target: float | None = option(
+        "每个 token 的 KL 想要多少 nats：给了就每步调整 β（自适应 KL）；不给则 β 不变"
+    )
+    kl_gain: float = option("自适应 KL 每步最多调整 β 的 0.2 倍乘以它", 0.1)
+    max_update_kl: float | None = option("一批之内新旧策略的 KL 超过它，这批就不再更新；不给则不管")
     gamma: float = option("折扣；一个回答很短，不打折", 1.0)
     lam: float = option("GAE 的 λ：1 是蒙特卡洛，0 是一步自举", 0.95)
     clip_range: float = option("概率比裁剪的范围 ε", 0.2)
@@ -103,6 +116,37 @@ class Rollout:
     @property
     def responses(self) -> torch.Tensor:
         return self.ids[:, -self.mask.shape[1] :]  # (B, R)
+
+    def rows(self, index: torch.Tensor) -> "Rollout":
+        """取出几行，去掉它们用不着的填充列。"""
+        width = self.mask.shape[1]
+        left = int(self.attention_mask[index, :-width].sum(1).max())  # 这几行里最长的提示
+        right = int(self.mask[index].sum(1).max())
+        first = self.ids.shape[1] - width - left
+        columns = slice(first, first + left + right)
+        return Rollout(
+            ids=self.ids[index, columns],
+            attention_mask=self.attention_mask[index, columns],
+            position_ids=self.position_ids[index, columns],
+            mask=self.mask[index, :right],
+            ended=self.ended[index],
+        )
+
+
+def micro_batches(rollout: Rollout, size: int) -> list[tuple[torch.Tensor, Rollout]]:
+    """按长度排好，每 size 行一份 → [(行号 (b,), 这几行)]：少算填充，也少占内存。"""
+    order = rollout.attention_mask.sum(1).argsort(stable=True)
+    return [(index, rollout.rows(index)) for index in order.split(size)]
+
+
+def for_each_token(
+    function: Callable[[Rollout], torch.Tensor], parts: list[tuple[torch.Tensor, Rollout]], like: Rollout
+) -> torch.Tensor:
+    """逐份算出每个回答 token 的一个数，放回原来的行，(B, R)。"""
+    result = torch.zeros(like.mask.shape, device=like.ids.device)
+    for index, part in parts:
+        result[index, : part.mask.shape[1]] = function(part)
+    return result
 
 
 def roll_out(policy, prompts: list[list[int]], tokenizer, settings, generator) -> Rollout:
@@ -195,16 +239,34 @@ def response_rewards(
     return (scores - mean) / std - missing_end_penalty * (~ended)
 
 
-def token_rewards(
-    scores: torch.Tensor, logps: torch.Tensor, ref_logps: torch.Tensor, mask: torch.Tensor, kl_coef: float
-) -> torch.Tensor:
-    """每个 token 的奖励，(B, R)：处处是 −β·(log π − log π_ref)，最后一个真实 token 再加整段的分数。
+def kl_estimate(logps: torch.Tensor, ref_logps: torch.Tensor, kind: str = "k1") -> torch.Tensor:
+    """KL(π‖π_ref) 的单样本估计（Schulman 2020，"Approximating KL Divergence"），形状不变。
 
-    Ouyang et al. 2022 式 2；log π − log π_ref 是 KL 的单样本估计（k1）。
+    样本来自 π，记 d = log π − log π_ref：k1 = d，无偏，但单个样本可以是负的；k2 = d²/2，非负、波动小，有偏；
+    k3 = e^(−d) − 1 + d，非负而且无偏。
     """
-    rewards = -kl_coef * (logps - ref_logps) * mask
+    d = logps - ref_logps
+    if kind == "k1":
+        return d
+    return d**2 / 2 if kind == "k2" else torch.exp(-d) - 1 + d
+
+
+def token_rewards(scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, kl_coef: float) -> torch.Tensor:
+    """每个 token 的奖励，(B, R)：处处是 −β·KL，最后一个真实 token 再加整段的分数 (B,)。
+
+    Ziegler et al. 2019 式 2、Ouyang et al. 2022 式 2 的前两项；奖励模型只在末尾说一次话，中间的 token 只有 KL。
+    """
     last = mask.sum(1) - 1  # (B,)
-    return rewards.scatter_add(1, last[:, None], scores[:, None])
+    return (-kl_coef * kl * mask).scatter_add(1, last[:, None], scores[:, None])
+
+
+def next_kl_coef(kl_coef: float, kl: float, target: float, gain: float) -> float:
+    """自适应 KL（Ziegler et al. 2019 第 2.2 节）：KL 比目标大，就把 β 调大一点；比目标小，就调小一点。
+
+    e = clip(KL/目标 − 1, −0.2, 0.2)，β ← β·(1 + gain·e)。
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + gain * error)
 
 
 # ---------------------------------------------------------------- 3. 优势
@@ -288,59 +350,89 @@ def sft_scores(reference, reward, prompts, tokenizer, settings, n: int = 128) ->
     return every.mean().item(), max(every.std(correction=0).item(), 1e-3)  # 只有一个回答时标准差是 0
 
 
-def ppo_step(models: Models, optimizers: dict, prompts, tokenizer, settings, accelerator, generator) -> dict:
+def ppo_step(
+    models: Models, optimizers: dict, prompts, tokenizer, settings, accelerator, generator, kl_coef: float
+) -> dict:
     """采样一批回答，用它更新 ppo_epochs 遍，返回这一轮的统计。"""
     clock = {"start": time.perf_counter()}
     with accelerator.autocast():
         rollout = roll_out(accelerator.unwrap_model(models.policy), prompts, tokenizer, settings, generator)
         clock["rollout"] = time.perf_counter()
         models.policy.eval()
-        with torch.no_grad():
-            old_logps = response_logps(models.policy, rollout, settings.temperature)
-            ref_logps = response_logps(models.reference, rollout, settings.temperature)
-            old_values = response_values(models.value, rollout)
-        scores = score_responses(models.reward, rollout, tokenizer.pad_token_id)
+        parts = micro_batches(rollout, settings.micro_batch_size)
+        mask, temperature = rollout.mask, settings.temperature
+        scores = torch.zeros(len(mask), device=mask.device)  # (B,)
+        with torch.no_grad():  # 以下都是 (B, R)
+            old_logps = for_each_token(
+                lambda r: response_logps(models.policy, r, temperature), parts, rollout
+            )
+            ref_logps = for_each_token(
+                lambda r: response_logps(models.reference, r, temperature), parts, rollout
+            )
+            old_values = for_each_token(lambda r: response_values(models.value, r), parts, rollout)
+            for index, part in parts:
+                scores[index] = score_responses(models.reward, part, tokenizer.pad_token_id)
     outcome = response_rewards(
         scores, rollout.ended, models.score_mean, models.score_std, settings.missing_end_penalty
     )
-    rewards = token_rewards(outcome, old_logps, ref_logps, rollout.mask, settings.kl_coef)
-    advantages, returns = gae(rewards, old_values, rollout.mask, settings.gamma, settings.lam)
-    advantages = whiten(advantages, rollout.mask)
+    kl = kl_estimate(old_logps, ref_logps, settings.kl_estimator)
+    rewards = token_rewards(outcome, kl, mask, kl_coef)
+    advantages, returns = gae(rewards, old_values, mask, settings.gamma, settings.lam)
+    advantages = whiten(advantages, mask)
     clock["scoring"] = time.perf_counter()
 
-    stats = defaultdict(list)
+    epochs = []  # 每一遍的统计
     for _ in range(settings.ppo_epochs):
-        with accelerator.autocast():
-            logps = response_logps(models.policy, rollout, settings.temperature)
-            values = response_values(models.value, rollout)
-        p_loss, clip_fraction = policy_loss(logps, old_logps, advantages, rollout.mask, settings.clip_range)
-        v_loss = value_loss(values, old_values, returns, rollout.mask, settings.clip_range_value)
-        for loss, model, optimizer in (
-            (p_loss, models.policy, optimizers["policy"]),
-            (v_loss, models.value, optimizers["value"]),
-        ):
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        stats["clip_fraction"].append(clip_fraction.item())
-        stats["value_loss"].append(v_loss.item())
-        stats["ratio_max"].append(torch.exp(logps - old_logps)[rollout.mask].max().item())
+        stats = defaultdict(float)
+        for index, part in parts:
+            old = [x[index, : part.mask.shape[1]] for x in (old_logps, old_values, advantages, returns)]
+            share = part.mask.sum() / mask.sum()  # 这一份占全批 token 的几成：梯度累加起来等于整批的
+            with accelerator.autocast():
+                logps = response_logps(models.policy, part, temperature)
+                values = response_values(models.value, part)
+            p_loss, clipped = policy_loss(logps, old[0], old[2], part.mask, settings.clip_range)
+            v_loss = value_loss(values, old[1], old[3], part.mask, settings.clip_range_value)
+            accelerator.backward(p_loss * share)
+            accelerator.backward(v_loss * share)
+            moved = masked_mean(kl_estimate(old[0], logps.detach(), "k3"), part.mask)
+            for name, value in (("clip_fraction", clipped), ("value_loss", v_loss), ("update_kl", moved)):
+                stats[name] += (value * share).item()
+            ratio = torch.exp(logps.detach() - old[0])[part.mask]
+            stats["ratio_max"] = max(stats["ratio_max"], ratio.max().item())
+        epochs.append(stats)
+        too_far = settings.max_update_kl is not None and stats["update_kl"] > settings.max_update_kl
+        for name, model in (("policy", models.policy), ("value", models.value)):
+            if not too_far:
+                accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+                optimizers[name].step()
+            optimizers[name].zero_grad()
+        if too_far:  # 新策略已经离采样时太远，旧样本上的梯度不再可信
+            break
     end = time.perf_counter()
     return {
         "score": scores.mean().item(),
-        "kl": masked_mean(old_logps - ref_logps, rollout.mask).item(),
-        "length": rollout.mask.sum(1).float().mean().item(),
+        "kl": masked_mean(old_logps - ref_logps, mask).item(),
+        "kl_coef": kl_coef,
+        "length": mask.sum(1).float().mean().item(),
         "ended": rollout.ended.float().mean().item(),
-        **{name: sum(values) / len(values) for name, values in stats.items()},
+        "epochs": len(epochs),
+        **{name: sum(stats[name] for stats in epochs) / len(epochs) for name in epochs[0]},
         "rollout_s": clock["rollout"] - clock["start"],
         "scoring_s": clock["scoring"] - clock["rollout"],
         "update_s": end - clock["scoring"],
-        "sample": tokenizer.decode(rollout.responses[0][rollout.mask[0]]),
+        "sample": tokenizer.decode(rollout.responses[0][mask[0]]),
     }
 
 
 # ---------------------------------------------------------------- 6. 训练
+
+
+def learning_rate(settings: PPOSettings, step: int) -> float:
+    """先线性预热，再线性降到 0。刚开始时 Adam 的二阶矩只见过一两批，走满步容易一下走远。"""
+    warmup = (
+        settings.warmup_steps if settings.warmup_steps >= 1 else settings.warmup_steps * settings.max_steps
+    )
+    return settings.learning_rate * min(1.0, (step + 1) / max(1.0, warmup)) * (1 - step / settings.max_steps)
 
 
 def train(stage: Stage) -> dict:
@@ -384,13 +476,17 @@ def train(stage: Stage) -> dict:
     bar = progress_bar("PPO", settings.max_steps, len(history))
     for step in range(len(history), settings.max_steps):
         for optimizer in optimizers.values():
-            for group in optimizer.param_groups:  # 线性降到 0
-                group["lr"] = settings.learning_rate * (1 - step / settings.max_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, step)
+        kl_coef = settings.kl_coef
+        if history and settings.kl_target is not None:  # 由上一轮决定，所以续训时不必另存
+            last = history[-1]
+            kl_coef = next_kl_coef(last["kl_coef"], last["kl"], settings.kl_target, settings.kl_gain)
         # 第 step 轮用哪些提示、哪个随机数，只由 (种子, step, 进程) 决定：中断后继续，结果不变
         rank = step * accelerator.num_processes + accelerator.process_index
         chosen = [prompts[(rank * batch + i) % len(prompts)] for i in range(batch)]
         generator = torch.Generator(device).manual_seed(settings.seed * 1_000_003 + rank)
-        stats = ppo_step(models, optimizers, chosen, tokenizer, settings, accelerator, generator)
+        stats = ppo_step(models, optimizers, chosen, tokenizer, settings, accelerator, generator, kl_coef)
         sample = stats.pop("sample")
         history.append({"step": step + 1, **stats})
         bar.update(1)

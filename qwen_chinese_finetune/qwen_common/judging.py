@@ -147,7 +147,7 @@ def score_replies(
 
 @torch.no_grad()
 def token_kl(
-    policy, reference, tokenizer, questions: list[dict], replies: list[dict], batch_size: int = 32
+    policy, reference, tokenizer, questions: list[dict], replies: list[dict], batch_size: int = 8
 ) -> float:
     """policy 采样的回复上，每个 token 的 KL(policy‖reference) 均值，单位 nats。
 

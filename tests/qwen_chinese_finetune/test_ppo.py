@@ -262,19 +262,61 @@ def test_ppo_scores_what_the_reward_model_was_trained_on(ppo, reward, reward64, 
 # ---- 奖励、优势 ----
 
 
+def test_kl_estimators_equal_a_loop(ppo):
+    _, mask, (logps, ref_logps, _, _) = ragged(1)
+    formulas = {"k1": lambda d: d, "k2": lambda d: d * d / 2, "k3": lambda d: math.exp(-d) - 1 + d}
+    for kind, formula in formulas.items():
+        found = ppo.kl_estimate(logps, ref_logps, kind)
+        for i, t in mask.nonzero().tolist():
+            d = logps[i, t].double().item() - ref_logps[i, t].double().item()
+            assert found[i, t].item() == pytest.approx(formula(d), abs=1e-5), kind
+
+
+def test_k1_and_k3_are_unbiased_and_k2_is_not(ppo):
+    """对整个分布求期望（不是抽样）：k1、k3 的期望恰好是 KL，k2 的不是；k2、k3 从不为负。"""
+    generator = torch.Generator().manual_seed(0)
+    logps, ref = torch.randn(2, 50, generator=generator, dtype=torch.float64).log_softmax(-1)
+    exact = torch.nn.functional.kl_div(ref, logps, reduction="sum", log_target=True).item()
+    expected = {
+        kind: (logps.exp() * ppo.kl_estimate(logps, ref, kind)).sum().item() for kind in ("k1", "k2", "k3")
+    }
+    assert expected["k1"] == pytest.approx(exact, abs=1e-12)
+    assert expected["k3"] == pytest.approx(exact, abs=1e-12)
+    assert abs(expected["k2"] - exact) > 0.01
+    assert ppo.kl_estimate(logps, ref, "k1").min() < 0
+    assert min(ppo.kl_estimate(logps, ref, kind).min() for kind in ("k2", "k3")) >= 0
+
+
 def test_token_rewards_equal_a_loop(ppo):
-    lengths, mask, (logps, ref_logps, extra, _) = ragged(1)
+    lengths, mask, (kl, extra, _, _) = ragged(1)
     scores = extra[:, 0]
-    rewards = ppo.token_rewards(scores, logps, ref_logps, mask, 0.3)
+    rewards = ppo.token_rewards(scores, kl, mask, 0.3)
     expected = torch.zeros(5, WIDTH, dtype=torch.float64)
     for i, n in enumerate(lengths):
         for t in range(n):
-            expected[i, t] = -0.3 * (logps[i, t].double() - ref_logps[i, t].double())
+            expected[i, t] = -0.3 * kl[i, t].double()
         expected[i, n - 1] += scores[i].double()
     torch.testing.assert_close(rewards.double(), expected, rtol=0, atol=1e-6)
-    same = ppo.token_rewards(scores, logps, logps, mask, 0.3)  # 没有离开参考模型：只有整段的分
+    same = ppo.token_rewards(scores, torch.zeros_like(kl), mask, 0.3)  # 没有离开参考模型：只有整段的分
     torch.testing.assert_close(same.sum(1), scores)
     assert (same != 0).sum() == 5
+
+
+@pytest.mark.parametrize(
+    "kl, expected",
+    [(0.1, 0.5), (0.11, 0.505), (0.09, 0.495), (10.0, 0.51), (0.0, 0.49)],  # 后两个在 ±0.2 处截住
+)
+def test_adaptive_kl_by_hand(ppo, kl, expected):
+    assert ppo.next_kl_coef(0.5, kl, target=0.1, gain=0.1) == pytest.approx(expected)
+
+
+def test_learning_rate_warms_up_then_falls_to_zero(ppo):
+    settings = ppo.PPOSettings(learning_rate=1.0, warmup_steps=2, max_steps=4)
+    assert [ppo.learning_rate(settings, step) for step in range(4)] == [0.5, 0.75, 0.5, 0.25]
+    settings.warmup_steps = 0.5  # 小于 1：总步数的一半
+    assert [ppo.learning_rate(settings, step) for step in range(4)] == [0.5, 0.75, 0.5, 0.25]
+    settings.warmup_steps = 0
+    assert [ppo.learning_rate(settings, step) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
 
 
 def loop_gae(rewards, values, n, gamma, lam):
@@ -415,7 +457,9 @@ MEAN, STD = 0.3, 1.7  # SFT 的分数的均值与标准差，随便取的
 def round_of(ppo, model, reference, value_net, reward_net, rows, chat_tokenizer, accelerator, monkeypatch):
     """走一轮 PPO，返回 (四个模型, 统计, 各函数的调用记录)。"""
 
-    def run(policy=model, frozen=reference, optimizer=torch.optim.SGD, lr=0.01, seed=0, **changes):
+    def run(
+        policy=model, frozen=reference, optimizer=torch.optim.SGD, lr=0.01, seed=0, kl_coef=0.1, **changes
+    ):
         spies = {name: Spy(getattr(ppo, name)) for name in ("roll_out", "policy_loss", "value_loss", "gae")}
         for name, spy in spies.items():
             monkeypatch.setattr(ppo, name, spy)
@@ -431,9 +475,10 @@ def round_of(ppo, model, reference, value_net, reward_net, rows, chat_tokenizer,
             optimizers,
             [prompt for prompt, _ in rows],
             chat_tokenizer,
-            ppo.PPOSettings(max_new_tokens=WIDTH, **{"max_grad_norm": 1e9, "kl_coef": 0.1, **changes}),
+            ppo.PPOSettings(max_new_tokens=WIDTH, **{"max_grad_norm": 1e9, "micro_batch_size": 8} | changes),
             accelerator,
             torch.Generator().manual_seed(seed),
+            kl_coef,
         )
         monkeypatch.undo()
         return nets, stats, {name: spy.calls for name, spy in spies.items()}
@@ -530,6 +575,44 @@ def test_dropout_is_off_while_sampling_and_updating(round_of, model):
     assert torch.equal(logps, old) and stats["ratio_max"] == 1.0
 
 
+def test_micro_batches_hold_every_row_without_needless_padding(ppo, rollout):
+    parts = ppo.micro_batches(rollout, 2)
+    assert sorted(torch.cat([index for index, _ in parts]).tolist()) == [0, 1, 2, 3]
+    for index, part in parts:
+        n = part.mask.shape[1]
+        assert part.mask.any(0).all() and part.attention_mask.any(0).all()  # 没有一列全是填充
+        for k, i in enumerate(index.tolist()):
+            assert torch.equal(
+                part.ids[k][part.attention_mask[k].bool()], rollout.ids[i][rollout.attention_mask[i].bool()]
+            )
+            assert torch.equal(part.responses[k][part.mask[k]], rollout.responses[i][rollout.mask[i]])
+            assert part.mask[k].sum() == rollout.mask[i].sum() and n >= part.mask[k].sum()
+            assert part.ended[k] == rollout.ended[i]
+    lengths = torch.cat([part.attention_mask.sum(1) for _, part in parts])
+    assert torch.equal(lengths, lengths.sort().values)
+
+
+def test_micro_batches_change_nothing_but_rounding(round_of, model):
+    whole, stats, _ = round_of(ppo_epochs=2, micro_batch_size=4)
+    for size in (1, 3):
+        parts, again, _ = round_of(ppo_epochs=2, micro_batch_size=size)
+        assert moved(parts.policy, whole.policy) < 1e-5 < moved(parts.policy, model)
+        assert moved(parts.value, whole.value) < 1e-5
+        for name in ("score", "kl", "clip_fraction", "value_loss", "update_kl", "ratio_max"):
+            assert again[name] == pytest.approx(stats[name], abs=1e-4), name
+
+
+def test_an_update_stops_when_the_policy_has_moved_too_far(round_of):
+    """第一遍的 KL 是 0，总会走一步；第二遍量出 KL 超了限，就不再动。"""
+    once, _, _ = round_of(ppo_epochs=1)
+    stopped, stats, _ = round_of(ppo_epochs=4, max_update_kl=1e-9)
+    assert (
+        stats["epochs"] == 2 and moved(stopped.policy, once.policy) == moved(stopped.value, once.value) == 0
+    )
+    free, stats, _ = round_of(ppo_epochs=4, max_update_kl=1e9)
+    assert stats["epochs"] == 4 and moved(free.policy, once.policy) > 0
+
+
 def test_repeated_rounds_raise_the_reward(ppo, model, value_net, rows, chat_tokenizer, accelerator):
     """奖励"第一个 token 的编号是偶数"（原本约一半是）：几轮之后，策略真的更常这样开口。"""
     prompt = rows[1][0]
@@ -543,14 +626,85 @@ def test_repeated_rounds_raise_the_reward(ppo, model, value_net, rows, chat_toke
     optimizers = {
         k: torch.optim.AdamW(net.parameters(), 1e-3) for k, net in (("policy", policy), ("value", value))
     }
-    settings = ppo.PPOSettings(max_new_tokens=2, max_grad_norm=1.0, kl_coef=0.0, missing_end_penalty=0.0)
+    settings = ppo.PPOSettings(
+        max_new_tokens=2, max_grad_norm=1.0, missing_end_penalty=0.0, micro_batch_size=32
+    )
     history = []
     for step in range(12):
         generator = torch.Generator().manual_seed(step)
         batch = [prompt] * 32
         history.append(
-            ppo.ppo_step(nets, optimizers, batch, chat_tokenizer, settings, accelerator, generator)
+            ppo.ppo_step(nets, optimizers, batch, chat_tokenizer, settings, accelerator, generator, 0.0)
         )
     scores = [stats["score"] for stats in history]
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.15
     assert history[0]["kl"] == 0.0 and history[-1]["kl"] > 0.0
+
+
+# ---- 两臂老虎机：最优的策略写得出来 ----
+
+PROBS = torch.tensor([0.7, 0.3])  # 参考策略
+PAYOFF = torch.tensor([0.0, 1.0])  # 两个 token 各值多少分
+
+
+class BanditPolicy(torch.nn.Module):
+    """不管提示是什么，下一个 token 的分布都是 softmax(logits)。"""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = torch.nn.Parameter(PROBS.log())
+
+    def forward(self, input_ids, **_):
+        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, 2)[:, -2:], past_key_values=None)
+
+
+class BanditValue(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids, **_):
+        return SimpleNamespace(logits=self.value.expand(*input_ids.shape, 1))
+
+
+class BanditReward(torch.nn.Module):
+    def forward(self, input_ids, **_):
+        return SimpleNamespace(logits=PAYOFF[input_ids[:, -1:]])
+
+
+def play_bandit(ppo, accelerator, kl_coef: float, steps: int = 200) -> float:
+    """用 ppo_step 玩两臂老虎机，每个回答恰好一个 token；返回学到的 π(第二个 token)。"""
+    nobody_ends = SimpleNamespace(
+        pad_token_id=0, eos_token_id=-1, convert_tokens_to_ids=lambda _: -1, decode=lambda _: ""
+    )
+    policy, value = BanditPolicy(), BanditValue()
+    nets = ppo.Models(policy, value, BanditPolicy().requires_grad_(False), BanditReward(), 0.0, 1.0)
+    settings = ppo.PPOSettings(
+        max_new_tokens=1,
+        max_grad_norm=1.0,
+        micro_batch_size=256,
+        missing_end_penalty=0.0,
+        learning_rate=0.05,
+        warmup_steps=0,
+        max_steps=steps,
+    )
+    optimizers = {k: torch.optim.Adam(net.parameters()) for k, net in (("policy", policy), ("value", value))}
+    for step in range(steps):
+        for optimizer in optimizers.values():
+            optimizer.param_groups[0]["lr"] = ppo.learning_rate(settings, step)
+        generator = torch.Generator().manual_seed(step)
+        ppo.ppo_step(nets, optimizers, [[0]] * 256, nobody_ends, settings, accelerator, generator, kl_coef)
+    return policy.logits.softmax(-1)[1].item()
+
+
+def test_bandit_without_kl_finds_the_optimal_policy(ppo, accelerator):
+    assert play_bandit(ppo, accelerator, kl_coef=0.0) > 0.98
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
+def test_bandit_with_kl_finds_the_closed_form(ppo, accelerator, beta):
+    """有 KL 惩罚时，最优策略是 π ∝ π_ref·exp(r/β)（Ziegler et al. 2019；Rafailov et al. 2023 式 4）。"""
+    best = PROBS * (PAYOFF / beta).exp()
+    best = (best / best.sum())[1].item()
+    assert play_bandit(ppo, accelerator, beta) == pytest.approx(best, abs=0.02)
+    assert abs(best - PROBS[1].item()) > 0.05  # 与起点差得远，原地不动过不了
