@@ -1,0 +1,245 @@
+"""两个 BERT 主题共有的部分：参数、结果文件夹、字表与小 BERT、批量预测。微调本身在各脚本里。
+
+导入它不会导入 Trainer、scikit-learn、matplotlib：第二次运行只加载模型、预测，用不着它们。
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from .arguments import option, parse_arguments
+from .cli import UserError
+from .device import describe, library_versions, peak_memory_mb, pick_device, precision_flags, seed_everything
+from .hub import announce, choose_preset
+from .row_files import READERS, read_file, row_place
+from .rows import check_path
+from .runs import CHECKPOINT_DONE, RunFolder, differences, file_sha256, load_run, open_run
+
+FULL_MODEL = "bert-base-chinese"
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+# 这些参数不影响训练结果，改了也可以直接用已有的模型。
+NOT_IN_FINGERPRINT = {"preset", "output_dir", "source", "retrain", "predict", "predict_file", "bf16"}
+
+
+@dataclass
+class BertSettings:
+    """两个微调脚本共有的参数；训练的那些与 transformers 的 TrainingArguments 同名。"""
+
+    preset: Literal["auto", "tiny", "full"] = option(
+        "tiny：离线的小 BERT 和自带数据，CPU 几分钟；full：bert-base-chinese；auto：有加速器又拿得到模型才用 full",
+        "auto",
+    )
+    model: str | None = option(f"从哪个模型开始：hub 名或本地文件夹；full 默认 {FULL_MODEL}")
+    dataset: str | None = option("数据：hub 名、本地文件夹或 json/jsonl/csv/tsv/parquet 文件")
+    output_dir: str | None = option("模型存到哪个文件夹；默认在脚本所在的文件夹里")
+    source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
+    retrain: bool = option("不用已有的模型，重新训练", False)
+    predict: list[str] | None = field(
+        default=None, metadata={"help": "要判断的文字，可以写几段；已有训练好的模型就直接用它"}
+    )
+    predict_file: str | None = option("一个文件里的文字都判断：txt 每行一段，或 jsonl/csv 的 text 栏")
+    seed: int = option("随机种子：同一种子，结果相同", 0)
+    max_train_samples: int | None = option("最多用多少行训练数据")
+    max_length: int | None = option("每段最多多少个 token，超出的截掉")
+    per_device_train_batch_size: int | None = option("每个设备每步多少行")
+    learning_rate: float | None = option("学习率的峰值")
+    num_train_epochs: float | None = option("训练几遍数据")
+    warmup_steps: float | None = option("学习率预热：步数，或小于 1 的比例")
+    weight_decay: float | None = option("权重衰减")
+    eval_steps: float | None = option("每几步在验证集上评测一次并存检查点；小于 1 是总步数的比例")
+    bf16: bool | None = option("bf16 自动混合精度；默认看设备：CUDA 或 CPU 有 bf16 指令时用")
+
+
+COMMON = {"warmup_steps": 0.1, "weight_decay": 0.01, "eval_steps": 0.25}
+
+
+def parse_settings(settings_class, presets: dict[str, dict], argv: list[str] | None):
+    """命令行 → 设置：先选预设（第一行就说选了哪个、为什么），再把没给的参数用预设补上。"""
+    settings = parse_arguments(settings_class, argv)
+    choice = choose_preset(
+        settings.preset, settings.model, full_model=FULL_MODEL, needs_accelerator=True, source=settings.source
+    )
+    print(announce(choice))
+    settings.preset = choice.preset
+    for name, value in (COMMON | presets[choice.preset]).items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
+    for name in ("per_device_train_batch_size", "max_length", "num_train_epochs", "eval_steps"):
+        if getattr(settings, name) <= 0:
+            raise UserError(f"--{name} 要大于 0，给的是 {getattr(settings, name)}。")
+    check_path(settings.dataset)  # 路径写错了，训练之前就说
+    return settings
+
+
+# ---------------------------------------------------------------- 结果文件夹
+
+
+class BertRun:
+    """打开着的结果文件夹；``record`` 不是 None 说明早已训练完，直接用 ``path`` 里的模型。"""
+
+    def __init__(self, folder: RunFolder, settings: BertSettings, fingerprint: dict):
+        self.folder, self.settings, self.fingerprint = folder, settings, fingerprint
+        self.path, self.device, self.started = folder.path, pick_device(), time.time()
+        self.record: dict | None = None
+
+    def seconds(self) -> float:
+        return time.time() - self.started
+
+    def checkpoint(self) -> Path | None:
+        """可以接着训练的检查点；之前花掉的秒数也算进这次的记录。"""
+        latest = self.folder.latest_checkpoint()
+        if latest:
+            self.started -= json.loads((latest / CHECKPOINT_DONE).read_text())["seconds"]
+            print(f"接着上次的检查点继续：{latest.name}")
+        return latest
+
+    def finish(self, model, tokenizer, metrics: dict, data: dict, history: list[dict], **extra) -> dict:
+        """把模型、分词器和 run.json 写成完成的文件夹，返回记录。"""
+        record = {
+            "data": data,
+            "settings": dataclasses.asdict(self.settings),
+            "fingerprint": self.fingerprint,
+            "versions": library_versions(),
+            "device": describe(self.device),
+            "seconds": round(self.seconds(), 1),
+            "peak_memory_mb": peak_memory_mb(),
+            "metrics": metrics,
+            "history": history,
+            **extra,
+        }
+
+        def write(folder: Path) -> None:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+        self.record = self.folder.finish(write, record)
+        return self.record
+
+
+@contextlib.contextmanager
+def open_bert_run(path: Path, settings: BertSettings, fingerprint: dict) -> Iterator[BertRun]:
+    """锁住并打开结果文件夹。已有同样设置的结果时 BertRun 带着它的 record；只有 ``run.record is None`` 才要训练。
+
+    设置不同的旧结果是 UserError，列出每一项不同；但读者只是要 --predict 时照用它，同时说明哪些不同。
+    """
+    with open_run(path.expanduser().resolve()) as folder:
+        run = BertRun(folder, settings, fingerprint)
+        if not settings.retrain:
+            predicting = settings.predict or settings.predict_file
+            run.record = load_run(folder.path) if predicting else folder.finished(fingerprint)
+        if run.record is None:
+            folder.start(fingerprint)
+            seed_everything(settings.seed)
+        elif changed := differences(run.record["fingerprint"], fingerprint):
+            print(f"用 {path.name} 里已有的模型，它的设置和这次的不同（{'；'.join(changed)}）。")
+        yield run
+
+
+def fingerprint(settings: BertSettings, drop: Sequence[str] = (), **more) -> dict:
+    """决定结果的一切：设置（drop 里的除外）、本地数据文件的内容，以及 more（如上游模型的编号）。"""
+    skip = NOT_IN_FINGERPRINT | set(drop)
+    values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in skip} | more
+    place = Path(settings.dataset or "").expanduser()
+    if settings.dataset and place.exists():
+        files = [place] if place.is_file() else sorted([*place.glob("*.*"), *place.glob("data/*.*")])
+        shas = [file_sha256(file)[:16] for file in files if file.suffix.lower() in READERS]
+        values["dataset_sha256"] = " ".join(shas)
+    return values
+
+
+# ---------------------------------------------------------------- 字表、编码、训练参数
+
+
+def character_tokenizer(texts: Sequence[str], min_count: int = 2):
+    """从文字里数出字表，搭一个 BERT 分词器：一个汉字一个 token，英文和数字也逐个字符切开。
+
+    bert-base-chinese 的字表也几乎都是单字；这里的小得多，因为小模型的大半参数都在字表上。
+    """
+    from transformers import BertTokenizer
+
+    counts = Counter(char for text in texts for char in text.lower() if not char.isspace())
+    chars = sorted((char for char, n in counts.items() if n >= min_count), key=lambda c: (-counts[c], c))
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *chars])}
+    # 汉字本来就一个个切开；英文、数字是一串，按"开头 + ##后面的字符"切，不然没见过的单词整个变成 [UNK]
+    for char in chars:
+        if char.isalnum() and not "\u4e00" <= char <= "\u9fff":
+            vocab[f"##{char}"] = len(vocab)
+    return BertTokenizer(vocab=vocab, do_lower_case=True)
+
+
+def encode(tokenizer, rows: list[dict], max_length: int) -> list[dict]:
+    """``{"text", "label"}`` → ``{"input_ids": [CLS] … [SEP], "labels": 编号}``，还没有填充。"""
+    ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=max_length)["input_ids"]
+    return [{"input_ids": x, "labels": row["label"]} for x, row in zip(ids, rows, strict=True)]
+
+
+def mixed_precision(settings: BertSettings, device: torch.device) -> dict[str, bool]:
+    """给 TrainingArguments 的 bf16 与 fp16。CPU 要有 bf16 指令（Intel AMX、AVX512_BF16），否则 bf16 反而慢。"""
+    flags = precision_flags(device)
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        flags["bf16"] = bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+    return flags if settings.bf16 is None else {"bf16": settings.bf16, "fp16": False}
+
+
+def training_kwargs(run: BertRun) -> dict:
+    """settings → TrainingArguments 的参数；脚本可以再改其中的几个。"""
+    names = ["per_device_train_batch_size", "learning_rate", "num_train_epochs", "warmup_steps"]
+    names += ["weight_decay", "seed"]
+    return {
+        **{name: getattr(run.settings, name) for name in names},
+        **mixed_precision(run.settings, run.device),
+        "output_dir": str(run.folder.checkpoints),
+        "save_total_limit": 2,  # 最好的一个加上最近的一个
+        "report_to": "none",
+        "disable_tqdm": True,  # 进度由 Progress 显示
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": run.device.type == "cuda",
+    }
+
+
+# ---------------------------------------------------------------- 预测
+
+
+@torch.inference_mode()
+def predict(model, tokenizer, texts: Sequence[str], max_length: int, batch_size: int = 64) -> torch.Tensor:
+    """每段文字各类的概率 (N, C)，次序与 texts 相同。先按长度排好再分批，少算填充。"""
+    model.eval()
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    logits = torch.empty(len(texts), model.config.num_labels)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = [texts[i] for i in chosen]
+        inputs = tokenizer(batch, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+        logits[chosen] = model(**inputs.to(model.device)).logits.float().cpu()
+    return logits.softmax(-1)
+
+
+def texts_to_predict(settings: BertSettings, text_fields: Sequence[str] = ("text",)) -> list[str]:
+    """--predict 与 --predict_file 里的文字；空的、缺栏的是 UserError，说出是哪一段、哪一行。"""
+    texts = list(settings.predict or [])
+    if any(not text.strip() for text in texts):
+        raise UserError("--predict 后面有一段文字是空的（或只有空白）。")
+    if settings.predict_file:
+        path = Path(settings.predict_file).expanduser()
+        if not path.is_file():
+            raise UserError(f"没有这个文件：{settings.predict_file}。请检查 --predict_file 的路径。")
+        for index, row in enumerate(read_file(path)):
+            text = next((row[name] for name in text_fields if name in row), None)
+            if not isinstance(text, str) or not text.strip():
+                what = " 或 ".join(text_fields)
+                raise UserError(
+                    f"{path} {row_place(path, index)}没有可判断的文字（{what} 是空的或没有这一栏）。"
+                )
+            texts.append(text.strip())
+    return texts

@@ -1,0 +1,140 @@
+"""训练循环之外、任何 Trainer 都用得上的部分：按长度分批、进度与吞吐、检查点的完成标记。"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch.utils.data import Sampler
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from .runs import CHECKPOINT_DONE, write_json
+
+
+class LengthBucketSampler(Sampler[int]):
+    """把长度相近的行排进同一批，少算填充：打乱 → 每 50 批为一池，池内按长度排 → 再打乱各批的次序。
+
+    次序只由 (seed, epoch) 决定，所以中断后继续训练看到的数据与不中断完全相同。
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, pool: int = 50):
+        self.lengths, self.batch_size, self.seed, self.pool = lengths, batch_size, seed, pool
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = random.Random(self.seed * 100_003 + self.epoch)
+        order = list(range(len(self.lengths)))
+        rng.shuffle(order)
+        size = self.batch_size * self.pool
+        batches = []
+        for start in range(0, len(order), size):
+            pool = sorted(order[start : start + size], key=self.lengths.__getitem__)
+            batches += [pool[i : i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
+        last = batches.pop() if batches and len(batches[-1]) < self.batch_size else []
+        rng.shuffle(batches)  # 不满的一批留在最后，别让它打乱后面的分批
+        yield from (index for batch in [*batches, last] for index in batch)
+
+
+class BucketTrainer(Trainer):
+    """训练数据按长度分批的 Trainer。行是 ``{"input_ids": [...], …}``；其余与 Trainer 完全相同。"""
+
+    def _get_train_sampler(self, *_):
+        lengths = [len(row["input_ids"]) for row in self.train_dataset]
+        return LengthBucketSampler(lengths, self.args.per_device_train_batch_size, self.args.seed)
+
+
+class Progress(TrainerCallback):
+    """显示进度、给写完的检查点打上完成标记、统计吞吐。seconds() 是这次运行至今花了几秒。"""
+
+    def __init__(self, label: str, n_rows: int, seconds: Callable[[], float]):
+        self.label, self.n_rows, self.seconds = label, n_rows, seconds
+        self.bar: tqdm | None = None
+        self.paused = 0.0  # 评测与存盘花掉的秒数，不算进训练速度
+        self.step_ended: float | None = None
+
+    def on_train_begin(self, args, state, control, **_):
+        self.first_epoch, self.started = state.epoch or 0, time.perf_counter()
+        if state.is_world_process_zero:
+            self.bar = progress_bar(self.label, state.max_steps, state.global_step)
+
+    def on_step_end(self, args, state, control, **_):
+        if control.should_evaluate or control.should_save:
+            self.step_ended = time.perf_counter()
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_step_begin(self, args, state, control, **_):
+        self._resume_clock()
+
+    def _resume_clock(self) -> None:
+        if self.step_ended is not None:
+            self.paused += time.perf_counter() - self.step_ended
+            self.step_ended = None
+
+    def on_evaluate(self, args, state, control, metrics=None, **_):
+        if self.bar is not None and metrics:
+            shown = "  ".join(
+                f"{name.removeprefix('eval_')} {metrics[name]:.4f}"
+                for name in ("eval_loss", "eval_accuracy", "eval_macro_f1")
+                if name in metrics
+            )
+            self.bar.write(
+                f"  第 {state.global_step} 步（{state.epoch:.1f} 遍）验证：{shown}", file=sys.stdout
+            )
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if self.bar is not None and logs and "loss" in logs:
+            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
+
+    def on_save(self, args, state, control, **_):
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / CHECKPOINT_DONE, {"seconds": self.seconds()})
+
+    def on_train_end(self, args, state, control, **_):
+        self._resume_clock()
+        seconds = time.perf_counter() - self.started - self.paused
+        epochs = state.epoch - self.first_epoch  # 最后一批可能不满，按遍数算才准
+        self.metrics = {
+            "train_samples_per_s": round(epochs * self.n_rows / seconds, 1),
+            "train_seconds": round(seconds, 1),
+        }
+        if self.bar is not None:
+            self.bar.close()
+
+
+def run_trainer(trainer: Trainer, progress: Progress, checkpoint: Path | None) -> None:
+    """训练到底，有检查点就从检查点继续。"""
+    trainer.remove_callback(PrinterCallback)  # 它把每条日志原样打印成字典；进度条上已有 loss
+    trainer.add_callback(progress)
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def progress_bar(label: str, total: int, initial: int = 0) -> tqdm:
+    """终端里是一条会动的进度条；输出到文件时每 20 秒一行。"""
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=f"  {label}",
+        unit="步",
+        mininterval=0.5 if sys.stderr.isatty() else 20,
+        ascii=" #" if not sys.stderr.isatty() else None,
+        dynamic_ncols=True,
+    )
+
+
+def curves(log_history: list[dict]) -> list[dict]:
+    """Trainer 的日志里留下画曲线要用的：``{"step", "loss" 或 "eval_…"}``。"""
+    keep = ("loss", "eval_loss", "eval_accuracy", "eval_macro_f1")
+    rows = [{"step": row["step"]} | {k: row[k] for k in keep if k in row} for row in log_history]
+    return [row for row in rows if len(row) > 1]
