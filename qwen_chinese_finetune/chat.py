@@ -8,9 +8,11 @@
     python chat.py --preset tiny --start sft               # 从 SFT 模型开始聊
     python chat.py --model Qwen/Qwen1.5-0.5B-Chat          # 与别人训练好的模型聊
     python chat.py --system "你是一个耐心的老师。"
+    python chat.py --web                                   # 在网页上聊，还能并排看几个模型的回答
     printf '你好\\n你是谁？\\n' | python chat.py             # 从管道读，也可以
 
-命令（单独一行）：switch 名字（或 切换）、clear（清空）、history（历史）、help（帮助）、quit（退出，或 exit、Ctrl-D）。
+命令（单独一行）：switch 名字（或 切换）、clear（清空）、history（历史）、save 文件（保存）、help（帮助）、
+quit（退出，或 exit、Ctrl-D）。
 回答时按 Ctrl-C 只停下这个回答。
 
 预期输出（tiny）：贴一个故事和一个问题，答得对；接着只问"它是什么颜色的？"，也答得对，因为故事还在上一轮里；
@@ -24,11 +26,15 @@ from nlp_common.hub import prepare_environment
 prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
 
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from qwen_common import tiny_world
-from qwen_common.asking import Reply, printable, room, say, story_then_question
+from qwen_common.asking import FULL_QUESTIONS, Reply, printable, room, say, story_then_question
+from qwen_common.chat_log import save_talks
+from qwen_common.chat_web import open_page
 from qwen_common.chatml import prompt_ids
 from qwen_common.names import FOLDERS, MODELS
 from qwen_common.stage import SCRIPTS, option
@@ -59,10 +65,12 @@ COMMANDS = {
     "退出": "quit",
     "exit": "quit",
     "切换": "switch",
+    "保存": "save",
 }
 HELP = """  switch 名字   换一个模型接着聊（base、sft、dpo、ppo；也可以写 切换 微调），对话保留
   clear         清空对话，从头开始（清空）
   history       看记得的对话（历史）
+  save 文件     把这次的对话存下来（保存）：.jsonl 是 messages 格式，可以当 --dataset 用；其余是文本
   quit          退出（退出、exit、Ctrl-D）；回答时按 Ctrl-C 只停下这个回答"""
 
 
@@ -72,6 +80,8 @@ class ChatSettings(SpeakSettings):
     start: Literal["auto", "base", "sft", "dpo", "ppo"] = option(
         "从哪个模型开始聊；auto：dpo，没有就 ppo、sft、base", "auto"
     )
+    web: bool = option("在网页上聊，只有这台机器打得开；要先 pip install gradio", False)
+    port: int | None = option("网页用哪个端口；默认从 7860 起找一个空着的")
 
 
 # ---------------------------------------------------------------- 1. 记忆：提示里放哪几轮
@@ -116,7 +126,11 @@ class Chat:
     results: Results
     name: str = ""
     speakers: dict[str, Speaker] = field(default_factory=dict)
+    notify: Callable[[str], None] = print  # 要告诉读者的话往哪里说
     turns: deque[Turn] = field(default_factory=lambda: deque(maxlen=MEMORY))
+    log: list[list[Turn]] = field(
+        default_factory=lambda: [[]]
+    )  # 从头到尾，存盘用；小世界换一个故事就是另一段
     story: str = ""  # 小世界：先贴了故事，还没有问
     forgetting: bool = False  # 说过"最早的一轮忘掉了"没有，每次清空之后只说一遍
 
@@ -124,7 +138,11 @@ class Chat:
     def tiny(self) -> bool:
         return self.results.preset == "tiny"
 
-    def switch(self, name: str) -> None:
+    def fork(self, notify: Callable[[str], None]) -> "Chat":
+        """另起一段对话：载入的模型共用，设置与记忆各管各的（网页上一个窗口一段）。"""
+        return Chat(replace(self.settings), self.results, self.name, self.speakers, notify)
+
+    def choose(self, name: str) -> Speaker:
         """换成另一个模型；不认识、没有训练是 UserError，原来的模型照旧。"""
         name = ALIASES.get(name, name.lower())
         paths = self.results.paths
@@ -139,8 +157,11 @@ class Chat:
         if name not in self.speakers:
             self.speakers[name] = load_speaker(self.results.title(name), paths[name], self.settings.seed)
         self.name = name
-        show_speaker(self.speakers[name])
-        if name == "base":
+        return self.speakers[name]
+
+    def switch(self, name: str) -> None:
+        show_speaker(self.choose(name))
+        if self.name == "base":
             print("（它只学过续写，没学过对话：答非所问、停不下来都是正常的。）")
 
     def place_story(self, line: str) -> str:
@@ -148,45 +169,72 @@ class Chat:
         question = story_then_question(line)
         if question.count("。") > 2 and question.endswith("。"):
             self.story = question
-            print("（故事记下了，问一个故事里的问题吧。）")
+            self.notify("（故事记下了，问一个故事里的问题吧。）")
             return ""
         if self.story:
             question, self.story = f"{self.story}\n{question}", ""
         if "\n" in question and any("\n" in turn.question for turn in self.turns):
-            print("（新故事：小世界的模型一次只读一个，前面的对话不带了。）")
-            self.clear()
+            self.notify("（新故事：小世界的模型一次只读一个，前面的对话不带了。）")
+            self.forget()
         return question
 
-    def ask(self, question: str) -> None:
-        """问一句：边想边打印，并记住这一轮。Ctrl-C 停下，已经说出来的也记住。"""
+    def prepare(self, question: str) -> tuple[str, list[int]] | None:
+        """→ (摆好的问题, 提示的 token)；还没有问（只贴了故事）、问题太长，就说明白，返回 None。"""
         if self.tiny and not (question := self.place_story(question)):
-            return
+            return None
         speaker, limit = self.speakers[self.name], room(self.speakers[self.name], self.settings)
         ids, kept = build_prompt(speaker.tokenizer, list(self.turns), question, self.settings.system, limit)
         if len(ids) > limit:
             why = f"{len(ids)} 个 token，模型最多读 {limit} 个"
-            print(f"（太长了：{why}。请缩短，或调小 --max_new_tokens。）")
-            return
+            self.notify(f"（太长了：{why}。请缩短，或调小 --max_new_tokens。）")
+            return None
         if kept < len(self.turns):
-            print(f"（上下文装不下，这次只带上最近 {kept} 轮。）")
+            self.notify(f"（上下文装不下，这次只带上最近 {kept} 轮。）")
+        return question, ids
+
+    def remember(self, question: str, answer: str) -> None:
+        """记住这一轮；什么也没说的不记。"""
+        if not answer:
+            return
+        if len(self.turns) == MEMORY and not self.forgetting:
+            self.forgetting = True
+            more = "要接着问同一个故事，把它再贴一遍。" if self.tiny else ""
+            self.notify(f"（只记得最近 {MEMORY} 轮，最早的一轮忘掉了。{more}）")
+        turn = Turn(question, answer, self.speakers[self.name].name)
+        self.turns.append(turn)
+        self.log[-1].append(turn)
+
+    def ask(self, question: str) -> None:
+        """问一句：边想边打印，并记住这一轮。Ctrl-C 停下，已经说出来的也记住。"""
+        prepared = self.prepare(question)
+        if prepared is None:
+            return
+        question, ids = prepared
+        speaker, reply = self.speakers[self.name], Reply()
         print(f"{speaker.name}：", end="", flush=True)
-        reply = Reply()
         try:
             say(speaker, ids, self.settings, reply)
             ending = "" if reply.text else "（什么也没说）"
             print(ending if reply.end else "……（没有说完，到了 --max_new_tokens）")
         except KeyboardInterrupt:
             print("……（停下了）")
-        if reply.text:
-            if len(self.turns) == MEMORY and not self.forgetting:
-                self.forgetting = True
-                more = "要接着问同一个故事，把它再贴一遍。" if self.tiny else ""
-                print(f"（只记得最近 {MEMORY} 轮，最早的一轮忘掉了。{more}）")
-            self.turns.append(Turn(question, reply.text, speaker.name))
+        self.remember(question, reply.text)
 
-    def clear(self) -> None:
+    def forget(self) -> None:
+        """忘掉前面的对话；存盘时另起一段。"""
         self.turns.clear()
         self.story, self.forgetting = "", False
+        if self.log[-1]:
+            self.log.append([])
+
+    def clear(self) -> None:
+        self.forget()
+        self.log = [[]]
+
+    def save(self, name: str) -> None:
+        talks = [talk for talk in self.log if talk]
+        path = save_talks(name, talks, self.settings.system)
+        print(f"（{sum(map(len, talks))} 轮对话存到 {path}）")
 
     def show_history(self) -> None:
         print(f"记得 {len(self.turns)} 轮（最多 {MEMORY} 轮）")
@@ -199,6 +247,8 @@ class Chat:
         command = COMMANDS.get(words[0].lower(), words[0].lower())
         if command == "switch" and len(words) <= 2:
             self.switch(words[1] if len(words) == 2 else "")
+        elif command == "save" and (len(words) <= 2 or Path(words[-1]).suffix in (".txt", ".jsonl")):
+            self.save(line.removeprefix("/")[len(words[0]) :].strip())  # 文件名里可以有空格
         elif len(words) > 1 or command not in COMMANDS.values():
             self.ask(line)
         elif command == "clear":
@@ -214,21 +264,26 @@ class Chat:
 # ---------------------------------------------------------------- 3. 主循环
 
 
+def tiny_example(seed: int) -> list[str]:
+    """小世界里可以照着问的两句：一个故事带一个问题，再加一个要靠记性的追问。"""
+    asked = tiny_world.heldout_questions(50, seed)
+    messages = next(q["messages"] for q in asked if len(q["messages"]) == 3)
+    return [messages[0]["content"].replace("\n", ""), messages[2]["content"]]
+
+
 def welcome(chat: Chat) -> None:
     print(describe_sampling(chat.settings, chat.speakers[chat.name]))
     others = [name for name in chat.results.paths if name != chat.name]
     if others:
         print(f"还可以换成：{'、'.join(others)}（例如 switch {others[0]}）。")
-    print("命令：switch、clear、history、help、quit。")
+    print("命令：switch、clear、history、save、help、quit。")
     if chat.tiny:
-        asked = tiny_world.heldout_questions(50, chat.settings.seed)
-        example = next(q["messages"] for q in asked if len(q["messages"]) == 3)
-        story = example[0]["content"].replace("\n", "")
+        story, follow_up = tiny_example(chat.settings.seed)
         print(f"""
 小世界的模型只会读一个小故事、回答里面的事，还会打招呼（你好、你是谁？）。粘贴这一行试试：
     {story}
 再接着问（故事在上一轮里，这里考的是记性）：
-    {example[2]["content"]}""")
+    {follow_up}""")
         if chat.settings.system:
             print("小世界的训练数据里没有系统提示，--system 有什么效果说不准。")
     print()
@@ -243,6 +298,10 @@ def main(argv: list[str] | None = None) -> None:
     chat = Chat(settings, results)
     order = ("model", "dpo", "ppo", "sft", "base") if settings.start == "auto" else (settings.start,)
     chat.switch(next((name for name in order if name in results.paths), settings.start))
+    if settings.web:
+        examples = ["你好", "你是谁？", *tiny_example(settings.seed)] if chat.tiny else FULL_QUESTIONS
+        open_page(chat, examples, settings.port)
+        return
     welcome(chat)
     while (line := read_line("你：")) is not None:
         try:

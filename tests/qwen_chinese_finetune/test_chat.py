@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 
 from nlp_common.cli import UserError
+from nlp_common.rows import read_rows
 from nlp_common.runs import RunFolder
 from qwen_common import asking, tiny_world, trying
 from qwen_common.chatml import encode_chat, encode_text
 from qwen_common.generation import stop_tokens
 from qwen_common.loading import end_chat_turns, load_causal_lm
+from qwen_common.schemas import to_chats
 
 QWEN = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"
 STYLES = ("", "好的，")  # sft 直接答，dpo 先说一句客气话
@@ -405,6 +407,52 @@ def test_full_preset_leaves_text_alone(make_chat):
     session, _ = make_chat("好", preset="full")
     session.ask("我来了。你是谁?")
     assert session.turns == deque([type(session.turns[0])("我来了。你是谁?", "好", "SFT")])
+
+
+# ---------------------------------------------------------------- save
+
+
+def test_save_as_text_and_as_training_rows(make_chat, tmp_path, capsys):
+    session, _ = make_chat("好", system="你是老师。")
+    for number in range(7):  # 比记得的多
+        session.ask(f"问{number}")
+    assert session.handle(f"save {tmp_path / 'talk one.txt'}") is True
+    assert session.handle(f"保存 {tmp_path / 'talk.jsonl'}") is True
+    assert capsys.readouterr().out.count("7 轮对话存到") == 2
+    text = (tmp_path / "talk one.txt").read_text(encoding="utf-8")
+    assert text.startswith("系统提示：你是老师。") and "你：问0\nSFT：好\n" in text and "问6" in text
+    rows = read_rows(str(tmp_path / "talk.jsonl")).rows
+    (row,) = to_chats(rows, "talk.jsonl")
+    assert [m["role"] for m in row["messages"]] == ["system", *["user", "assistant"] * 7]
+    assert rows[0]["answered_by"] == ["SFT"] * 7
+
+
+def test_save_keeps_earlier_stories_apart_and_clear_drops_them(make_chat, tmp_path):
+    session, _ = make_chat("好", preset="tiny")
+    for story, _ in STORIES:
+        session.ask(story + FIRST)
+    session.save(str(tmp_path / "two.jsonl"))
+    assert [len(row["messages"]) for row in read_rows(str(tmp_path / "two.jsonl")).rows] == [2, 2]
+    session.handle("clear")
+    with pytest.raises(UserError, match="还没有说过话"):
+        session.handle(f"save {tmp_path / 'none.txt'}")
+    assert not (tmp_path / "none.txt").exists()
+
+
+def test_save_mistakes(make_chat, tmp_path):
+    session, model = make_chat("好")
+    session.ask("问")
+    (tmp_path / "old.txt").write_text("旧的", encoding="utf-8")
+    for line, message in [
+        ("save", "要写上文件名"),
+        (f"save {tmp_path / 'old.txt'}", "已经有.*没有动它"),
+        (f"save {tmp_path / 'no' / 'x.txt'}", "写不了"),
+        (f"save {tmp_path}", "已经有|写不了"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            session.handle(line)
+    assert (tmp_path / "old.txt").read_text(encoding="utf-8") == "旧的"
+    assert session.handle("save the world please") and len(model.prompts) == 2  # 这是一句话
 
 
 # ---------------------------------------------------------------- 命令行
