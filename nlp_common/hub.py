@@ -9,8 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .cli import UserError
+from .download import download_model
 from .model_folder import check_model_folder, has_tokenizer, missing_file
 from .network import MIRROR, TIMEOUT, endpoint, hub_reachable, offline, prepare_environment
+from .verify import verify_model
 
 PRESETS = ("auto", "tiny", "full")
 BUILT_IN = "smollm2"  # 内置名字；同名的本地文件夹写成 ./smollm2
@@ -59,45 +61,59 @@ def _built_in() -> str | None:
 
 def _cached(name: str, source: str) -> str | None:
     """缓存里齐全的快照（配置、权重、分词器都在）的路径。下载到一半的不算。"""
+    found = _snapshot(name, source)
+    return str(found) if found and has_tokenizer(found) and missing_file(found) is None else None
+
+
+def _snapshot(name: str, source: str) -> Path | None:
+    """缓存里的快照文件夹，齐不齐全不管。"""
     if source == "modelscope":
         if not find_spec("modelscope"):
             raise UserError("--source modelscope 需要 modelscope：pip install modelscope")
         from modelscope import snapshot_download
 
         try:
-            found = Path(snapshot_download(name, local_files_only=True))
+            return Path(snapshot_download(name, local_files_only=True))
         except Exception:  # 各版本在缓存里没有时抛的异常类型不同
             return None
-    else:
-        prepare_environment()
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    prepare_environment()
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-        try:
-            found = Path(snapshot_download(name, local_files_only=True))
-        except LocalEntryNotFoundError:
-            return None
-        except HFValidationError as error:
-            raise UserError(f"{name} 既不是本地文件夹，也不是合法的模型名：{error}") from error
-    return str(found) if has_tokenizer(found) and missing_file(found) is None else None
+    try:
+        # 不用 snapshot_download(local_files_only=True)：仓库里有一个文件没下载（README、别的框架的权重），它就说没有
+        config = try_to_load_from_cache(name, "config.json")
+    except HFValidationError as error:
+        raise UserError(f"{name} 既不是本地文件夹，也不是合法的模型名：{error}") from error
+    return Path(config).parent if isinstance(config, str) else None
 
 
-def require_model(name: str, source: str = "hf") -> str:
-    """可以交给 ``from_pretrained`` 的路径或 hub 名字；得不到是 UserError，写明几种办法。
+def _broken_copy(name: str, source: str) -> str | None:
+    """缓存里有这个模型、只是坏了一个文件，而现在又连不上网时，说出是哪个文件。"""
+    found = None if name == BUILT_IN else _snapshot(name, source)
+    broken = found and missing_file(found)
+    if not broken or not (found / broken).exists():
+        return None
+    return (
+        f"缓存里有模型 {name}，但其中的 {found / broken} 没写完或坏了，现在又连不上 {endpoint(source)}。"
+        "连上网之后再运行同一条命令，会重新下载它。"
+    )
 
-    ``source="modelscope"`` 会在这里下载。内置名字 ``smollm2`` 第一次用时导出到缓存文件夹。
+
+def require_model(name: str, source: str = "hf", verify: bool = False) -> str:
+    """可以交给 ``from_pretrained`` 的路径；本地没有就下载。得不到是 UserError，写明几种办法。
+
+    仓库里没有 safetensors 时给出的是 hub 名字本身。内置名字 ``smollm2`` 第一次用时导出到缓存文件夹。
+    verify：把下载来的文件与服务器上的大小、哈希核对一遍。
     """
     found = find_model(name, source)
     if found is None:
-        raise UserError(how_to_get(name, source))
-    if found != name or source != "modelscope" or Path(found).is_dir():
-        return found
-    from modelscope import snapshot_download
-
-    try:
-        return str(snapshot_download(name))
-    except Exception as error:  # 网络、名字、磁盘，各版本的异常类型不同；原话照转
-        raise UserError(f"从 ModelScope 下载 {name} 失败：{error}\n请检查 --model 的名字与网络。") from error
+        raise UserError(_broken_copy(name, source) or how_to_get(name, source))
+    if found == name and not Path(found).is_dir():
+        found = download_model(name, source)
+    if verify and Path(found).is_dir() and name != BUILT_IN:
+        print(verify_model(name if str(Path(name).expanduser()) != found else found, Path(found), source))
+    return found
 
 
 def how_to_get(name: str, source: str = "hf") -> str:

@@ -36,7 +36,7 @@ def endpoint(source: str = "hf") -> str:
     """要连的服务器，例如 ``https://huggingface.co``；HF_ENDPOINT 写得不像网址是 UserError。"""
     if source == "modelscope":
         domain = os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
-        return "https://" + domain.removeprefix("https://")
+        return os.environ.get("MODELSCOPE_ENDPOINT") or "https://" + domain.removeprefix("https://")
     url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     if not url.startswith(("http://", "https://")):
         raise UserError(f"HF_ENDPOINT={url} 不是网址：要以 https:// 开头，例如 {MIRROR}。")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import NoReturn
 
+from nlp_common.cache import newest_revision, read_through, rows_folder
 from nlp_common.cli import UserError
 from nlp_common.hub import MIRROR, TIMEOUT, endpoint, hub_reachable, offline, prepare_environment
 
@@ -20,34 +22,48 @@ _LOAD_ERRORS = [
     (r"Config name is missing", "有好几个子集，要在名字后面写明用哪个，如 --dataset {repo}:子集名"),
     (r"BuilderConfig .* not found", "没有叫 {config} 的子集"),
     (r"[Gg]ated", "要先在它的网页上申请访问，批准后运行 hf auth login 登录"),
-    (
-        r"OfflineModeIsEnabled",
-        "不在本地缓存里，而 HF_HUB_OFFLINE 要求不联网；去掉它，或用 --dataset 给出本地文件",
-    ),
     (r"scripts are no longer supported", "靠 Python 脚本加载，datasets 4 起不再支持；请找它的 Parquet 版本"),
 ]
 
 
 def hub_rows(name: str, split: str, source: str = "hf") -> Iterator[dict]:
-    """逐行读网上的数据集，不先下载整个（ModelScope 例外：先下载到它的缓存文件夹）。
+    """逐行读网上的数据集，不先下载整个（ModelScope 例外：先下载到它的缓存文件夹）；读过的行存在本地。
 
     name 是 ``owner/name`` 或 ``owner/name:子集``；source 是 ``hf`` 或 ``modelscope``。
-    连不上、没有这个数据集、没有这一份、没有权限时抛出 UserError。
+    连不上而本地也没有存够、没有这个数据集、没有这一份、没有权限时抛出 UserError。
     """
     repo, _, config = name.partition(":")
     prepare_environment()
     if source == "modelscope":
-        place = _download_from_modelscope(repo)
-    elif source == "hf":
-        _check_hub(repo)
-        place = repo
-    else:
+        yield from _stream(_download_from_modelscope(repo), name, split)
+        return
+    if source != "hf":
         raise UserError(f"--source 只能是 hf 或 modelscope，给的是 {source}。")
+    folder = rows_folder(repo, config, split)
+    revision = _revision_on_hub(repo) if hub_reachable() else None
+    if revision:
+        yield from read_through(
+            folder / f"{revision}.jsonl",
+            lambda skip: _stream(repo, name, split, revision, skip),
+        )
+    elif saved := newest_revision(folder):
+        print(f"连不上 {endpoint()}：数据集 {name} 用上次存下的（{folder / saved}.jsonl）。")
+        yield from read_through(folder / f"{saved}.jsonl", lambda count: _no_more(name, count))
+    else:
+        why = "HF_HUB_OFFLINE=1 要求不联网" if offline() else f"{TIMEOUT:g} 秒内连不上 {endpoint()}"
+        raise UserError(f"{why}，本地也没有存过，读不了数据集 {repo}。\n{WAYS_OUT}")
 
+
+def _stream(place: str, name: str, split: str, revision: str | None = None, skip: int = 0) -> Iterator[dict]:
+    """从 place（hub 名或文件夹）逐行读，跳过前 skip 行；英文的报错换成读者看得懂的话。"""
     import datasets  # 导入它时就定下了 HF_ENDPOINT，而且要一秒多，所以用到才导入
 
+    # 断线时重连几次；默认 20 次，要等将近十分钟才说。读到的行都存着，再运行会接着读。
+    datasets.config.STREAMING_READ_MAX_RETRIES = 3
+    repo, _, config = name.partition(":")
     try:
-        yield from datasets.load_dataset(place, config or None, split=split, streaming=True)
+        rows = datasets.load_dataset(place, config or None, split=split, streaming=True, revision=revision)
+        yield from rows.skip(skip)
     except Exception as error:  # 网络、权限、格式的错各有各的类型，分属四个库；都要变成读者看得懂的话
         detail = " ".join(str(error).split("Example of usage")[0].split())[:300]
         for pattern, meaning in _LOAD_ERRORS:
@@ -57,16 +73,20 @@ def hub_rows(name: str, split: str, source: str = "hf") -> Iterator[dict]:
         raise UserError(f"读数据集 {name} 时出错：{type(error).__name__}：{detail}\n{WAYS_OUT}") from error
 
 
-def _check_hub(repo: str) -> None:
-    """先问一次 hub 有没有这个数据集。直接 load_dataset 会反复重试，连不上时要等几分钟才说。"""
-    if offline():  # 读者说了不联网：让 datasets 去找本地缓存
-        return
-    if not hub_reachable():
-        raise UserError(f"{TIMEOUT:g} 秒内连不上 {endpoint()}，读不了数据集 {repo}。\n{WAYS_OUT}")
+def _no_more(name: str, count: int) -> NoReturn:
+    """断网时存着的行用完了。"""
+    raise UserError(
+        f"本地只存了数据集 {name} 的前 {count} 行，要更多得连网。"
+        f"连上网再运行，或加 --max_train_samples {count} 只用这些。"
+    )
+
+
+def _revision_on_hub(repo: str) -> str:
+    """数据集现在的版本（提交号）。先问这一次：直接 load_dataset 会反复重试，出错时要等几分钟才说。"""
     from huggingface_hub import HfApi, errors
 
     try:
-        HfApi().dataset_info(repo, timeout=TIMEOUT)
+        return HfApi(endpoint=endpoint()).dataset_info(repo, timeout=TIMEOUT).sha
     except errors.GatedRepoError as error:
         raise UserError(
             f"数据集 {repo} 要先在 {endpoint()}/datasets/{repo} 申请访问，批准后运行 hf auth login 登录。\n{WAYS_OUT}"

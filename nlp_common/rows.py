@@ -84,6 +84,8 @@ def read_rows(
     else:
         kind, found = "hub", hub_rows(name, split, source)
     rows = list(islice((row for row in found if keep is None or keep(row)), limit))
+    if hasattr(found, "close"):  # 读够了：关上文件，网上读来的行存进缓存
+        found.close()
     if not rows:
         raise UserError(f"{name} 的 {split} 里没有一行符合要求的数据。")
     return Rows(

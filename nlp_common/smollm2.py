@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from .cache import cache_root
 from .cli import UserError, run_main
 from .model_folder import missing_file
 from .network import prepare_environment
@@ -35,11 +35,8 @@ def packages_installed() -> bool:
 
 
 def cache_folder() -> Path:
-    """smollm2 的导出位置；环境变量 NLP_LEARNING_CACHE、XDG_CACHE_HOME 依次优先。"""
-    if base := os.environ.get("NLP_LEARNING_CACHE"):
-        return Path(base).expanduser() / "smollm2-135m"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "nlp_learning" / "smollm2-135m"
+    """smollm2 的导出位置。"""
+    return cache_root() / "smollm2-135m"
 
 
 def export_smollm2(folder: str | Path) -> Path:

@@ -39,6 +39,7 @@ NOT_IN_FINGERPRINT = {
     "logging_steps",
     "save_steps",
     "source",
+    "verify",
 }
 
 
@@ -62,6 +63,7 @@ class StageSettings:
     )
     output_dir: str | None = option("结果写到哪个文件夹；默认 outputs/<预设>/<阶段>，在脚本所在的文件夹里")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
+    verify: bool = option("核对下载的模型：每个文件的大小和哈希与服务器上的一不一样", False)
     retrain: bool = option("不用已有的结果，重新训练", False)
     seed: int = option("随机种子：同一种子，结果相同", 0)
     max_train_samples: int | None = option("最多用多少行训练数据")
@@ -192,7 +194,7 @@ def _parent(settings: StageSettings, root: Path, field_name: str, stage: str) ->
     """找到上一阶段的模型：命令行给的，或同一组结果里的；tiny 缺了就先训练它，full 缺了就说该运行什么。"""
     given = getattr(settings, field_name)
     if given:
-        path = require_model(given, settings.source)
+        path = require_model(given, settings.source, settings.verify)
         run_file = Path(path) / "run.json"
         run = load_run(Path(path)) if run_file.exists() else {"stage": "model", "id": given}
         return {"path": str(path), "stage": run["stage"], "id": run["id"]}

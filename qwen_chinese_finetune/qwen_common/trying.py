@@ -38,6 +38,7 @@ class SpeakSettings:
     model: str | None = option("不用训练结果，改用这个模型：本地文件夹、hub 名或 smollm2")
     output_root: str | None = option("各阶段的结果所在的文件夹；默认 outputs/<预设>，在脚本所在的文件夹里")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
+    verify: bool = option("核对下载的模型：每个文件的大小和哈希与服务器上的一不一样", False)
     max_new_tokens: int | None = option("一次最多生成多少个 token；默认由预设定，下面两个也是")
     temperature: float | None = option("采样温度：0 是贪心（每次都选最可能的），越大越随意")
     top_p: float | None = option("核采样：只在概率和刚够 top_p 的那些 token 里选；1 是不限制")
@@ -104,7 +105,7 @@ def find_results(
         roots = [Path(settings.output_root).expanduser().resolve()]
         why = f"你给了 --output_root {settings.output_root}"
     if settings.model:
-        paths = {names[-1]: require_model(settings.model, settings.source)}
+        paths = {names[-1]: require_model(settings.model, settings.source, settings.verify)}
         why = f"你给了 --model {settings.model}"
     else:
         found = [(root, _trained(root, names)) for root in roots]

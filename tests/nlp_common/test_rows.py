@@ -357,6 +357,7 @@ def ask_hub(endpoint: str, home: Path, *questions: tuple[str, str]) -> list:
         key: value for key, value in os.environ.items() if not key.lower().endswith(("_proxy", "_offline"))
     }
     env = clean | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
+    env["NLP_LEARNING_CACHE"] = str(home / "own")
     command = [sys.executable, "-c", ASK, json.dumps(questions)]
     done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
