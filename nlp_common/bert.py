@@ -10,7 +10,7 @@ import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ import torch
 from .arguments import option, parse_arguments
 from .cli import UserError
 from .device import describe, library_versions, peak_memory_mb, pick_device, precision_flags, seed_everything
-from .hub import announce, choose_preset
+from .hub import announce, choose_preset, prepare_environment
 from .row_files import READERS, read_file, row_place
 from .rows import check_path
 from .runs import CHECKPOINT_DONE, RunFolder, differences, file_sha256, load_run, open_run
@@ -65,6 +65,7 @@ COMMON = {"warmup_steps": 0.1, "weight_decay": 0.01, "eval_steps": 0.25}
 
 def parse_settings(settings_class, presets: dict[str, dict], argv: list[str] | None):
     """命令行 → 设置：先选预设（第一行就说选了哪个、为什么），再把没给的参数用预设补上。"""
+    prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
     settings = parse_arguments(settings_class, argv)
     choice = choose_preset(
         settings.preset, settings.model, full_model=FULL_MODEL, needs_accelerator=True, source=settings.source
@@ -103,8 +104,18 @@ class BertRun:
             print(f"接着上次的检查点继续：{latest.name}")
         return latest
 
-    def finish(self, model, tokenizer, metrics: dict, data: dict, history: list[dict], **extra) -> dict:
-        """把模型、分词器和 run.json 写成完成的文件夹，返回记录。"""
+    def finish(
+        self,
+        model,
+        tokenizer,
+        metrics: dict,
+        data: dict,
+        history: list[dict],
+        *,
+        draw: Callable[[Path], object] | None = None,
+        **extra,
+    ) -> dict:
+        """把模型、分词器和 run.json 写成完成的文件夹，返回记录。draw(文件夹) 往里面画图，可以不给。"""
         record = {
             "data": data,
             "settings": dataclasses.asdict(self.settings),
@@ -121,27 +132,37 @@ class BertRun:
         def write(folder: Path) -> None:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            if draw:
+                draw(folder)
 
         self.record = self.folder.finish(write, record)
         return self.record
 
 
 @contextlib.contextmanager
-def open_bert_run(path: Path, settings: BertSettings, fingerprint: dict) -> Iterator[BertRun]:
+def open_bert_run(
+    path: Path, settings: BertSettings, fingerprint: dict, *, derived: bool = False
+) -> Iterator[BertRun]:
     """锁住并打开结果文件夹。已有同样设置的结果时 BertRun 带着它的 record；只有 ``run.record is None`` 才要训练。
 
     设置不同的旧结果是 UserError，列出每一项不同；但读者只是要 --predict 时照用它，同时说明哪些不同。
+    derived：中间结果，设置相同就用（--retrain 也用，重做一遍还是它），不同就说明哪些不同，重新做。
     """
     with open_run(path.expanduser().resolve()) as folder:
         run = BertRun(folder, settings, fingerprint)
-        if not settings.retrain:
-            predicting = settings.predict or settings.predict_file
-            run.record = load_run(folder.path) if predicting else folder.finished(fingerprint)
+        found = load_run(folder.path)
+        changed = "；".join(differences(found["fingerprint"], fingerprint)) if found else ""
+        if derived and changed:
+            print(f"{path.name} 的设置和这次的不同，重新做（{changed}）。")
+        elif derived or (found and not settings.retrain and (settings.predict or settings.predict_file)):
+            run.record = found
+            if changed:
+                print(f"用 {path.name} 里已有的模型，它的设置和这次的不同（{changed}）。")
+        elif not settings.retrain:
+            run.record = folder.finished(fingerprint)
         if run.record is None:
             folder.start(fingerprint)
             seed_everything(settings.seed)
-        elif changed := differences(run.record["fingerprint"], fingerprint):
-            print(f"用 {path.name} 里已有的模型，它的设置和这次的不同（{'；'.join(changed)}）。")
         yield run
 
 
@@ -187,7 +208,7 @@ def mixed_precision(settings: BertSettings, device: torch.device) -> dict[str, b
     """给 TrainingArguments 的 bf16 与 fp16。CPU 要有 bf16 指令（Intel AMX、AVX512_BF16），否则 bf16 反而慢。"""
     flags = precision_flags(device)
     if device.type == "cpu":
-        has = torch.cpu.get_capabilities()
+        has = getattr(torch.cpu, "get_capabilities", dict)()  # 旧版 torch 没有它
         flags["bf16"] = bool(has.get("amx_bf16") or has.get("avx512_bf16"))
     return flags if settings.bf16 is None else {"bf16": settings.bf16, "fp16": False}
 
@@ -199,6 +220,7 @@ def training_kwargs(run: BertRun) -> dict:
     return {
         **{name: getattr(run.settings, name) for name in names},
         **mixed_precision(run.settings, run.device),
+        "use_cpu": run.device.type == "cpu",
         "output_dir": str(run.folder.checkpoints),
         "save_total_limit": 2,  # 最好的一个加上最近的一个
         "report_to": "none",
@@ -208,7 +230,22 @@ def training_kwargs(run: BertRun) -> dict:
     }
 
 
-# ---------------------------------------------------------------- 预测
+# ---------------------------------------------------------------- 载入与预测
+
+
+def load_classifier(path: str | Path, names: Sequence[str] | None = None):
+    """→ (分词器, BertForSequenceClassification)。names 是类名：要微调时给，从预训练模型换上新的分类层。"""
+    from transformers import AutoTokenizer, BertForSequenceClassification
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # 只关"载入权重"的进度条，警告照常显示
+    changes = {}
+    if names:
+        changes = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    model = BertForSequenceClassification.from_pretrained(path, dtype=torch.float32, **changes)
+    if names:
+        print("（若上面有一张表：UNEXPECTED 是预训练时猜字的输出层，不要了；MISSING 是新的分类层，正要训练）")
+    return AutoTokenizer.from_pretrained(path), model
 
 
 @torch.inference_mode()
@@ -243,3 +280,19 @@ def texts_to_predict(settings: BertSettings, text_fields: Sequence[str] = ("text
                 )
             texts.append(text.strip())
     return texts
+
+
+def learning_curve(path: Path, history: list[dict]) -> None:
+    """训练 loss、验证 loss、验证错误率随步数的变化，画成一张图。history 来自 training.curves。"""
+    from .plots import line_chart
+
+    def points(name: str, change=lambda y: y) -> tuple[list, list]:
+        rows = [row for row in history if name in row]
+        return [row["step"] for row in rows], [change(row[name]) for row in rows]
+
+    series = {
+        "训练 loss|train loss": points("loss"),
+        "验证 loss|validation loss": points("eval_loss"),
+        "验证错误率|validation error": points("eval_accuracy", lambda accuracy: 1 - accuracy),
+    }
+    line_chart(path, series, "学习曲线|Learning curve", "步数|step", "")

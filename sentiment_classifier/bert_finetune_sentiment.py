@@ -1,0 +1,355 @@
+"""微调 BERT 做情感分类：一个读过大量文字的模型，怎样用几千条标好的评论学会判断好评差评。
+
+你会学到
+  1. 预训练：遮住一些字让模型猜（MLM），不要标签也能学；tiny 预设在你眼前做一遍，小而完整。
+  2. 微调：同一个模型换上分类的输出层，用小学习率、少几遍数据继续训练。
+  3. 怎样知道它学会了：验证集挑检查点，测试集只在最后用一次，旁边放一个不用神经网络的老办法来比。
+
+怎么运行
+  python bert_finetune_sentiment.py                     # 自动选预设；没有 GPU 就是 tiny
+  python bert_finetune_sentiment.py --preset full       # bert-base-chinese + ChnSentiCorp
+  python bert_finetune_sentiment.py --predict "屏幕太暗，后悔买了" "物流很快"
+  python bert_finetune_sentiment.py --dataset 我的评论.csv --output_dir ./我的模型
+
+应当看到（tiny，实测见本文件夹的 README.md）：验证正确率一次次上升，最后一行是
+  测试文本：'这个电影非常好看，我很喜欢！' 预测：正面 😊
+
+参考：Devlin et al. 2019（BERT）第 3 节；Cui et al. 2019（Chinese-BERT-wwm）的 ChnSentiCorp 一节。
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from nlp_common.arguments import option
+from nlp_common.bert import (
+    FULL_MODEL,
+    BertRun,
+    BertSettings,
+    character_tokenizer,
+    encode,
+    fingerprint,
+    learning_curve,
+    load_classifier,
+    open_bert_run,
+    parse_settings,
+    predict,
+    texts_to_predict,
+    training_kwargs,
+)
+from nlp_common.cli import run_main
+from nlp_common.hub import require_model
+from nlp_common.labelled import check_enough, labelled, text_key, unique
+from nlp_common.people_daily import people_daily
+from nlp_common.reviews import raw_reviews, reviews
+from nlp_common.rows import has_split, read_rows
+
+HOME = Path(__file__).resolve().parent
+NAMES = ["负面", "正面"]  # 编号 0、1
+FACES = ["😞", "😊"]
+TEXT_FIELDS = ("text", "sentence", "review")
+EXAMPLE = "这个电影非常好看，我很喜欢！"
+IGNORE = -100  # 交叉熵不算这个标签
+
+PRESETS = {
+    "tiny": {
+        "dataset": "reviews",
+        "max_length": 128,
+        "per_device_train_batch_size": 32,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 4.0,
+        "hidden_size": 128,
+        "num_layers": 2,
+        "mlm_epochs": 2.0,
+        "mlm_learning_rate": 2e-3,
+    },
+    "full": {
+        "dataset": "lansinuote/ChnSentiCorp",
+        "max_length": 128,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 2e-5,
+        "num_train_epochs": 1.0,
+    },
+}
+
+
+@dataclass
+class SentimentSettings(BertSettings):
+    hidden_size: int | None = option("tiny：小 BERT 的宽度，64 一个头")
+    num_layers: int | None = option("tiny：小 BERT 的层数")
+    mlm_epochs: float | None = option("tiny：预训练读几遍没有标签的文字；0 是不预训练，从随机的权重开始微调")
+    mlm_learning_rate: float | None = option("tiny：预训练的学习率")
+
+
+# ---------------------------------------------------------------- 1. 数据
+
+
+def load_data(settings: SentimentSettings) -> tuple[dict[str, list[dict]], dict]:
+    """``{"train" | "validation" | "test": [{"text", "label"}, …]}`` 和它们的来历。
+
+    没有单独的 validation 或 test（例如只给了一个文件），就从 train 里各分出一成：先去重，免得同一条评论两边都有。
+    """
+    splits, sources = {}, {}
+    local = settings.dataset != "reviews" and Path(settings.dataset).expanduser().exists()
+    for name in ("train", "validation", "test"):
+        if name != "train" and local and not has_split(settings.dataset, name):
+            continue
+        found = read_rows(settings.dataset, split=name, builtins={"reviews": reviews}, source=settings.source)
+        if found.source["split"] == name:  # 没有 validation 时 read_rows 会拿 test 来顶，这里不要
+            splits[name], sources[name] = labelled(found, TEXT_FIELDS, NAMES), found.source
+    for name in ("validation", "test"):
+        if name not in splits:
+            rows = unique(splits["train"])
+            random.Random(name).shuffle(rows)
+            held = max(1, len(rows) // 10)
+            splits[name], splits["train"] = rows[:held], rows[held:]
+    splits["train"] = splits["train"][: settings.max_train_samples]
+    check_enough(splits["train"], settings.per_device_train_batch_size, settings.dataset)
+    return splits, sources
+
+
+def unlabelled_texts(splits: dict[str, list[dict]]) -> list[str]:
+    """预训练用的文字：训练集、自带的评论、《人民日报》，去掉验证集和测试集里有的每一段。
+
+    预训练不看标签，但评测里的文字也不该见过：ChnSentiCorp 的 1,200 条测试评论有 974 条就在自带的评论里。
+    """
+    heldout = {text_key(row["text"]) for name in ("validation", "test") for row in splits[name]}
+    rows = splits["train"] + raw_reviews() + people_daily("train") + people_daily("validation")
+    texts = {text_key(row["text"]): row["text"] for row in rows}
+    return [text for key, text in texts.items() if key not in heldout]
+
+
+# ---------------------------------------------------------------- 2. 预训练：遮住一些字，让模型猜
+
+
+def mask_tokens(ids: torch.Tensor, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) 的 token → 遮过的 token，和标签：只有要猜的位置留着原来的 token，其余是 IGNORE。
+
+    每个字有 15% 的机会被选中；选中的 80% 换成 [MASK]，10% 换成随便一个字，10% 不动。全换成 [MASK] 的话，
+    模型只会在看到 [MASK] 时动脑筋，而微调时一个 [MASK] 也没有。
+    """
+    n_special = len(tokenizer.all_special_ids)  # 字表的头几个，不遮
+    chosen = (torch.rand(ids.shape, device=ids.device) < 0.15) & (ids >= n_special)
+    labels = ids.masked_fill(~chosen, IGNORE)
+    dice = torch.rand(ids.shape, device=ids.device)
+    anything = torch.randint(n_special, len(tokenizer), ids.shape, device=ids.device)
+    masked = torch.where(chosen & (dice < 0.8), tokenizer.mask_token_id, ids)
+    masked = torch.where(chosen & (dice >= 0.9), anything, masked)
+    return masked, labels
+
+
+def mlm_loss(model, ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """猜被选中的字的交叉熵。只在这些位置算输出层：它要给字表里每个字打分，是小模型里最贵的一步。"""
+    hidden = model.bert(input_ids=ids, attention_mask=attention_mask).last_hidden_state  # (B, T, C)
+    chosen = labels != IGNORE
+    scores = model.cls(hidden[chosen])  # (M, V)
+    return F.cross_entropy(scores.float(), labels[chosen])
+
+
+def pretrain(settings: SentimentSettings, splits: dict[str, list[dict]], folder: Path) -> str:
+    """搭一个小 BERT，用没有标签的文字预训练，存成和 bert-base-chinese 一样布局的文件夹；已有就直接用。"""
+    from transformers import BertConfig, BertForMaskedLM, DataCollatorWithPadding, TrainingArguments
+
+    from nlp_common.training import BucketTrainer, Progress, curves, run_trainer
+
+    texts = unlabelled_texts(splits)
+    names = ("seed", "max_length", "hidden_size", "num_layers", "mlm_epochs", "mlm_learning_rate")
+    wanted = {name: getattr(settings, name) for name in names}
+    wanted["texts_sha256"] = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+    with open_bert_run(folder, settings, wanted, derived=True) as run:
+        if run.record:
+            print(f"用已有的预训练结果 {folder.name}")
+            return str(folder)
+        tokenizer = character_tokenizer(texts)
+        config = BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.hidden_size,
+            num_hidden_layers=settings.num_layers,
+            num_attention_heads=max(1, settings.hidden_size // 64),
+            intermediate_size=4 * settings.hidden_size,
+            max_position_embeddings=512,  # 与 bert-base-chinese 相同
+        )
+        model = BertForMaskedLM(config)
+        print(f"小 BERT：{model.num_parameters():,} 个参数，字表 {len(tokenizer):,} 个")
+        if settings.mlm_epochs == 0:
+            run.finish(model, tokenizer, {}, {"texts": 0}, [])
+            return str(folder)
+
+        class MLMTrainer(BucketTrainer):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                ids, labels = mask_tokens(inputs["input_ids"], tokenizer)  # 每一遍遮的字都不同
+                return mlm_loss(model, ids, inputs["attention_mask"], labels)
+
+        size = settings.max_length - 2  # 加上 [CLS]、[SEP] 正好
+        pieces = [text[i : i + size] for text in texts for i in range(0, len(text), size)]
+        ids = tokenizer(pieces, truncation=True, max_length=settings.max_length)["input_ids"]
+        rows = [{"input_ids": row} for row in ids]
+        print(
+            f"预训练：{len(texts):,} 段没有标签的文字，切成 {len(rows):,} 行，读 {settings.mlm_epochs:g} 遍"
+        )
+        kwargs = training_kwargs(run) | {
+            "learning_rate": settings.mlm_learning_rate,
+            "num_train_epochs": settings.mlm_epochs,
+            "save_steps": 0.2,
+            "logging_steps": 0.02,
+        }
+        progress = Progress("预训练", len(rows), run.seconds)
+        trainer = MLMTrainer(
+            model=model,
+            args=TrainingArguments(**kwargs),
+            train_dataset=rows,
+            data_collator=DataCollatorWithPadding(tokenizer),
+        )
+        run_trainer(trainer, progress, run.checkpoint())
+        show_guesses(model, tokenizer, "房间很干净，服务也很[MASK]。")
+        data = {"texts": len(texts), "rows": len(rows)}
+        run.finish(model, tokenizer, progress.metrics, data, curves(trainer.state.log_history))
+    return str(folder)
+
+
+@torch.inference_mode()
+def show_guesses(model, tokenizer, text: str) -> None:
+    """看看预训练学到了什么：[MASK] 处它猜什么字。"""
+    model.eval()
+    inputs = tokenizer(text, return_tensors="pt").to(model.device)
+    place = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero().item()
+    best = model(**inputs).logits[0, place].softmax(-1).topk(5)
+    guesses = "  ".join(
+        f"{tokenizer.decode([i])} {p:.2f}" for p, i in zip(best.values, best.indices, strict=True)
+    )
+    print(f"  {text} → {guesses}")
+
+
+# ---------------------------------------------------------------- 3. 微调
+
+
+def finetune(run: BertRun) -> dict:
+    """读数据 → 得到预训练模型 → 换上分类层继续训练 → 测试集上的结果。返回运行记录。"""
+    from transformers import DataCollatorWithPadding, TrainingArguments
+
+    from nlp_common.metrics import classification_metrics
+    from nlp_common.training import BucketTrainer, Progress, curves, run_trainer
+
+    settings = run.settings
+    splits, sources = load_data(settings)
+    print("、".join(f"{name} {len(rows):,} 条" for name, rows in splits.items()))
+    if settings.model or settings.preset == "full":
+        start = require_model(settings.model or FULL_MODEL, settings.source)
+    else:
+        start = pretrain(settings, splits, run.path.with_name(f"{run.path.name}-pretrained"))
+
+    # 预训练的输出层（猜字）丢掉，换上随机的分类层：[CLS] 的向量 → 2 个分数
+    tokenizer, model = load_classifier(start, NAMES)
+    rows = {name: encode(tokenizer, part, settings.max_length) for name, part in splits.items()}
+    for name in ("validation", "test"):  # 评测不打乱；长度相近的排在一起，少算填充
+        order = sorted(range(len(rows[name])), key=lambda i: len(rows[name][i]["input_ids"]))
+        rows[name], splits[name] = [rows[name][i] for i in order], [splits[name][i] for i in order]
+
+    args = TrainingArguments(
+        **training_kwargs(run),
+        eval_strategy="steps",
+        eval_steps=settings.eval_steps,
+        save_steps=settings.eval_steps,
+        logging_steps=0.02,
+        per_device_eval_batch_size=64,
+        load_best_model_at_end=True,  # 验证正确率最高的检查点，不是最后一个
+        metric_for_best_model="accuracy",
+    )
+    progress = Progress("微调", len(rows["train"]), run.seconds)
+    trainer = BucketTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],
+        data_collator=DataCollatorWithPadding(tokenizer),  # 补到这一批里最长的，不是补到 max_length
+        compute_metrics=classification_metrics,
+    )
+    run_trainer(trainer, progress, run.checkpoint())
+
+    tested = trainer.predict(rows["test"], metric_key_prefix="test")
+    metrics = {
+        "test_accuracy": tested.metrics["test_accuracy"],
+        "test_macro_f1": tested.metrics["test_macro_f1"],
+        "validation_accuracy": trainer.state.best_metric,
+        "tfidf_test_accuracy": tfidf_accuracy(splits["train"], splits["test"]),
+        **progress.metrics,
+    }
+    show_mistakes(splits["test"], torch.tensor(tested.predictions).softmax(-1))
+    history = curves(trainer.state.log_history)
+    return run.finish(
+        model,
+        tokenizer,
+        metrics,
+        sources,
+        history,
+        start=settings.model or Path(start).name,
+        draw=lambda folder: learning_curve(folder / "learning_curve.png", history),
+    )
+
+
+# ---------------------------------------------------------------- 4. 评测
+
+
+def tfidf_accuracy(train: list[dict], test: list[dict]) -> float:
+    """对照：数一数出现了哪些单字和二字组合（TF-IDF），再用逻辑回归给每个组合一个分数。几秒钟。"""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 2), sublinear_tf=True)
+    features = vectorizer.fit_transform([row["text"] for row in train])
+    classifier = LogisticRegression(C=10, max_iter=1000).fit(features, [row["label"] for row in train])
+    guesses = classifier.predict(vectorizer.transform([row["text"] for row in test]))
+    return float((guesses == [row["label"] for row in test]).mean())
+
+
+def show_mistakes(rows: list[dict], probs: torch.Tensor, n: int = 3) -> None:
+    """最有把握却错了的几条：常常是标错的，或者话里带刺。probs：(N, 2)。"""
+    labels = torch.tensor([row["label"] for row in rows])
+    confidence, guess = probs.max(-1)
+    wrong = (guess != labels).nonzero().squeeze(-1)
+    print(f"测试集错了 {len(wrong)} 条，其中最有把握的：")
+    for i in wrong[confidence[wrong].argsort(descending=True)][:n].tolist():
+        text = rows[i]["text"] if len(rows[i]["text"]) <= 60 else rows[i]["text"][:60] + "…"
+        print(f"  标 {NAMES[labels[i]]}，猜 {NAMES[guess[i]]}（{confidence[i]:.3f}）：{text}")
+
+
+def show_record(record: dict, path: Path) -> None:
+    metrics = record["metrics"]
+    print(f"模型 {path}，从 {record['start']} 微调，用时 {record['seconds']:.0f} 秒")
+    print(f"  测试正确率 {metrics['test_accuracy']:.4f}，macro F1 {metrics['test_macro_f1']:.4f}")
+    print(f"  对照：TF-IDF + 逻辑回归 {metrics['tfidf_test_accuracy']:.4f}（同样的训练集和测试集）")
+
+
+# ---------------------------------------------------------------- 5. 预测
+
+
+def show_predictions(path: Path, texts: list[str], max_length: int) -> None:
+    """像使用任何 hub 上的模型那样加载，判断 texts；没给 texts 就判断 EXAMPLE。"""
+    tokenizer, model = load_classifier(path)
+    probs = predict(model, tokenizer, texts or [EXAMPLE], max_length)  # (N, 2)
+    for text, (p, label) in zip(texts or [EXAMPLE], zip(*probs.max(-1), strict=True), strict=True):
+        sure = f"（概率 {p:.3f}）" if texts else ""
+        print(f"测试文本：'{text}' 预测：{NAMES[label]} {FACES[label]}{sure}")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    settings = parse_settings(SentimentSettings, PRESETS, argv)
+    texts = texts_to_predict(settings, TEXT_FIELDS)  # 写错了，训练前就说
+    name = "my_bert_model-tiny" if settings.preset == "tiny" else "my_bert_model"
+    path = Path(settings.output_dir or HOME / name)
+    with open_bert_run(path, settings, fingerprint(settings)) as run:
+        if run.record:
+            print(f"已有训练结果，直接加载：{run.path}（--retrain 重新训练）")
+        else:
+            finetune(run)
+        show_record(run.record, run.path)
+    show_predictions(run.path, texts, run.record["settings"]["max_length"])
+    return run.record
+
+
+if __name__ == "__main__":
+    run_main(main)
