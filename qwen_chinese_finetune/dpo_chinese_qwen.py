@@ -26,6 +26,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from qwen_common import tiny_world
+from qwen_common.columns import only_columns
 from qwen_common.data import EVAL_SEED, drop_long, load_train_and_eval
 from qwen_common.generation import batches_by_length
 from qwen_common.judging import measure_chat
@@ -88,8 +89,9 @@ def encode(tokenizer, row: dict) -> dict[str, list[int]]:
 def sequence_logps(model, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """整个回答的对数概率 log π(y|x) = Σ_t log π(y_t | x, y_<t)。(N, T) 与 (N, T) → (N,)。"""
     labels = labels[:, 1:]  # 位置 t 的 logits 预测位置 t+1
-    columns = (labels != IGNORE).any(0).nonzero().squeeze(1)  # 有回答的列；其余的列不必算 LM head
-    logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=columns).logits  # (N, C, V)
+    columns = (labels != IGNORE).any(0).nonzero().squeeze(1)  # 有回答的列；其余的不必算
+    with only_columns(model, columns):
+        logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=columns).logits  # (N, C, V)
     nll = F.cross_entropy(
         logits.flatten(0, 1).float(), labels[:, columns].flatten(), ignore_index=IGNORE, reduction="none"
     )

@@ -37,6 +37,7 @@ from accelerate import Accelerator
 from nlp_common.device import precision
 from qwen_common.chatml import prompt_ids
 from qwen_common.checkpoints import load_training_state, save_training_state
+from qwen_common.columns import only_columns
 from qwen_common.data import drop_long, load_train_and_eval, to_questions
 from qwen_common.generation import pad_left, padded_positions, stop_tokens, stream_tokens
 from qwen_common.judging import measure_chat, reply_to, score_replies, token_kl
@@ -117,6 +118,12 @@ class Rollout:
     def responses(self) -> torch.Tensor:
         return self.ids[:, -self.mask.shape[1] :]  # (B, R)
 
+    @property
+    def before_responses(self) -> torch.Tensor:
+        """(R,) 列号：每个回答 token 的前一列；位置 t 的输出说的是位置 t+1。"""
+        total, n = self.ids.shape[1], self.mask.shape[1]
+        return torch.arange(total - n - 1, total - 1, device=self.ids.device)
+
     def rows(self, index: torch.Tensor) -> "Rollout":
         """取出几行，去掉它们用不着的填充列。"""
         width = self.mask.shape[1]
@@ -179,31 +186,29 @@ def roll_out(policy, prompts: list[list[int]], tokenizer, settings, generator) -
 
 
 def response_logps(model, rollout: Rollout, temperature: float) -> torch.Tensor:
-    """log π(a_t | s_t)，(B, R)：每个回答 token 的对数概率。
-
-    位置 t 的 logits 预测位置 t+1，所以要的是最后 R+1 个位置、去掉最末一个。
-    """
-    logits = model(
-        input_ids=rollout.ids,
-        attention_mask=rollout.attention_mask,
-        position_ids=rollout.position_ids,
-        use_cache=False,
-        logits_to_keep=rollout.mask.shape[1] + 1,
-    ).logits[:, :-1]  # (B, R, V)
+    """log π(a_t | s_t)，(B, R)：每个回答 token 的对数概率。"""
+    with only_columns(model, rollout.before_responses):
+        logits = model(
+            input_ids=rollout.ids,
+            attention_mask=rollout.attention_mask,
+            position_ids=rollout.position_ids,
+            use_cache=False,
+            logits_to_keep=rollout.before_responses,
+        ).logits  # (B, R, V)
     logits = logits.float() / temperature
     return -F.cross_entropy(logits.transpose(1, 2), rollout.responses, reduction="none")
 
 
 def response_values(model, rollout: Rollout) -> torch.Tensor:
     """V(s_t)，(B, R)：写出第 t 个 token 之前，估计整段最终能拿多少分。"""
-    values = model(
-        input_ids=rollout.ids,
-        attention_mask=rollout.attention_mask,
-        position_ids=rollout.position_ids,
-        use_cache=False,
-    ).logits.squeeze(-1)  # (B, P+R)
-    n = rollout.mask.shape[1]
-    return values[:, -n - 1 : -1].float()
+    with only_columns(model, rollout.before_responses):
+        values = model(
+            input_ids=rollout.ids,
+            attention_mask=rollout.attention_mask,
+            position_ids=rollout.position_ids,
+            use_cache=False,
+        ).logits.squeeze(-1)  # (B, P+R)
+    return values[:, rollout.before_responses].float()
 
 
 # ---------------------------------------------------------------- 2. 打分
@@ -219,12 +224,14 @@ def score_responses(reward_model, rollout: Rollout, pad_id: int) -> torch.Tensor
     is_end = torch.zeros_like(rollout.mask).scatter(1, last[:, None], rollout.ended[:, None])
     ids = rollout.ids.clone()
     ids[:, -rollout.mask.shape[1] :][is_end] = pad_id
-    scores = reward_model(
-        input_ids=ids,
-        attention_mask=rollout.attention_mask,
-        position_ids=rollout.position_ids,
-        use_cache=False,
-    ).logits.squeeze(-1)
+    columns = torch.arange(-rollout.mask.shape[1] - 1, 0, device=ids.device) + ids.shape[1]
+    with only_columns(reward_model, columns):
+        scores = reward_model(
+            input_ids=ids,
+            attention_mask=rollout.attention_mask,
+            position_ids=rollout.position_ids,
+            use_cache=False,
+        ).logits.squeeze(-1)
     return scores.float()
 
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
+from qwen_common.columns import only_columns
 from qwen_common.data import drop_long, load_train_and_eval
 from qwen_common.loading import load_reward_model, load_tokenizer
 from qwen_common.preference import collate_pairs, encode_pair, pair_length, pair_tokens
@@ -72,7 +73,10 @@ def score_pairs(model, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     AutoModelForSequenceClassification 在最后一个不是填充的 token 上读分数：只有那里看过了整个回答。
     回答不带 <|im_end|>，这个 token 就是回答的最后一个字；有没有说完，由 PPO 的罚分去管。
     """
-    scores = model(input_ids=input_ids, use_cache=False).logits.squeeze(-1).float()  # (2B,)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last = torch.where(input_ids != model.config.pad_token_id, positions, 0).amax(1)  # (2B,)
+    with only_columns(model, last.unique()):
+        scores = model(input_ids=input_ids, use_cache=False).logits.squeeze(-1).float()  # (2B,)
     return scores.chunk(2)
 
 

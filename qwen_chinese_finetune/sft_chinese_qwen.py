@@ -29,6 +29,7 @@ from transformers import Trainer, TrainingArguments
 
 from qwen_common import tiny_world
 from qwen_common.chatml import encode_chat
+from qwen_common.columns import only_columns
 from qwen_common.data import EVAL_SEED, drop_long, load_train_and_eval
 from qwen_common.judging import measure_chat, reply_to
 from qwen_common.loading import end_chat_turns, load_causal_lm
@@ -106,11 +107,12 @@ def answer_loss(model, input_ids: torch.Tensor, labels: torch.Tensor, n_labels) 
     """只在助手的 token 上的交叉熵，除以整个更新步的标签数。input_ids、labels：(B, T) → 标量。
 
     位置 t 的 logits 预测位置 t+1：移位要在掩码之前想清楚，差一格就是在学错的东西。
-    整列都没有标签的位置不必算 LM head：词表越大，省得越多。
+    整列都没有标签的位置不必算最后的 MLP 和 LM head：词表越大，省得越多。
     """
     labels = labels[:, 1:]  # (B, T-1)，与预测它的位置对齐
     columns = (labels != IGNORE).any(0).nonzero().squeeze(1)  # (C,)
-    logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=columns).logits  # (B, C, V)
+    with only_columns(model, columns):
+        logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=columns).logits  # (B, C, V)
     loss = F.cross_entropy(
         logits.flatten(0, 1).float(), labels[:, columns].flatten(), ignore_index=IGNORE, reduction="sum"
     )

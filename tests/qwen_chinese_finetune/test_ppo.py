@@ -654,8 +654,9 @@ class BanditPolicy(torch.nn.Module):
         super().__init__()
         self.logits = torch.nn.Parameter(PROBS.log())
 
-    def forward(self, input_ids, **_):
-        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, 2)[:, -2:], past_key_values=None)
+    def forward(self, input_ids, logits_to_keep, **_):
+        keep = slice(-1, None) if logits_to_keep == 1 else logits_to_keep
+        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, 2)[:, keep], past_key_values=None)
 
 
 class BanditValue(torch.nn.Module):
