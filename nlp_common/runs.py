@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from filelock import FileLock, Timeout
 from .cli import UserError
 
 RUN_FILE = "run.json"
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}  # 没有权限、只读的盘、路径中间有个文件
 CHECKPOINT_DONE = "complete.json"  # 检查点写完之后才写它；没有它的检查点是半个
 
 
@@ -139,10 +141,12 @@ def open_run(path: Path) -> Iterator[RunFolder]:
     锁由操作系统持有：进程被 kill -9 之后锁自动放开，不会留下死锁。
     """
     folder = RunFolder(path)
+    owner = path.with_name(f".{path.name}.owner.json")
     try:
+        if path.parent.exists() and not path.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent))
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_name(f".{path.name}.lock"))
-        owner = path.with_name(f".{path.name}.owner.json")
         with lock.acquire(timeout=0):
             write_json(
                 owner,
@@ -153,17 +157,47 @@ def open_run(path: Path) -> Iterator[RunFolder]:
                     "command": " ".join(sys.argv),
                 },
             )
-            folder.recover()
-            yield folder
-            owner.unlink(missing_ok=True)
+            try:
+                folder.recover()
+                yield folder
+            finally:
+                with contextlib.suppress(OSError):
+                    owner.unlink()
     except Timeout:
         raise UserError(
             f"{path} 正被另一个进程使用{_describe_owner(owner)}。等它结束，或用 --output_dir 换一个位置。"
         ) from None
-    except PermissionError as error:
-        raise UserError(
-            f"没有写入权限：{error.filename or path}。用 --output_dir 换一个可写的文件夹。"
-        ) from error
+    except Exception as error:
+        if disk_full(error, path):
+            raise UserError(
+                f"磁盘满了，写不下 {path}（还剩 {_free_bytes(path) / 1e6:.1f} MB）。"
+                "清出空间后再运行同一条命令，会从最近一个写完整的检查点继续；或用 --output_dir 换一个磁盘。"
+            ) from error
+        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+            raise UserError(
+                f"没有写入权限，或路径不是文件夹：{error.filename or path}（{error.strerror}）。"
+                "用 --output_dir 换一个可写的文件夹。"
+            ) from error
+        raise
+
+
+def disk_full(error: BaseException | None, path: Path) -> bool:
+    """这个错误是不是因为磁盘满了。
+
+    写 safetensors、torch 的检查点失败时，它们抛的不是 OSError，有的也不说原因；所以再看一眼盘上还剩多少。
+    """
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error):
+            return "No space left" in str(error) or _free_bytes(path) < 1 << 20
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _free_bytes(path: Path) -> int:
+    existing = next(each for each in (path, *path.parents) if each.exists())
+    return shutil.disk_usage(existing).free
 
 
 def _describe_owner(owner: Path) -> str:
