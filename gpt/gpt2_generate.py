@@ -27,6 +27,7 @@ from typing import Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
+from transformers.utils import logging
 
 from nlp_common.arguments import option, parse_arguments
 from nlp_common.device import describe, pick_device
@@ -104,6 +105,7 @@ def load(settings: GenerateSettings):
         name = "现场训练的小 GPT-2（只会写自编的小故事，不是真的 GPT-2）"
         print(announce(choice))
         path = tiny_gpt2(output_folder(settings) / "tiny" / "gpt2", settings.retrain)
+    logging.disable_progress_bar()  # 只关"载入权重"的进度条，警告照常显示
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(pick_device()).eval()
     print(
@@ -184,21 +186,25 @@ def knobs(settings: GenerateSettings) -> list[tuple[str, str, dict]]:
 
 
 # ---------- 3. 生成 ----------
-def generate(
-    model, tokenizer, inputs: dict, settings: GenerateSettings, changed: dict, streamer=None
-) -> list[int]:
-    """用 transformers 的 generate 写下去，返回新的 token。changed 是只动的那个参数。"""
-    options = {"do_sample": True, "top_k": 0} | changed  # 不写明 top_k，transformers 默认只留 50 个
-    if not options["do_sample"]:
-        options = {"do_sample": False}  # 贪心用不到其余的，写了反而报警
-    config = GenerationConfig(
+def generation_config(tokenizer, settings: GenerateSettings, changed: dict) -> GenerationConfig:
+    """changed 是只动的那个参数。"""
+    # 不写明 top_k，transformers 采样时默认只留 50 个；贪心用不到其余的，写了反而报警。
+    options = {"do_sample": True, "top_k": 0} if changed.get("do_sample", True) else {}
+    return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         # GPT-2 没有 pad；不写明，transformers 会自己选一个并报警。
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        **options,
+        **(options | changed),
     )
+
+
+def generate(
+    model, tokenizer, inputs: dict, settings: GenerateSettings, changed: dict, streamer=None
+) -> list[int]:
+    """用 transformers 的 generate 写下去，返回新的 token。inputs 里有 attention_mask，不写它会报警。"""
     torch.manual_seed(settings.seed)  # 每种设置都从同一个种子开始
+    config = generation_config(tokenizer, settings, changed)
     output = model.generate(**inputs, generation_config=config, streamer=streamer)
     return output[0, inputs["input_ids"].shape[1] :].tolist()
 
@@ -241,7 +247,7 @@ def draw(path: Path, tokenizer, rows: list[tuple[str, torch.Tensor]], prompt: st
                 bottom=bottom,
                 color=COLORS[line % len(COLORS)],
             )
-            labels = [f"{h:.1%}" if h > 0 else "0" for h in heights]
+            labels = ["0" if h == 0 else "<0.1%" if h < 0.001 else f"{h:.1%}" for h in heights]
             axes.bar_label(drawn, labels=labels, fontsize=8, padding=1)
             axes.axhline(bottom, color="#999999", linewidth=0.6)
         axes.set_xticks(range(count), names)

@@ -10,6 +10,9 @@
   python mini_gpt.py --data input.txt             # 任何 UTF-8 文本，一个字一个 token
   python mini_gpt.py --data input.txt --prompt "ROMEO:" --temperature 0.5    # 训练完再运行：只生成
 
+应当看到（玩具，种子 0）
+  loss 从 1.8081 降到 0.1638（"i love" 后面三次里两次是 cats，这份数据的下限是 0.1591），贪心写出 i love cats。
+
 参考：Radford et al. 2019（GPT-2）；Vaswani et al. 2017（注意力）；Loshchilov & Hutter 2019（AdamW）；Jordan et al. 2024（Muon）。
 """
 
@@ -137,7 +140,10 @@ class MiniGPT(nn.Module):
         self.lm_head = nn.Linear(s.dim, vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight  # 权重共享：读进来和写出去用同一张表
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+            if name == "wte.weight":
+                # 权重共享时，每个词起初最像它自己，会猜下一个还是自己；表小一些，开头才接近瞎猜。
+                nn.init.normal_(parameter, std=0.01)
+            elif parameter.dim() == 2:
                 # 每层往残差上加两次；除以 √(2·层数)，加完之后的大小才不随层数变。
                 shrink = math.sqrt(2 * s.layers) if name.endswith("c_proj.weight") else 1.0
                 nn.init.normal_(parameter, std=0.02 / shrink)

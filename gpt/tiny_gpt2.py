@@ -5,19 +5,22 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from nlp_common.device import describe, library_versions, pick_device, seed_everything
 from nlp_common.runs import file_sha256, open_run
 
 END = "<|endoftext|>"
-SEED, STORIES, HELD_OUT, STEPS, BATCH, LENGTH = 0, 3000, 200, 240, 16, 128
+SEED, STORIES, HELD_OUT, STEPS, BATCH, LENGTH = 0, 3000, 100, 200, 8, 128
 
 # 越靠前的越常用（见 pick），所以下一个词的概率有高有低，各种采样的差别才看得出来。
 HEROES = "fox girl boy king bear old woman cat farmer mouse bird queen wolf"
@@ -55,9 +58,14 @@ def write_story(rng: random.Random) -> str:
             f"once upon a time there was {who} who lived in {article(place)} .",
             f"once upon a time {who} lived in {article(place)} .",
             f"once upon a time , in {article(place)} , there lived {who} .",
+            f"once upon a time in {article(place)} there was {who} .",
+            f"once upon a time the {hero} of the {place} was very {pick(rng, FEELINGS)} .",
+            f"once upon a time , when animals could talk , there was {who} .",
+            f"once upon a time two friends , {article(friend)} and {who} , lived in {article(place)} .",
+            f"once upon a time all was quiet in the {place} . only the {hero} was there .",
             f"long ago there was {who} in {article(place)} .",
         ],
-        [5, 3, 2, 2],
+        [8, 5, 3, 3, 2, 1, 1, 1, 4],
     )[0]
     meeting = rng.choice(
         [
@@ -108,12 +116,18 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def make_rows(tokenizer, texts: list[str], seed: int) -> torch.Tensor:
     """故事首尾相接（中间是 <|endoftext|>），切成等长的段 (N, LENGTH)：不浪费一个填充。"""
     order = random.Random(seed).sample(texts, len(texts))
-    ids = tokenizer(END + END.join(order)).input_ids
+    ids = [i for story in tokenizer([END + text for text in order]).input_ids for i in story]
     count = len(ids) // LENGTH
     return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
 
 
-def train_tiny(steps: int = STEPS) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast, dict]:
+def next_token_loss(model, rows: torch.Tensor) -> torch.Tensor:
+    """rows (B, T)：每个位置猜下一个。没有填充，attention_mask 全是 1。"""
+    logits = model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits  # (B, T, V)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+
+
+def train_tiny() -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast, dict]:
     """→ (模型, 分词器, 指标)。"""
     seed_everything(SEED)
     device = pick_device()
@@ -139,26 +153,26 @@ def train_tiny(steps: int = STEPS) -> tuple[GPT2LMHeadModel, PreTrainedTokenizer
         f"还没有小模型，先训练：{STORIES} 个自编的小故事，{model.num_parameters():,} 个参数，{describe(device)} …"
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=STEPS, pct_start=0.1)
     started = time.perf_counter()
-    for step in range(steps):
+    for step in range(STEPS):
         batch = rows[torch.randint(len(rows), (BATCH,), device=device)]  # (B, T)
-        loss = model(input_ids=batch, labels=batch).loss  # 移一位由 transformers 做
+        loss = next_token_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if (step + 1) % 60 == 0:
+        if (step + 1) % 50 == 0:
             print(f"  第 {step + 1:3d} 步  loss {loss.item():.3f}", flush=True)
     model.eval()
     with torch.no_grad():
-        heldout_loss = model(input_ids=heldout, labels=heldout).loss.item()
+        heldout_loss = next_token_loss(model, heldout).item()
     seconds = time.perf_counter() - started
     print(
-        f"  训练了 {seconds:.0f} 秒；没见过的故事，loss {heldout_loss:.3f}（瞎猜是 {torch.tensor(len(tokenizer)).log():.2f}）"
+        f"  训练了 {seconds:.0f} 秒；没见过的故事，loss {heldout_loss:.3f}（瞎猜是 {math.log(len(tokenizer)):.2f}）"
     )
-    return model, tokenizer, {"heldout_loss": heldout_loss, "seconds": round(seconds, 1), "steps": steps}
+    return model, tokenizer, {"heldout_loss": heldout_loss, "seconds": round(seconds, 1), "steps": STEPS}
 
 
 def tiny_gpt2(folder: Path, retrain: bool = False) -> Path:
@@ -170,6 +184,7 @@ def tiny_gpt2(folder: Path, retrain: bool = False) -> Path:
         model, tokenizer, metrics = train_tiny()
 
         def write(path: Path) -> None:
+            logging.disable_progress_bar()  # 只关"写出权重"的进度条
             model.save_pretrained(path)
             tokenizer.save_pretrained(path)
 

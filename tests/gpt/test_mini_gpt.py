@@ -1,0 +1,346 @@
+"""MiniGPT 的证明：和 GPT-2 相等、看不见后面、缓存不改变结果、loss 是手算的那个、接着训练等于没中断。"""
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import mini_gpt as mg
+import pytest
+import torch
+
+SMALL = replace(mg.Settings(), layers=3, heads=2, dim=32, block=16, batch=4, steps=12, warmup=3, eval_every=4)
+VOCAB = 37
+
+
+def make(settings=SMALL, seed=0, vocab=VOCAB):
+    """参数全部随机（LayerNorm 和偏置也是），不然有些层对不对都看不出来。"""
+    torch.manual_seed(seed)
+    model = mg.MiniGPT(vocab, settings)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def take(stream):
+    return list(stream)
+
+
+# ---------- 和 GPT-2 相等 ----------
+@pytest.fixture(scope="module")
+def gpt2_pair():
+    """同一套随机权重：transformers 的 GPT2LMHeadModel 与 MiniGPT。"""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    config = GPT2Config(vocab_size=VOCAB, n_positions=16, n_embd=32, n_layer=3, n_head=2, eos_token_id=None)
+    config.bos_token_id = None
+    reference = GPT2LMHeadModel(config).eval()
+    for parameter in reference.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours = mg.MiniGPT(VOCAB, replace(SMALL, bias=True)).eval()
+    state = {name.removeprefix("transformer."): value for name, value in reference.state_dict().items()}
+    for name in state:
+        if re.search(r"(c_attn|c_proj|c_fc)\.weight", name):  # Conv1D 存的是 nn.Linear 的转置
+            state[name] = state[name].T
+    assert state.keys() == ours.state_dict().keys()  # 一一对应，不多不少
+    ours.load_state_dict(state)
+    return reference, ours
+
+
+@pytest.mark.parametrize("attention", ["manual", "sdpa"])
+def test_same_logits_as_gpt2(gpt2_pair, attention):
+    reference, ours = gpt2_pair
+    for block in ours.h:
+        block.attn.attention = attention
+    ids = torch.randint(VOCAB, (3, 16), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected, got = reference(ids).logits, ours(ids)
+    assert expected.std() > 0.3  # 不是一片差不多的数
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_same_greedy_text_as_gpt2(gpt2_pair):
+    reference, ours = gpt2_pair
+    ids = torch.tensor([[5, 3, 8]])
+    expected = reference.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=13, do_sample=False, pad_token_id=0
+    )
+    assert take(mg.generate(ours, ids, 13, greedy=True)) == expected[0, 3:].tolist()
+
+
+# ---------- 因果、缓存、loss ----------
+@pytest.mark.parametrize("attention", ["manual", "sdpa"])
+def test_a_later_token_changes_no_earlier_logit(attention):
+    model = make(replace(SMALL, attention=attention))
+    ids = torch.randint(VOCAB, (2, 16))
+    with torch.no_grad():
+        before = model(ids)
+        for t in (1, 7, 15):
+            changed = ids.clone()
+            changed[:, t] = (changed[:, t] + 1) % VOCAB
+            after = model(changed)
+            assert torch.equal(after[:, :t], before[:, :t])
+            assert (after[:, t:] - before[:, t:]).abs().amax((0, 2)).min() > 1e-4  # 自己和后面的都变了
+
+
+@pytest.mark.parametrize("attention", ["manual", "sdpa"])
+@pytest.mark.parametrize("count", [10, 30], ids=["inside the context", "past the context"])
+def test_cached_generation_equals_uncached(attention, count):
+    model = make(replace(SMALL, attention=attention))
+    ids = torch.tensor([[1, 2, 3]])
+    for how in ({"greedy": True}, {"temperature": 1.3, "seed": 4}):
+        cached = take(mg.generate(model, ids, count, **how))
+        assert cached == take(mg.generate(model, ids, count, use_cache=False, **how))
+        assert len(cached) == count and len(set(cached)) > 3
+
+
+def test_cache_feeds_one_token_at_a_time():
+    """缓存真的省了计算：第一步之后每次只喂一个 token，写满上下文之后才整段重算。"""
+    model, lengths = make(), []
+    model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    take(mg.generate(model, torch.tensor([[1, 2, 3]]), 16, greedy=True))
+    assert lengths == [3] + [1] * 13 + [16, 16]
+
+
+def test_loss_is_cross_entropy_by_hand():
+    logits, targets = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
+    total = 0.0
+    for b in range(2):
+        for t in range(3):
+            exps = [torch.exp(x).item() for x in logits[b, t]]
+            total -= torch.log(torch.tensor(exps[targets[b, t]] / sum(exps))).item()
+    assert mg.next_token_loss(logits, targets).item() == pytest.approx(total / 6, abs=1e-5)
+
+
+def test_evaluate_covers_the_whole_split_once():
+    model, data = make(), torch.randint(VOCAB, (16 * 70 + 5,))
+    rows = [(data[i : i + 16], data[i + 1 : i + 17]) for i in range(0, 16 * 70, 16)]
+    with torch.no_grad():
+        expected = sum(mg.next_token_loss(model(x[None]), y[None]).item() for x, y in rows) / len(rows)
+    assert mg.evaluate(model, data) == pytest.approx(expected, abs=1e-5)
+
+
+# ---------- 优化器与学习率 ----------
+@pytest.mark.parametrize("shape", [(3, 8, 32), (3, 32, 8)])
+def test_orthogonalize_keeps_directions_and_evens_sizes(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    matrices[:, :, 0] *= 20  # 有一个方向特别大
+    result = mg.orthogonalize(matrices)
+    sizes = torch.linalg.svdvals(result)
+    assert torch.linalg.svdvals(matrices).max() / torch.linalg.svdvals(matrices).min() > 10
+    assert sizes.min() > 0.5 and sizes.max() < 1.3
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    middle = u.mT @ result @ vh.mT  # 方向没变的话是对角阵
+    assert (middle - torch.diag_embed(middle.diagonal(dim1=1, dim2=2))).abs().max() < 1e-3
+
+
+def test_same_update_as_pytorch_muon():
+    """同样的梯度，和 torch.optim.Muon 走同一步（它用 bfloat16 算，所以只相近）。"""
+    torch.manual_seed(0)
+    start = [torch.randn(24, 8), torch.randn(24, 8), torch.randn(8, 24)]
+    mine = [torch.nn.Parameter(p.clone()) for p in start]
+    theirs = [torch.nn.Parameter(p.clone()) for p in start]
+    a = mg.Muon(mine, lr=0.1, weight_decay=0.2)
+    b = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for p, q in zip(mine, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q, s in zip(mine, theirs, start, strict=True):
+        assert (p - q).norm() < 0.05 * (p - s).norm()
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_every_parameter_is_trained_once(optimizer):
+    s = replace(SMALL, bias=True, optimizer=optimizer)
+    model = mg.MiniGPT(VOCAB, s)
+    groups = [group for each in mg.make_optimizers(model, s) for group in each.param_groups]
+    trained = [id(p) for group in groups for p in group["params"]]
+    assert sorted(trained) == sorted(id(p) for p in model.parameters())
+    assert all(p.dim() == 2 for group in groups if group["weight_decay"] for p in group["params"])
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    rates = [mg.learning_rate(step, SMALL) for step in range(SMALL.steps)]
+    assert rates[:3] == pytest.approx([SMALL.lr / 3, SMALL.lr * 2 / 3, SMALL.lr])
+    assert rates[2:] == sorted(rates[2:], reverse=True) and 0 < rates[-1] < 0.05 * SMALL.lr
+
+
+def test_batches_depend_on_seed_and_step_only():
+    data = torch.arange(500)
+    x, y = mg.get_batch(data, SMALL, 7)
+    assert torch.equal(y, x + 1) and x.shape == (4, 16)  # 目标就是下一个
+    torch.rand(5)
+    assert torch.equal(mg.get_batch(data, SMALL, 7)[0], x)
+    assert not torch.equal(mg.get_batch(data, SMALL, 8)[0], x)
+    assert not torch.equal(mg.get_batch(data, replace(SMALL, seed=1), 7)[0], x)
+
+
+# ---------- 训练一个文件 ----------
+TEXT = "the cat sat on the mat. a dog ran to the cat.\n" * 30
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "我的 文本.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def arguments(text_file, *more):
+    small = {"layers": 2, "heads": 2, "dim": 16, "block": 16, "batch": 4, "steps": 12, "warmup": 2}
+    flags = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    out = text_file.with_name("out.pt")
+    return [
+        *flags,
+        "--eval_every",
+        "4",
+        "--data",
+        str(text_file),
+        "--out",
+        str(out),
+        "--max_new_tokens",
+        "20",
+        *more,
+    ]
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_resumed_training_equals_uninterrupted(text_file, monkeypatch, capsys, optimizer):
+    more = ["--optimizer", optimizer]
+    whole = text_file.with_name("whole.pt")
+    mg.main(arguments(text_file, "--out", str(whole), *more))
+    uninterrupted = capsys.readouterr().out
+
+    step = mg.train_step
+
+    def interrupted(model, optimizers, inputs, targets, lr, calls=[]):  # noqa: B006
+        calls.append(1)
+        if len(calls) == 11:
+            raise KeyboardInterrupt
+        return step(model, optimizers, inputs, targets, lr)
+
+    monkeypatch.setattr(mg, "train_step", interrupted)
+    with pytest.raises(SystemExit, match="再运行同一条命令"):
+        mg.main(arguments(text_file, *more))
+    assert torch.load(text_file.with_name("out.pt"), weights_only=True)["step"] == 8
+    monkeypatch.setattr(mg, "train_step", step)
+    capsys.readouterr()
+    mg.main(arguments(text_file, *more))
+    resumed = capsys.readouterr().out
+    assert "从第 8 步继续" in resumed
+    a, b = (torch.load(p, weights_only=True) for p in (whole, text_file.with_name("out.pt")))
+    assert a["history"] == b["history"] and len(a["history"]) == 3
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    tail = "生成（"
+    assert uninterrupted[uninterrupted.index(tail) :] == resumed[resumed.index(tail) :]
+
+
+def test_finished_training_is_loaded_and_only_generates(text_file, monkeypatch, capsys):
+    mg.main(arguments(text_file))
+    capsys.readouterr()
+    monkeypatch.setattr(mg, "train_step", lambda *args: pytest.fail("不该再训练"))
+    mg.main(arguments(text_file, "--prompt", "the", "--temperature", "0.5"))
+    out = capsys.readouterr().out
+    assert "从第 12 步继续" in out and "生成（温度 0.5）：\nthe" in out
+
+
+def test_training_lowers_the_loss_below_the_letter_frequencies(text_file, capsys):
+    mg.main(arguments(text_file, "--steps", "150", "--eval_every", "150"))
+    loss = float(re.search(r"验证 ([\d.]+)", capsys.readouterr().out)[1])
+    counts = torch.tensor([TEXT.count(c) for c in sorted(set(TEXT))]) / len(TEXT)
+    assert loss < 0.5 * -(counts * counts.log()).sum()  # 只记住每个字多常见，最多到这个熵
+
+
+def error_of(monkeypatch, *argv):
+    monkeypatch.setattr(mg, "train_step", lambda *args: pytest.fail("应当在训练前就说"))
+    with pytest.raises(SystemExit) as caught:
+        mg.main([str(each) for each in argv])
+    assert isinstance(caught.value.code, str) and caught.value.code.startswith("错误：")
+    return caught.value.code
+
+
+def test_changed_settings_and_data_are_named_and_refused(text_file, monkeypatch):
+    mg.main(arguments(text_file))
+    changed = arguments(text_file, "--lr", "0.5", "--seed", "3")
+    message = error_of(monkeypatch, *changed)
+    assert (
+        "lr：已有 0.008，这次 0.5" in message and "seed：已有 0，这次 3" in message and "--retrain" in message
+    )
+    text_file.write_text(TEXT + "a", encoding="utf-8")
+    message = error_of(monkeypatch, *arguments(text_file))
+    assert "data_sha256" in message and "lr" not in message
+    monkeypatch.undo()
+    mg.main([*changed, "--retrain"])  # 说了重来就重来
+
+
+def test_a_broken_checkpoint_is_said(text_file, monkeypatch):
+    text_file.with_name("out.pt").write_bytes(b"half a file")
+    message = error_of(monkeypatch, *arguments(text_file))
+    assert "不是完整的检查点" in message and "--retrain" in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--prompt", ""], ["--prompt 是空的"]),
+        (["--prompt", "i love zebras"], ["'zebras' 不在词表里", "i love cats"]),
+        (["--temperature", "0"], ["--temperature 要大于 0", "--greedy"]),
+        (["--temperature", "-1"], ["--temperature 要大于 0，现在是 -1"]),
+        (["--heads", "3"], ["--dim 64 不能平分给 --heads 3"]),
+        (["--steps", "0"], ["--steps 要是正整数"]),
+        (["--attention", "flash"], ["--attention 只有 manual 和 sdpa"]),
+        (["--data", "没有这个文件.txt"], ["读不了 --data 没有这个文件.txt", "当前目录"]),
+        (["--data", "."], ["读不了 --data ."]),
+    ],
+)
+def test_bad_input(monkeypatch, argv, words):
+    message = error_of(monkeypatch, *argv)
+    assert all(word in message for word in words), message
+
+
+def test_bad_text_files(text_file, monkeypatch):
+    assert "'Z' 不在词表里" in error_of(monkeypatch, *arguments(text_file, "--prompt", "aZ"))
+    assert "--prompt 是空的" in error_of(monkeypatch, *arguments(text_file, "--prompt", ""))
+    text_file.write_text("abc" * 50, encoding="utf-8")  # 150 个字，验证集 15 个，不够一段 16 + 1
+    message = error_of(monkeypatch, *arguments(text_file))
+    assert "只有 150 个字" in message and "--block" in message and "170" in message
+    text_file.write_text("", encoding="utf-8")
+    assert "只有 0 个字" in error_of(monkeypatch, *arguments(text_file))
+    text_file.write_bytes("你好".encode("gbk"))
+    assert "不是 UTF-8" in error_of(monkeypatch, *arguments(text_file))
+
+
+def test_a_long_prompt_is_cropped_and_said(text_file, capsys):
+    mg.main(arguments(text_file, "--prompt", "the cat sat on the mat."))
+    assert "开头有 23 个字，上下文只有 16 个：只看得见最后 16 个" in capsys.readouterr().out
+    model = make()
+    ids = torch.randint(VOCAB, (1, 23))
+    assert take(mg.generate(model, ids, 5, greedy=True)) == take(
+        mg.generate(model, ids[:, -16:], 5, greedy=True)
+    )
+
+
+# ---------- 像读者那样运行 ----------
+def test_toy_run_as_a_reader(tmp_path):
+    script = tmp_path / "mini_gpt.py"  # 拷到别处也能运行：不依赖本仓库
+    script.write_bytes(Path(mg.__file__).read_bytes())
+    done = subprocess.run(
+        [sys.executable, script.name], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=120
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    losses = [float(x) for x in re.findall(r"epoch +\d+  loss ([\d.]+)", done.stdout)]
+    assert losses[0] == pytest.approx(1.81, abs=0.07) and losses[-1] < 0.3
+    assert "贪心：i love cats\n" in done.stdout
+    mask = re.findall(r"^ +\S+((?: +[01]){4})$", done.stdout, re.M)
+    assert [row.split() for row in mask] == [["1"] * (t + 1) + ["0"] * (3 - t) for t in range(4)]
+    first, last = map(float, re.search(r"loss 从 ([\d.]+) 降到 ([\d.]+\d)", mg.__doc__).groups())
+    assert (losses[0], losses[-1]) == pytest.approx((first, last), abs=0.01)  # 说明里写的就是跑出来的
