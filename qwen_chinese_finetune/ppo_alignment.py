@@ -40,7 +40,7 @@ from qwen_common.checkpoints import load_training_state, save_training_state
 from qwen_common.columns import only_columns
 from qwen_common.data import drop_long, load_train_and_eval, to_questions
 from qwen_common.generation import pad_left, padded_positions, stop_tokens, stream_tokens
-from qwen_common.judging import measure_chat, reply_to, score_replies, token_kl
+from qwen_common.judging import judge, measure_chat, reply_of, reply_to, score_replies, token_kl
 from qwen_common.loading import (
     end_chat_turns,
     load_causal_lm,
@@ -427,7 +427,7 @@ def ppo_step(
         "rollout_s": clock["rollout"] - clock["start"],
         "scoring_s": clock["scoring"] - clock["rollout"],
         "update_s": end - clock["scoring"],
-        "sample": tokenizer.decode(rollout.responses[0][mask[0]]),
+        "replies": [ids[real].tolist() for ids, real in zip(rollout.responses, mask, strict=True)],
     }
 
 
@@ -455,14 +455,14 @@ def train(stage: Stage) -> dict:
     value = load_value_model(reward_path, tokenizer)
 
     train_rows, heldout, data = load_train_and_eval(settings, "questions", to_questions)
-    prompts = [prompt_ids(tokenizer, row["messages"]) for row in train_rows]
-    prompts = drop_long(prompts, len, settings.max_length, "提示")
+    rows = [row | {"prompt": prompt_ids(tokenizer, row["messages"])} for row in train_rows]
+    rows = drop_long(rows, lambda row: len(row["prompt"]), settings.max_length, "提示")
     batch = settings.per_device_train_batch_size
-    random.Random(settings.seed).shuffle(prompts)
+    random.Random(settings.seed).shuffle(rows)
 
     policy, value = policy.to(device), value.to(device)
     with accelerator.autocast():
-        mean, std = sft_scores(reference, reward, prompts, tokenizer, settings)
+        mean, std = sft_scores(reference, reward, [row["prompt"] for row in rows], tokenizer, settings)
     print(f"  SFT 的回答平均 {mean:+.2f} 分，标准差 {std:.2f}：奖励按它归一。")
     with torch.no_grad():  # 价值从奖励模型开始，也换到归一后的尺度
         value.score.weight /= std
@@ -491,17 +491,21 @@ def train(stage: Stage) -> dict:
             kl_coef = next_kl_coef(last["kl_coef"], last["kl"], settings.kl_target, settings.kl_gain)
         # 第 step 轮用哪些提示、哪个随机数，只由 (种子, step, 进程) 决定：中断后继续，结果不变
         rank = step * accelerator.num_processes + accelerator.process_index
-        chosen = [prompts[(rank * batch + i) % len(prompts)] for i in range(batch)]
+        chosen = [rows[(rank * batch + i) % len(rows)] for i in range(batch)]
+        prompts = [row["prompt"] for row in chosen]
         generator = torch.Generator(device).manual_seed(settings.seed * 1_000_003 + rank)
-        stats = ppo_step(models, optimizers, chosen, tokenizer, settings, accelerator, generator, kl_coef)
-        sample = stats.pop("sample")
+        stats = ppo_step(models, optimizers, prompts, tokenizer, settings, accelerator, generator, kl_coef)
+        replies = [reply_of(tokenizer, ids) for ids in stats.pop("replies")]
+        if settings.dataset == "tiny_world":  # 程序知道标准答案：奖励涨的时候，回答真的变好了吗？
+            verdicts = [judge(q, r["text"], r["ended"]) for q, r in zip(chosen, replies, strict=True)]
+            stats["judge_score"] = sum(v.score for v in verdicts) / batch
         history.append({"step": step + 1, **stats})
         bar.update(1)
         bar.set_postfix_str(f"奖励 {stats['score']:.2f} KL {stats['kl']:.3f}", refresh=False)
         if (step + 1) % settings.logging_steps == 0:
             bar.write(
                 f"  {step + 1:>4} 步  奖励 {stats['score']:+.2f}  KL {stats['kl']:.3f}  长度 {stats['length']:.1f}"
-                f"  裁剪 {stats['clip_fraction']:.2f}  价值损失 {stats['value_loss']:.3f}  例：{sample}"
+                f"  裁剪 {stats['clip_fraction']:.2f}  价值损失 {stats['value_loss']:.3f}  例：{replies[0]['text']}"
             )
         if (step + 1) % settings.save_steps == 0 and accelerator.is_main_process:
             unwrapped = {"policy": accelerator.unwrap_model(policy), "value": accelerator.unwrap_model(value)}

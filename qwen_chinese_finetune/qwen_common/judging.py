@@ -61,16 +61,15 @@ def reply_to(
     """对每道题生成回复：``{"text", "ids", "ended"}``；sampling 是 generate 的 temperature、seed 等。"""
     prompts = [prompt_ids(tokenizer, question["messages"]) for question in questions]
     replies = generate(model, tokenizer, prompts, max_new_tokens, **sampling)
+    return [reply_of(tokenizer, ids) for ids in replies]
+
+
+def reply_of(tokenizer, ids: list[int]) -> dict:
+    """生成的 token → ``{"text", "ids", "ended"}``。"""
     stops = stop_tokens(tokenizer)
     chat_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    return [
-        {
-            "text": tokenizer.decode([i for i in ids if i not in stops]),
-            "ids": ids,
-            "ended": bool(ids) and ids[-1] == chat_end,
-        }
-        for ids in replies
-    ]
+    text = tokenizer.decode([i for i in ids if i not in stops])
+    return {"text": text, "ids": ids, "ended": bool(ids) and ids[-1] == chat_end}
 
 
 def measure_chat(

@@ -517,7 +517,8 @@ def test_stats_describe_the_rollout(ppo, round_of, model, reward_net, chat_token
     )
     assert stats["length"] == pytest.approx(rollout.mask.sum().item() / 4)
     assert stats["ended"] == rollout.ended.float().mean().item()
-    assert stats["sample"] == chat_tokenizer.decode(rollout.responses[0][rollout.mask[0]])
+    real = [ids[mask].tolist() for ids, mask in zip(rollout.responses, rollout.mask, strict=True)]
+    assert stats["replies"] == real
     _, stats, _ = round_of(ppo_epochs=1)
     assert stats["kl"] != 0.0
 
