@@ -33,7 +33,7 @@ SMALL = [
     ),
 ]
 # 只比与时间无关的数
-TIMED = {"train_samples_per_s", "train_tokens_per_s", "train_seconds", "episodes_per_s"}
+TIMED = {"train_samples_per_s", "train_tokens_per_s", "train_seconds", "reference_seconds", "episodes_per_s"}
 TIMED |= {"rollout_s", "scoring_s", "update_s"}
 
 
@@ -75,7 +75,11 @@ def test_interrupted_then_resumed_equals_uninterrupted(root, tmp_path, stage, ho
         "sft": ["--model", str(root / "pretrain")],
         "reward": ["--model", str(root / "sft")],
         "dpo": ["--model", str(root / "sft")],
-        "ppo": ["--model", str(root / "sft"), "--reward_model", str(root / "reward")],
+        # 自适应 KL 的 β 逐步在变，续训要接得上
+        "ppo": [
+            *("--model", str(root / "sft"), "--reward_model", str(root / "reward")),
+            *("--kl_target", "0.02", "--kl_gain", "1.0"),
+        ],
     }[stage]
     out = tmp_path / stage
     arguments = [*SMALL, *parents]
