@@ -5,6 +5,7 @@
 
 import html
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -245,8 +246,14 @@ def launch(page, port: int | None, **more) -> str:
 
 def open_page(chat, examples: list[str], port: int | None) -> None:
     """开网页，直到 Ctrl-C。"""
-    url = launch(build_page(chat, examples), port, inbrowser=True)
-    print(f"网页开好了：{url} （只有这台机器打得开）。按 Ctrl-C 关掉。", flush=True)
+    # 没有桌面的服务器上不去找浏览器：找到的会是 lynx，把终端占住
+    desktop = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY")
+    url = launch(build_page(chat, examples), port, inbrowser=bool(desktop))
+    number = url.rstrip("/").rpartition(":")[2]
+    print(f"网页开好了：{url} （只有这台机器打得开）。按 Ctrl-C 关掉。")
+    print(
+        f"程序在远处的服务器上？在自己的电脑上运行 ssh -L {number}:{HOST}:{number} 服务器，再打开同一个网址。"
+    )
     try:
         threading.Event().wait()
     except KeyboardInterrupt:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from transformers import (
     AutoConfig,
@@ -19,8 +22,24 @@ from .tiny_model import CHAT_TEMPLATE, END_OF_TEXT, IM_END, IM_START
 logging.disable_progress_bar()  # 只关"载入权重"的进度条，警告照常显示
 
 
+@contextlib.contextmanager
+def readable_errors(path: str) -> Iterator[None]:
+    """文件坏了、不是模型：各个库的异常类型都不同，一律说成读者能照着做的话。"""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"载入 {path} 失败：{reason}\n如果是从 hub 下载的，加 --verify 看是哪个文件坏了；"
+            "如果是自己复制来的，重新复制一遍，或用 --model 换一个模型。"
+        ) from error
+
+
 def load_tokenizer(path: str):
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    with readable_errors(path):
+        tokenizer = AutoTokenizer.from_pretrained(path)
     # 填充不能与 <|im_end|> 同一个 token：奖励模型靠"不是填充"找最后一个真实 token。
     if tokenizer.pad_token in (None, IM_END):
         tokenizer.pad_token = END_OF_TEXT
@@ -33,7 +52,8 @@ def load_tokenizer(path: str):
 def load_causal_lm(path: str):
     """→ (分词器, 模型)。权重一律用 float32 载入：混合精度训练要 float32 的主权重。"""
     tokenizer = load_tokenizer(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with readable_errors(path):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return tokenizer, model
 
 

@@ -47,6 +47,13 @@ def check_hardware(wanted: str, other: str) -> None:
         )
 
 
+def encode_documents(tokenizer, rows: list[dict]) -> list[list[int]]:
+    """每篇文档的 token，末尾加结束符。正文里写着 <|endoftext|> 也只当普通文字切开，不会从中间断成两篇。"""
+    texts = [row["text"] for row in rows]
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [[*ids, tokenizer.eos_token_id] for ids in encoded]
+
+
 class Blocks(Dataset):
     """打包好的块；一块是几篇完整的文档。"""
 
@@ -115,14 +122,8 @@ def train(stage: Stage) -> dict:
     # 1. 数据：每篇文档末尾加结束符，再装进等长的块
     train_rows, heldout_rows, data = load_train_and_eval(settings, "documents", to_texts)
 
-    def encode(rows: list[dict]) -> list[list[int]]:
-        texts = [row["text"] for row in rows]
-        return [
-            [*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]
-        ]
-
     block = settings.max_length
-    documents, heldout = encode(train_rows), encode(heldout_rows)
+    documents, heldout = (encode_documents(tokenizer, rows) for rows in (train_rows, heldout_rows))
     if long := sum(len(ids) > block for ids in documents):
         print(f"{long} 篇文档超过 {block} 个 token，切成几块接着用，不丢 token。")
     blocks, heldout_blocks = pack_documents(documents, block), pack_documents(heldout, block)

@@ -212,6 +212,7 @@ def _parent(settings: StageSettings, root: Path, field_name: str, stage: str) ->
         if code := subprocess.run(command).returncode:
             raise UserError(f"上一阶段没有完成（退出码 {code}）：{' '.join(command[1:])}")
         run = load_run(path)
+    require_model(str(path))  # 复制、解压时坏了的文件，在这里就说出来
     return {"path": str(path), "stage": stage, "id": run["id"]}
 
 

@@ -183,10 +183,7 @@ def load_speaker(title: str, path: str, seed: int) -> Speaker:
         architectures = json.loads((folder / "config.json").read_text("utf-8")).get("architectures") or [""]
         if "Classification" in architectures[0]:
             raise UserError(f"{path} 是 {architectures[0]}：只会打分，不会说话。请用 --model 换一个模型。")
-    try:
-        tokenizer, model = load_causal_lm(path)
-    except OSError as error:
-        raise UserError(f"载入 {path} 失败：{error}\n请检查 --model 的写法，或换一个模型。") from error
+    tokenizer, model = load_causal_lm(path)
     device = pick_device()
     generator = torch.Generator(device).manual_seed(seed)
     return Speaker(title, path, tokenizer, model.to(device).eval(), run, generator)

@@ -137,6 +137,26 @@ def test_bad_model_folders(base, tmp_path, main_of):
         sft(["--preset", "tiny", "--model", base, "--output_dir", str(unfinished)])
 
 
+def test_damaged_earlier_stage(base, tmp_path, main_of):
+    from nlp_common.cli import UserError
+    from nlp_common.runs import RunFolder
+
+    RunFolder(tmp_path / "pretrain").finish(
+        lambda folder: shutil.copytree(base, folder, dirs_exist_ok=True), {"stage": "pretrain"}
+    )
+    weights, tokenizer = (tmp_path / "pretrain" / name for name in ("model.safetensors", "tokenizer.json"))
+    whole, sft = weights.read_bytes(), main_of("sft_chinese_qwen.py")
+    run = ["--preset", "tiny", "--output_dir", str(tmp_path / "sft")]
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=r"pretrain 不完整：model\.safetensors"):
+        sft(run)
+    weights.write_bytes(whole)
+    tokenizer.write_text(tokenizer.read_text(encoding="utf-8")[:-100], encoding="utf-8")
+    with pytest.raises(UserError, match=r"(?s)载入 .*pretrain 失败：.*--model"):
+        sft(run)
+    assert not (tmp_path / "sft").exists()
+
+
 def test_missing_earlier_stage_full_names_the_command(tmp_path, main_of):
     from nlp_common.cli import UserError
 

@@ -112,11 +112,21 @@ class Window:
         assert not outside, "页面不该向外面要任何东西"
 
 
-@pytest.fixture
-def window(browser, server):
+@pytest.fixture(scope="module")
+def opened(browser, server):
     window = Window(browser, server.url)
     yield window
     window.close()
+
+
+@pytest.fixture
+def window(opened):
+    """开一个窗口要两秒，所以几个测试共用一个；每次从清空了的"聊天"页、SFT 模型开始。"""
+    opened.page.get_by_role("tab", name="聊天").click()
+    opened.page.get_by_role("radio", name="SFT").check()
+    opened.click("清空")
+    opened.wait_until_gone("talk", "：")
+    return opened
 
 
 def said(session, name: str) -> list[str]:
@@ -198,14 +208,13 @@ def test_what_is_typed_is_shown_and_stays_text(window, session):
     assert session.speakers["sft"].model.prompts[-1].count(start) == 3  # system、user、assistant
 
 
-def test_two_windows_do_not_share_a_conversation(browser, server, session):
-    one, other = (Window(browser, server.url) for _ in range(2))
-    one.send("say", "我叫小明")
-    one.wait("talk", ANSWERS["sft"])
+def test_two_windows_do_not_share_a_conversation(browser, server, session, window):
+    window.send("say", "我叫小明")
+    window.wait("talk", ANSWERS["sft"])
+    other = Window(browser, server.url)
     other.send("say", "我叫什么？")
     other.wait("talk", ANSWERS["sft"])
     assert "小明" not in other.text("talk") and "小明" not in said(session, "sft")[-1]
-    one.close()
     other.close()
 
 
