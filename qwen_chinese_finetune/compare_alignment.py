@@ -28,9 +28,9 @@ from typing import Literal
 
 from rich.console import Console
 
+from nlp_common.arguments import option, parse_arguments
 from nlp_common.device import describe, library_versions, peak_memory_mb, pick_device
 from nlp_common.runs import RunFolder, differences, load_run, open_run
-from qwen_common.arguments import parse_arguments
 from qwen_common.chatml import prompt_ids
 from qwen_common.compare_inputs import (
     check_same_vocab,
@@ -51,7 +51,6 @@ from qwen_common.judging import (
 )
 from qwen_common.loading import load_causal_lm, load_reward_model, load_tokenizer
 from qwen_common.names import MODELS
-from qwen_common.stage import option
 
 MODES = {
     "all": ("base", "sft", "dpo", "ppo"),

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
+from nlp_common.arguments import option
 from qwen_common import tiny_world
 from qwen_common.columns import only_columns
 from qwen_common.data import EVAL_SEED, drop_long, load_train_and_eval
@@ -35,7 +36,7 @@ from qwen_common.loading import end_chat_turns, load_causal_lm
 from qwen_common.packing import IGNORE
 from qwen_common.preference import collate_pairs, encode_pair, pair_length, pair_tokens
 from qwen_common.schemas import to_pairs
-from qwen_common.stage import Stage, StageSettings, open_stage, option, parse_settings
+from qwen_common.stage import Stage, StageSettings, open_stage, parse_settings
 from qwen_common.training import (
     Bucketed,
     Progress,

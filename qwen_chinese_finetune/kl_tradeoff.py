@@ -27,16 +27,16 @@ import dpo_chinese_qwen
 import ppo_alignment
 import torch
 
+from nlp_common.arguments import option, parse_arguments
 from nlp_common.plots import line_chart
 from nlp_common.runs import load_run, write_json
 from qwen_common import tiny_world
-from qwen_common.arguments import parse_arguments
 from qwen_common.chatml import prompt_ids
 from qwen_common.data import EVAL_SEED
 from qwen_common.generation import generate
 from qwen_common.judging import judge, measure_chat, reply_of, score_replies, token_kl
 from qwen_common.loading import end_chat_turns, load_causal_lm, load_reward_model
-from qwen_common.stage import HOME, option
+from qwen_common.stage import HOME
 
 PARTS = ("best_of_n", "ppo", "dpo", "hacking")
 NS = (1, 2, 4, 8, 16)

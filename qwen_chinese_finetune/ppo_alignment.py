@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from nlp_common.arguments import option
 from nlp_common.device import precision
 from qwen_common.chatml import prompt_ids
 from qwen_common.checkpoints import load_training_state, save_training_state
@@ -47,7 +48,7 @@ from qwen_common.loading import (
     load_reward_model,
     load_value_model,
 )
-from qwen_common.stage import Stage, StageSettings, open_stage, option, parse_settings
+from qwen_common.stage import Stage, StageSettings, open_stage, parse_settings
 from qwen_common.training import progress_bar
 
 PRESETS = {

@@ -36,12 +36,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from nlp_common.arguments import option, parse_arguments
 from nlp_common.device import accelerator_available, describe, peak_memory_mb, pick_device
 from nlp_common.hub import announce, choose_preset
-from qwen_common.arguments import parse_arguments
 from qwen_common.names import STAGES, highlights
 from qwen_common.report import write_report
-from qwen_common.stage import FULL_MODEL, HOME, SCRIPTS, option
+from qwen_common.stage import FULL_MODEL, HOME, SCRIPTS
 
 WHAT = {
     "pretrain": "在文档上学续写",

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import Trainer, TrainingArguments
 
+from nlp_common.arguments import option
 from qwen_common import tiny_world
 from qwen_common.chatml import encode_chat
 from qwen_common.columns import only_columns
@@ -35,7 +36,7 @@ from qwen_common.judging import measure_chat, reply_to
 from qwen_common.loading import end_chat_turns, load_causal_lm
 from qwen_common.packing import IGNORE
 from qwen_common.schemas import to_chats
-from qwen_common.stage import Stage, StageSettings, open_stage, option, parse_settings
+from qwen_common.stage import Stage, StageSettings, open_stage, parse_settings
 from qwen_common.training import Bucketed, Progress, loss_curve, run_trainer, training_kwargs
 
 PRESETS = {

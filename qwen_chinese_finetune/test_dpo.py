@@ -23,6 +23,7 @@ prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前�
 from dataclasses import dataclass
 from typing import Literal
 
+from nlp_common.arguments import option
 from nlp_common.hub import require_model
 from qwen_common.asking import (
     answer,
@@ -35,7 +36,6 @@ from qwen_common.asking import (
 )
 from qwen_common.chatml import prompt_ids
 from qwen_common.names import MODELS
-from qwen_common.stage import option
 from qwen_common.trying import (
     AskSettings,
     Results,

@@ -9,17 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from nlp_common.arguments import option, parse_arguments
 from nlp_common.cli import UserError
 from nlp_common.device import describe, library_versions, peak_memory_mb, pick_device, seed_everything
 from nlp_common.hub import announce, choose_preset, require_model
 from nlp_common.rows import check_path
 from nlp_common.runs import CHECKPOINT_DONE, RunFolder, file_sha256, load_run, open_run
-
-from .arguments import parse_arguments
 
 HOME = Path(__file__).resolve().parent.parent  # qwen_chinese_finetune/
 FULL_MODEL = "Qwen/Qwen1.5-0.5B"
@@ -41,11 +40,6 @@ NOT_IN_FINGERPRINT = {
     "source",
     "verify",
 }
-
-
-def option(help: str, default=None, **extra):
-    """dataclass 字段；default 为 None 的参数由预设补上。"""
-    return field(default=default, metadata={"help": help, **extra})
 
 
 @dataclass

@@ -12,15 +12,15 @@ from typing import Any, Literal
 
 import torch
 
+from nlp_common.arguments import option, parse_arguments
 from nlp_common.cli import UserError
 from nlp_common.device import describe, pick_device
 from nlp_common.hub import find_model, require_model
 from nlp_common.runs import RUN_FILE, load_run
 
-from .arguments import parse_arguments
 from .loading import load_causal_lm
 from .names import FOLDERS, MODELS
-from .stage import HOME, SCRIPTS, option
+from .stage import HOME, SCRIPTS
 
 with contextlib.suppress(ImportError):  # Windows 没有
     import readline  # noqa: F401  导入即生效：上下键翻旧话、退格能删整个汉字
