@@ -213,6 +213,11 @@ def mixed_precision(settings: BertSettings, device: torch.device) -> dict[str, b
     return flags if settings.bf16 is None else {"bf16": settings.bf16, "fp16": False}
 
 
+def attention() -> str:
+    """训练用哪种注意力的实现，结果相同，快慢不同。CPU 上融合的 sdpa 反向很慢，逐步计算的 eager 快得多。"""
+    return "eager" if pick_device().type == "cpu" else "sdpa"
+
+
 def training_kwargs(run: BertRun) -> dict:
     """settings → TrainingArguments 的参数；脚本可以再改其中的几个。"""
     names = ["per_device_train_batch_size", "learning_rate", "num_train_epochs", "warmup_steps"]
@@ -242,6 +247,7 @@ def load_classifier(path: str | Path, names: Sequence[str] | None = None):
     changes = {}
     if names:
         changes = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        changes["attn_implementation"] = attention()
     model = BertForSequenceClassification.from_pretrained(path, dtype=torch.float32, **changes)
     if names:
         print("（若上面有一张表：UNEXPECTED 是预训练时猜字的输出层，不要了；MISSING 是新的分类层，正要训练）")

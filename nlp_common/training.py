@@ -11,6 +11,7 @@ from pathlib import Path
 from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.utils import logging
 
 from .runs import CHECKPOINT_DONE, write_json
 
@@ -115,6 +116,7 @@ class Progress(TrainerCallback):
 
 def run_trainer(trainer: Trainer, progress: Progress, checkpoint: Path | None) -> None:
     """训练到底，有检查点就从检查点继续。"""
+    logging.disable_progress_bar()  # 每存一次检查点就闪一条"写权重"的进度条；警告照常显示
     trainer.remove_callback(PrinterCallback)  # 它把每条日志原样打印成字典；进度条上已有 loss
     trainer.add_callback(progress)
     trainer.train(resume_from_checkpoint=checkpoint)
