@@ -48,6 +48,7 @@ def loss_charts(records: dict) -> list[str]:
 def ppo_charts(records: dict) -> list[str]:
     charts = [
         ("奖励模型给采样回答的平均分", "分", [("ppo", "score", "奖励")]),
+        ("程序给采样回答的评分（奖励模型没见过）", "0～1", [("ppo", "judge_score", "程序评分")]),
         ("对 SFT 的 KL（采样估计）", "nats/token", [("ppo", "kl", "KL")]),
         ("回答的长度", "token", [("ppo", "length", "长度")]),
         ("被裁剪的 token 占比", "比例", [("ppo", "clip_fraction", "裁剪")]),
