@@ -42,17 +42,18 @@ class Settings:
     heads: int = option(4, "注意力的头数")
     dim: int = option(128, "每个 token 的向量有多少维")
     block: int = option(64, "上下文最多多少个 token")
-    bias: bool = option(False, "Linear 和 LayerNorm 带偏置，和 GPT-2 一样；不带的快一点")
+    gpt2: bool = option(False, "和 GPT-2 分毫不差：带偏置，GELU 用 tanh 近似；默认不要，快一点")
     attention: str = option("sdpa", "注意力的算法：manual 手写的三行，sdpa 是 PyTorch 的一个函数")
-    batch: int = option(12, "每步多少段")
-    steps: int = option(1200, "更新多少步；玩具里就是多少轮")
+    batch: int = option(24, "每步多少段")
+    steps: int = option(600, "更新多少步；玩具里就是多少轮")
     optimizer: str = option("muon", "块里的矩阵用哪个优化器：muon 或 adamw")
-    lr: float = option(8e-3, "学习率的峰值；之后按余弦降到 0")
-    warmup: int = option(60, "学习率从 0 升到峰值用多少步")
+    precision: str = option("auto", "矩阵乘法的精度：fp32、bf16，auto 是试一试哪个快")
+    lr: float = option(1e-2, "学习率的峰值；之后按余弦降到 0")
+    warmup: int = option(40, "学习率从 0 升到峰值用多少步")
     weight_decay: float = option(0.1, "权重衰减，只用在矩阵上")
     beta2: float = option(0.95, "AdamW 二阶矩的衰减")
     seed: int = option(0, "随机种子：同一种子，结果相同")
-    eval_every: int = option(200, "每多少步量一次验证 loss，并存检查点")
+    eval_every: int = option(100, "每多少步量一次验证 loss，并存检查点")
     prompt: str = option(None, "生成时的开头；默认是文本的第一个字，玩具是 i")
     max_new_tokens: int = option(300, "最多生成多少个 token")
     temperature: float = option(0.8, "采样温度，大于 0：越小越保守")
@@ -63,7 +64,7 @@ class Settings:
 
 
 TOY = Settings(layers=2, heads=2, dim=64, block=4, batch=4, steps=100, optimizer="adamw", warmup=0, lr=3e-3)
-TOY = replace(TOY, attention="manual", eval_every=20, max_new_tokens=4, temperature=1.0)
+TOY = replace(TOY, attention="manual", precision="fp32", eval_every=20, max_new_tokens=4, temperature=1.0)
 # 不影响训练结果的参数，改了也能用同一个检查点。
 FREE = {"attention", "eval_every", "prompt", "max_new_tokens", "temperature", "greedy"}
 FREE |= {"data", "out", "retrain"}
@@ -78,8 +79,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, s):
         super().__init__()
         self.heads, self.attention = s.heads, s.attention
-        self.c_attn = nn.Linear(s.dim, 3 * s.dim, bias=s.bias)  # Q、K、V 三个矩阵并成一次乘法
-        self.c_proj = nn.Linear(s.dim, s.dim, bias=s.bias)
+        self.c_attn = nn.Linear(s.dim, 3 * s.dim, bias=s.gpt2)  # Q、K、V 三个矩阵并成一次乘法
+        self.c_proj = nn.Linear(s.dim, s.dim, bias=s.gpt2)
         # 第 t 行：第 t 个位置看得见谁。只有自己和前面的。
         mask = torch.ones(s.block, s.block, dtype=torch.bool).tril()
         self.register_buffer("mask", mask, persistent=False)
@@ -102,18 +103,23 @@ class CausalSelfAttention(nn.Module):
             weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)  # 看不见的正好是 0
             y = weights @ v  # (B, nh, T, hs)
         else:  # T 比 S 小时 T 是 1：最后一个 token，前面的都看得见
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=S == T)
+            # CPU 上它的 bf16 反向比 float32 慢三倍（一步 45 毫秒对 16），所以这一处总用 float32。
+            with torch.autocast("cpu", enabled=False):
+                q, k, v = q.float(), k.float(), v.float()
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=S == T)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
     def __init__(self, s):
         super().__init__()
-        self.c_fc = nn.Linear(s.dim, 4 * s.dim, bias=s.bias)
-        self.c_proj = nn.Linear(4 * s.dim, s.dim, bias=s.bias)
+        self.c_fc = nn.Linear(s.dim, 4 * s.dim, bias=s.gpt2)
+        self.c_proj = nn.Linear(4 * s.dim, s.dim, bias=s.gpt2)
+        # GPT-2 用 tanh 近似，那时它快；现在的 CPU 上正好反过来，前向加反向 0.6 毫秒对 1.6 毫秒。
+        self.gelu = "tanh" if s.gpt2 else "none"
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 用的是 tanh 近似
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
 
 
 class Block(nn.Module):
@@ -121,7 +127,7 @@ class Block(nn.Module):
 
     def __init__(self, s):
         super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(s.dim, bias=s.bias), nn.LayerNorm(s.dim, bias=s.bias)
+        self.ln_1, self.ln_2 = nn.LayerNorm(s.dim, bias=s.gpt2), nn.LayerNorm(s.dim, bias=s.gpt2)
         self.attn, self.mlp = CausalSelfAttention(s), MLP(s)
 
     def forward(self, x, past=None):
@@ -136,7 +142,7 @@ class MiniGPT(nn.Module):
         self.wte = nn.Embedding(vocab_size, s.dim)  # 是哪个 token
         self.wpe = nn.Embedding(s.block, s.dim)  # 在第几个位置
         self.h = nn.ModuleList(Block(s) for _ in range(s.layers))
-        self.ln_f = nn.LayerNorm(s.dim, bias=s.bias)
+        self.ln_f = nn.LayerNorm(s.dim, bias=s.gpt2)
         self.lm_head = nn.Linear(s.dim, vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight  # 权重共享：读进来和写出去用同一张表
         for name, parameter in self.named_parameters():
@@ -195,11 +201,12 @@ class Muon(torch.optim.Optimizer):
     梯度矩阵里常有几个方向特别大，AdamW 跟着它们走，别的方向学得慢。正交化把各个方向的大小拉成差不多一样。
     """
 
-    def __init__(self, params, lr, weight_decay, momentum=0.95):
+    def __init__(self, params, lr, weight_decay, momentum=0.95, dtype=torch.float32):
         by_shape = {}
         for p in params:
             by_shape.setdefault(p.shape, []).append(p)  # 形状相同的叠在一起算，少调用几十次
         groups = [{"params": same} for same in by_shape.values()]
+        self.dtype = dtype
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -210,7 +217,7 @@ class Muon(torch.optim.Optimizer):
             state = self.state[params[0]]
             average = state.setdefault("average", torch.zeros_like(gradient))
             average.lerp_(gradient, 1 - momentum)
-            update = orthogonalize(gradient.lerp(average, momentum))
+            update = orthogonalize(gradient.lerp(average, momentum).to(self.dtype))
             # 正交化之后每格约 1/√(较长的边)；乘上 0.2·√(较长的边)，步子就和 AdamW 的差不多大，学习率可以通用。
             size = lr * 0.2 * math.sqrt(max(gradient.shape[1:]))
             for p, direction in zip(params, update, strict=True):
@@ -237,7 +244,10 @@ def make_optimizers(model, s):
     groups += [{"params": vectors, "weight_decay": 0.0}]
     # fused：一次处理全部参数，一步从 30 毫秒降到 26 毫秒。
     adamw = torch.optim.AdamW(groups, s.lr, betas=(0.9, s.beta2), weight_decay=s.weight_decay, fused=True)
-    return [adamw, Muon(matrices, s.lr, s.weight_decay)] if s.optimizer == "muon" else [adamw]
+    if s.optimizer == "adamw":
+        return [adamw]
+    dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
+    return [adamw, Muon(matrices, s.lr, s.weight_decay, dtype=dtype)]
 
 
 # ---------- 4. 训练 ----------
@@ -248,8 +258,27 @@ def learning_rate(step, s):
     return s.lr * 0.5 * (1 + math.cos(math.pi * (step - s.warmup) / max(1, s.steps - s.warmup)))
 
 
-def train_step(model, optimizers, inputs, targets, lr):
-    loss = next_token_loss(model(inputs), targets)
+def pick_precision(device):
+    """bf16 的乘法，有专门指令的机器快一倍，没有的慢十倍以上：量一量才知道。权重和优化器总是 float32。"""
+
+    def seconds(dtype):
+        x = torch.ones(512, 512, dtype=dtype, device=device)
+        (x @ x)[0, 0].item()  # 第一次要准备，不算；item 等 GPU 算完
+        started = time.perf_counter()
+        for _ in range(4):
+            (x @ x)[0, 0].item()
+        return time.perf_counter() - started
+
+    if device.type not in ("cpu", "cuda"):
+        return "fp32"
+    fp32, bf16 = (min(seconds(dtype) for _ in range(3)) for dtype in (torch.float32, torch.bfloat16))
+    return "bf16" if bf16 < 0.75 * fp32 else "fp32"
+
+
+def train_step(model, optimizers, inputs, targets, lr, precision="fp32"):
+    # bf16：乘法占一步的七成，快一倍；别的运算和权重仍是 float32。
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        loss = next_token_loss(model(inputs), targets)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
@@ -314,15 +343,13 @@ def train(model, train_data, val_data, s, path=None, wanted=None, state=None):
     started, tokens = time.perf_counter(), 0
     while step < s.steps:
         inputs, targets = get_batch(train_data, s, step)
-        loss = train_step(model, optimizers, inputs, targets, learning_rate(step, s))
+        loss = train_step(model, optimizers, inputs, targets, learning_rate(step, s), s.precision)
         step, tokens = step + 1, tokens + inputs.numel()
         if step % s.eval_every == 0 or step == s.steps:
             speed = tokens / (time.perf_counter() - started)
             history.append((step, evaluate(model, val_data)))
-            print(
-                f"  第 {step:4d} 步  训练 {loss:.4f}  验证 {history[-1][1]:.4f}  {speed:,.0f} 字/秒",
-                flush=True,
-            )
+            shown = f"训练 {loss:.4f}  验证 {history[-1][1]:.4f}  {speed:,.0f} 字/秒"
+            print(f"  第 {step:4d} 步  {shown}", flush=True)
             if path:
                 save_checkpoint(path, wanted, step, history, model, optimizers)
             started, tokens = time.perf_counter(), 0
@@ -334,7 +361,7 @@ def encode(pieces, vocab, what, s):
     unknown = [piece for piece in pieces if piece not in vocab]
     if unknown or not pieces:
         problem = f"里的{what} {unknown[0]!r} 不在词表里" if unknown else "是空的"
-        fail(f"--prompt {problem}。可以用的{what}：{(' ' * (what == '词')).join(vocab)!r}")
+        fail(f"--prompt {problem}。可以用的{what}：{' '.join(list(vocab)[:100])!r}")
     if len(pieces) > s.block:
         print(f"开头有 {len(pieces)} 个{what}，上下文只有 {s.block} 个：只看得见最后 {s.block} 个。")
     return torch.tensor([[vocab[piece] for piece in pieces]])  # (1, T)
@@ -346,6 +373,8 @@ def run_toy(s):
     words = list(dict.fromkeys(word for row in rows for word in row))
     vocab = {word: i for i, word in enumerate(words)}
     ids = torch.tensor([[vocab[word] for word in row] for row in rows])  # (4, 4)
+    if s.block < ids.shape[1]:
+        fail(f"--block {s.block} 太小：玩具的句子有 {ids.shape[1]} 个词。")
     start = "i" if s.prompt is None else s.prompt
     prompt = encode(start.split(), vocab, "词", s)
     torch.set_num_threads(1)  # 张量太小，多线程光是互相等待就比计算还久
@@ -376,7 +405,8 @@ def run_file(s):
     try:
         text = Path(s.data).read_text(encoding="utf-8")
     except OSError as error:
-        fail(f"读不了 --data {s.data}：{error.strerror}（当前目录是 {Path.cwd()}）。")
+        why = "没有这个文件" if isinstance(error, FileNotFoundError) else error.strerror
+        fail(f"读不了 --data {s.data}：{why}（当前目录是 {Path.cwd()}）。")
     except UnicodeDecodeError as error:
         fail(f"{s.data} 第 {error.start + 1} 个字节起不是 UTF-8。请另存为 UTF-8 再试。")
     split = int(len(text) * 0.9)  # 前 90% 训练，后 10% 验证
@@ -387,15 +417,17 @@ def run_file(s):
     vocab = {char: i for i, char in enumerate(chars)}
     start = text[0] if s.prompt is None else s.prompt
     prompt = encode(start, vocab, "字", s)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    s = replace(s, precision=pick_precision(device) if s.precision == "auto" else s.precision)
     wanted = {name: value for name, value in asdict(s).items() if name not in FREE}
     wanted["data_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     path = Path(s.out or Path(__file__).parent / "outputs" / f"mini_gpt-{Path(s.data).stem}.pt")
     state = load_checkpoint(path, wanted) if path.exists() and not s.retrain else None
 
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     ids = torch.tensor([vocab[char] for char in text], device=device)
     model = MiniGPT(len(vocab), s).to(device)
-    print(f"{len(text):,} 个字，{len(vocab)} 种；参数 {sum(p.numel() for p in model.parameters()):,} 个")
+    size = f"参数 {sum(p.numel() for p in model.parameters()):,} 个"
+    print(f"{len(text):,} 个字，{len(vocab)} 种；{size}；{device.type}，{s.precision}")
     print(f"检查点 {path}" + (f"：从第 {state['step']} 步继续（--retrain 从头训练）" if state else ""))
     try:
         train(model, ids[:split], ids[split:], s, path, wanted, state)
@@ -421,11 +453,15 @@ def parse(argv=None):
             fail(f"--{name} 要是正整数，现在是 {getattr(s, name)}。")
     if s.dim % s.heads:
         fail(f"--dim {s.dim} 不能平分给 --heads {s.heads} 个头。")
-    if s.temperature <= 0:
+    if not s.temperature > 0:
         fail(f"--temperature 要大于 0，现在是 {s.temperature:g}；要总取概率最大的，用 --greedy。")
-    for name, known in (("attention", ("manual", "sdpa")), ("optimizer", ("muon", "adamw"))):
-        if getattr(s, name) not in known:
-            fail(f"--{name} 只有 {' 和 '.join(known)}，没有 {getattr(s, name)}。")
+    for name, known in {
+        "attention": "manual sdpa",
+        "optimizer": "muon adamw",
+        "precision": "auto fp32 bf16",
+    }.items():
+        if getattr(s, name) not in known.split():
+            fail(f"--{name} 只有 {'、'.join(known.split())}，没有 {getattr(s, name)}。")
     return s
 
 

@@ -20,7 +20,7 @@ from nlp_common.device import describe, library_versions, pick_device, seed_ever
 from nlp_common.runs import file_sha256, open_run
 
 END = "<|endoftext|>"
-SEED, STORIES, HELD_OUT, STEPS, BATCH, LENGTH = 0, 3000, 100, 200, 8, 128
+SEED, STORIES, HELD_OUT, STEPS, BATCH, LENGTH = 0, 3000, 100, 280, 8, 128
 
 # 越靠前的越常用（见 pick），所以下一个词的概率有高有低，各种采样的差别才看得出来。
 HEROES = "fox girl boy king bear old woman cat farmer mouse bird queen wolf"
@@ -163,7 +163,7 @@ def train_tiny() -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast, dict]:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if (step + 1) % 50 == 0:
+        if (step + 1) % 70 == 0:
             print(f"  第 {step + 1:3d} 步  loss {loss.item():.3f}", flush=True)
     model.eval()
     with torch.no_grad():

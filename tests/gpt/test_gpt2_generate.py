@@ -79,7 +79,8 @@ def test_same_distribution_as_transformers(changed, processors):
         expected = scores[0].softmax(-1)
         got = gg.next_distribution(logits, seen, **changed)
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
-        assert not torch.allclose(got, logits.softmax(-1), atol=1e-3) or changed.get("top_k", 0) > 100
+        changes_nothing = changed.get("top_k", 0) > 100
+        assert changes_nothing == bool((got - logits.softmax(-1)).abs().max() < 1e-4)
 
 
 def test_greedy_puts_everything_on_the_largest():
@@ -132,7 +133,7 @@ def test_run_shows_every_knob_and_no_warning(settings, capfd, recwarn, tmp_path)
     arguments = ["--model", settings.model, "--output_dir", str(tmp_path), "--max_new_tokens", "12"]
     gg.main(arguments)
     first = capfd.readouterr()
-    assert first.err == "" and not recwarn.list
+    assert first.err == "" and [str(each.message) for each in recwarn.list] == []
     titles = re.findall(r"^【\d】(\S+ ?[\d.]*)：", first.out, re.M)
     assert titles == [
         "原样采样",
@@ -260,7 +261,7 @@ def test_tiny_model_learns_is_kept_and_is_not_trained_twice(tmp_path, monkeypatc
     monkeypatch.setattr(tiny_gpt2, "STORIES", 300)
     path = tiny_gpt2.tiny_gpt2(tmp_path / "gpt2")
     loss = float(re.search(r"没见过的故事，loss ([\d.]+)", capsys.readouterr().out)[1])
-    assert loss < 3.5  # 瞎猜是 6.2
+    assert loss < 4.5  # 瞎猜是 6.2
     assert {"config.json", "model.safetensors", "tokenizer.json", "run.json"} <= {
         p.name for p in path.iterdir()
     }

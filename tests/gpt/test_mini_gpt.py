@@ -11,6 +11,7 @@ import pytest
 import torch
 
 SMALL = replace(mg.Settings(), layers=3, heads=2, dim=32, block=16, batch=4, steps=12, warmup=3, eval_every=4)
+SMALL = replace(SMALL, precision="fp32")
 VOCAB = 37
 
 
@@ -39,7 +40,7 @@ def gpt2_pair():
     reference = GPT2LMHeadModel(config).eval()
     for parameter in reference.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    ours = mg.MiniGPT(VOCAB, replace(SMALL, bias=True)).eval()
+    ours = mg.MiniGPT(VOCAB, replace(SMALL, gpt2=True)).eval()
     state = {name.removeprefix("transformer."): value for name, value in reference.state_dict().items()}
     for name in state:
         if re.search(r"(c_attn|c_proj|c_fc)\.weight", name):  # Conv1D 存的是 nn.Linear 的转置
@@ -156,7 +157,7 @@ def test_same_update_as_pytorch_muon():
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_every_parameter_is_trained_once(optimizer):
-    s = replace(SMALL, bias=True, optimizer=optimizer)
+    s = replace(SMALL, gpt2=True, optimizer=optimizer)
     model = mg.MiniGPT(VOCAB, s)
     groups = [group for each in mg.make_optimizers(model, s) for group in each.param_groups]
     trained = [id(p) for group in groups for p in group["params"]]
@@ -178,6 +179,39 @@ def test_batches_depend_on_seed_and_step_only():
     assert torch.equal(mg.get_batch(data, SMALL, 7)[0], x)
     assert not torch.equal(mg.get_batch(data, SMALL, 8)[0], x)
     assert not torch.equal(mg.get_batch(data, replace(SMALL, seed=1), 7)[0], x)
+
+
+def test_bf16_gives_nearly_the_same_loss_and_keeps_float32_weights():
+    """乘法换成 bf16，loss 差在千分之几；权重、梯度、优化器还是 float32。"""
+    data, losses = torch.randint(VOCAB, (400,), generator=torch.Generator().manual_seed(0)), {}
+    for precision in ("fp32", "bf16"):
+        s = replace(SMALL, precision=precision)
+        torch.manual_seed(0)
+        model = mg.MiniGPT(VOCAB, s)
+        optimizers = mg.make_optimizers(model, s)
+        losses[precision] = [
+            mg.train_step(model, optimizers, *mg.get_batch(data, s, step), 0.01, precision).item()
+            for step in range(8)
+        ]
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        assert optimizers[1].dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    assert losses["fp32"] != losses["bf16"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.05)
+
+
+def test_precision_is_what_the_clock_says(monkeypatch):
+    clock = iter(range(10_000))
+    monkeypatch.setattr(mg.time, "perf_counter", lambda: next(clock))
+    assert mg.pick_precision(torch.device("cpu")) == "fp32"  # 一样快就不用 bf16
+    ticks = []
+
+    def faster_in_bf16():
+        ticks.append(len(ticks) + (100 if 0 < len(ticks) % 2 and len(ticks) < 6 else 0))
+        return ticks[-1]
+
+    monkeypatch.setattr(mg.time, "perf_counter", faster_in_bf16)
+    assert mg.pick_precision(torch.device("cpu")) == "bf16"
+    assert mg.pick_precision(torch.device("meta")) == "fp32"
 
 
 # ---------- 训练一个文件 ----------
@@ -222,11 +256,11 @@ def test_resumed_training_equals_uninterrupted(text_file, monkeypatch, capsys, o
 
     step = mg.train_step
 
-    def interrupted(model, optimizers, inputs, targets, lr, calls=[]):  # noqa: B006
+    def interrupted(*args, calls=[]):  # noqa: B006
         calls.append(1)
         if len(calls) == 11:
             raise KeyboardInterrupt
-        return step(model, optimizers, inputs, targets, lr)
+        return step(*args)
 
     monkeypatch.setattr(mg, "train_step", interrupted)
     with pytest.raises(SystemExit, match="再运行同一条命令"):
@@ -273,7 +307,7 @@ def test_changed_settings_and_data_are_named_and_refused(text_file, monkeypatch)
     changed = arguments(text_file, "--lr", "0.5", "--seed", "3")
     message = error_of(monkeypatch, *changed)
     assert (
-        "lr：已有 0.008，这次 0.5" in message and "seed：已有 0，这次 3" in message and "--retrain" in message
+        "lr：已有 0.01，这次 0.5" in message and "seed：已有 0，这次 3" in message and "--retrain" in message
     )
     text_file.write_text(TEXT + "a", encoding="utf-8")
     message = error_of(monkeypatch, *arguments(text_file))
@@ -295,9 +329,11 @@ def test_a_broken_checkpoint_is_said(text_file, monkeypatch):
         (["--prompt", "i love zebras"], ["'zebras' 不在词表里", "i love cats"]),
         (["--temperature", "0"], ["--temperature 要大于 0", "--greedy"]),
         (["--temperature", "-1"], ["--temperature 要大于 0，现在是 -1"]),
+        (["--temperature", "nan"], ["--temperature 要大于 0"]),
+        (["--block", "3"], ["--block 3 太小"]),
         (["--heads", "3"], ["--dim 64 不能平分给 --heads 3"]),
         (["--steps", "0"], ["--steps 要是正整数"]),
-        (["--attention", "flash"], ["--attention 只有 manual 和 sdpa"]),
+        (["--attention", "flash"], ["--attention 只有 manual、sdpa"]),
         (["--data", "没有这个文件.txt"], ["读不了 --data 没有这个文件.txt", "当前目录"]),
         (["--data", "."], ["读不了 --data ."]),
     ],
