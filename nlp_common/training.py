@@ -107,8 +107,8 @@ class Progress(TrainerCallback):
         seconds = time.perf_counter() - self.started - self.paused
         epochs = state.epoch - self.first_epoch  # 最后一批可能不满，按遍数算才准
         self.metrics = {
-            "train_samples_per_s": round(epochs * self.n_rows / seconds, 1),
-            "train_seconds": round(seconds, 1),
+            "train_samples_per_s": round(epochs * self.n_rows / seconds, 2),
+            "train_seconds": round(seconds, 2),
         }
         if self.bar is not None:
             self.bar.close()

@@ -27,6 +27,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from nlp_common.arguments import option
+from nlp_common.training import run_trainer
 from qwen_common import tiny_world
 from qwen_common.columns import only_columns
 from qwen_common.data import EVAL_SEED, drop_long, load_train_and_eval
@@ -37,13 +38,7 @@ from qwen_common.packing import IGNORE
 from qwen_common.preference import collate_pairs, encode_pair, pair_length, pair_tokens
 from qwen_common.schemas import to_pairs
 from qwen_common.stage import Stage, StageSettings, open_stage, parse_settings
-from qwen_common.training import (
-    Bucketed,
-    Progress,
-    loss_curve,
-    run_trainer,
-    training_kwargs,
-)
+from qwen_common.training import Bucketed, Progress, loss_curve, training_kwargs
 
 PRESETS = {
     "tiny": {
@@ -206,7 +201,7 @@ def train(stage: Stage) -> dict:
         processing_class=tokenizer,
     )
     trainer.row_lengths, trainer.sft_weight = lengths, settings.sft_weight
-    run_trainer(trainer, stage, progress)
+    run_trainer(trainer, progress, stage.checkpoint())
 
     metrics = heldout_metrics(model, heldout, heldout_ref, pad_id, settings) | progress.metrics
     metrics["reference_seconds"] = reference_seconds  # 不在 train_seconds 里

@@ -36,6 +36,7 @@ from accelerate import Accelerator
 
 from nlp_common.arguments import option
 from nlp_common.device import precision
+from nlp_common.training import progress_bar
 from qwen_common.chatml import prompt_ids
 from qwen_common.checkpoints import load_training_state, save_training_state
 from qwen_common.columns import only_columns
@@ -49,7 +50,6 @@ from qwen_common.loading import (
     load_value_model,
 )
 from qwen_common.stage import Stage, StageSettings, open_stage, parse_settings
-from qwen_common.training import progress_bar
 
 PRESETS = {
     "tiny": {

@@ -26,19 +26,14 @@ import torch.nn.functional as F
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
+from nlp_common.training import run_trainer
 from qwen_common.columns import only_columns
 from qwen_common.data import drop_long, load_train_and_eval
 from qwen_common.loading import load_reward_model, load_tokenizer
 from qwen_common.preference import collate_pairs, encode_pair, pair_length, pair_tokens
 from qwen_common.schemas import to_pairs
 from qwen_common.stage import Stage, StageSettings, open_stage, parse_settings
-from qwen_common.training import (
-    Bucketed,
-    Progress,
-    loss_curve,
-    run_trainer,
-    training_kwargs,
-)
+from qwen_common.training import Bucketed, Progress, loss_curve, training_kwargs
 
 PRESETS = {
     "tiny": {
@@ -142,7 +137,7 @@ def train(stage: Stage) -> dict:
         processing_class=tokenizer,
     )
     trainer.row_lengths = lengths
-    run_trainer(trainer, stage, progress)
+    run_trainer(trainer, progress, stage.checkpoint())
 
     metrics = {"pair_accuracy_before": before["pair_accuracy"]}
     metrics |= evaluate(model, heldout, tokenizer.pad_token_id, settings.per_device_train_batch_size)

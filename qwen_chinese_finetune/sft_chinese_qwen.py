@@ -28,6 +28,7 @@ from rich.text import Text
 from transformers import Trainer, TrainingArguments
 
 from nlp_common.arguments import option
+from nlp_common.training import run_trainer
 from qwen_common import tiny_world
 from qwen_common.chatml import encode_chat
 from qwen_common.columns import only_columns
@@ -37,7 +38,7 @@ from qwen_common.loading import end_chat_turns, load_causal_lm
 from qwen_common.packing import IGNORE
 from qwen_common.schemas import to_chats
 from qwen_common.stage import Stage, StageSettings, open_stage, parse_settings
-from qwen_common.training import Bucketed, Progress, loss_curve, run_trainer, training_kwargs
+from qwen_common.training import Bucketed, Progress, loss_curve, training_kwargs
 
 PRESETS = {
     "tiny": {
@@ -200,7 +201,7 @@ def train(stage: Stage) -> dict:
         processing_class=tokenizer,
     )
     trainer.row_lengths = lengths
-    run_trainer(trainer, stage, progress)
+    run_trainer(trainer, progress, stage.checkpoint())
     metrics = {f"{k}_before": v for k, v in before.items() if k in ("heldout_loss", "qa_accuracy")}
     metrics |= measure() | progress.metrics
     samples = show_samples(model, tokenizer, heldout_rows)

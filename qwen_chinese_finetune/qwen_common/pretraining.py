@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from nlp_common.device import pick_device
+from nlp_common.training import run_trainer
 
 from . import tiny_world
 from .data import EVAL_SEED, load_train_and_eval
@@ -24,7 +25,7 @@ from .loading import load_causal_lm
 from .packing import IGNORE, collate_blocks, pack_documents
 from .schemas import to_texts
 from .stage import Stage, StageSettings, open_stage
-from .training import Progress, loss_curve, run_trainer, training_kwargs
+from .training import Progress, loss_curve, training_kwargs
 
 TINY = {
     "dataset": "tiny_world",
@@ -147,7 +148,7 @@ def train(stage: Stage) -> dict:
         data_collator=collate,
         processing_class=tokenizer,
     )
-    run_trainer(trainer, stage, progress)
+    run_trainer(trainer, progress, stage.checkpoint())
 
     # 4. 训练后再量
     after = measure()

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
+from nlp_common.training import LengthBucketSampler
 from qwen_common.packing import IGNORE
-from qwen_common.training import LengthBucketSampler, loss_curve
+from qwen_common.training import loss_curve
 
 
 def random_lengths(n: int, seed: int = 0) -> list[int]:
