@@ -1,4 +1,4 @@
-"""两个 BERT 主题共有的部分：参数、结果文件夹、字表与小 BERT、批量预测。微调本身在各脚本里。
+"""两个 BERT 主题共有的部分：参数与预设、结果文件夹、训练参数。微调本身在各脚本里。
 
 导入它不会导入 Trainer、scikit-learn、matplotlib：第二次运行只加载模型、预测，用不着它们。
 """
@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,15 +17,32 @@ from typing import Literal
 import torch
 
 from .arguments import option, parse_arguments
+from .bert_model import attention, character_tokenizer, encode, learning_curve, load_classifier, predict
 from .cli import UserError
 from .device import describe, library_versions, peak_memory_mb, pick_device, precision_flags, seed_everything
 from .hub import announce, choose_preset, prepare_environment
-from .row_files import READERS, read_file, row_place
+from .labelled import texts_to_predict
+from .row_files import READERS
 from .rows import check_path
 from .runs import CHECKPOINT_DONE, RunFolder, differences, file_sha256, load_run, open_run
 
+__all__ = [  # 脚本只从这里导入，其中字表、编码、预测写在 bert_model.py
+    "FULL_MODEL",
+    "BertRun",
+    "BertSettings",
+    "attention",
+    "character_tokenizer",
+    "encode",
+    "fingerprint",
+    "learning_curve",
+    "load_classifier",
+    "open_bert_run",
+    "parse_settings",
+    "predict",
+    "texts_to_predict",
+    "training_kwargs",
+]
 FULL_MODEL = "bert-base-chinese"
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # 这些参数不影响训练结果，改了也可以直接用已有的模型。
 NOT_IN_FINGERPRINT = {"preset", "output_dir", "source", "retrain", "predict", "predict_file", "bf16"}
 
@@ -178,30 +194,7 @@ def fingerprint(settings: BertSettings, drop: Sequence[str] = (), **more) -> dic
     return values
 
 
-# ---------------------------------------------------------------- 字表、编码、训练参数
-
-
-def character_tokenizer(texts: Sequence[str], min_count: int = 2):
-    """从文字里数出字表，搭一个 BERT 分词器：一个汉字一个 token，英文和数字也逐个字符切开。
-
-    bert-base-chinese 的字表也几乎都是单字；这里的小得多，因为小模型的大半参数都在字表上。
-    """
-    from transformers import BertTokenizer
-
-    counts = Counter(char for text in texts for char in text.lower() if not char.isspace())
-    chars = sorted((char for char, n in counts.items() if n >= min_count), key=lambda c: (-counts[c], c))
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *chars])}
-    # 汉字本来就一个个切开；英文、数字是一串，按"开头 + ##后面的字符"切，不然没见过的单词整个变成 [UNK]
-    for char in chars:
-        if char.isalnum() and not "\u4e00" <= char <= "\u9fff":
-            vocab[f"##{char}"] = len(vocab)
-    return BertTokenizer(vocab=vocab, do_lower_case=True)
-
-
-def encode(tokenizer, rows: list[dict], max_length: int) -> list[dict]:
-    """``{"text", "label"}`` → ``{"input_ids": [CLS] … [SEP], "labels": 编号}``，还没有填充。"""
-    ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=max_length)["input_ids"]
-    return [{"input_ids": x, "labels": row["label"]} for x, row in zip(ids, rows, strict=True)]
+# ---------------------------------------------------------------- 训练参数
 
 
 def mixed_precision(settings: BertSettings, device: torch.device) -> dict[str, bool]:
@@ -211,11 +204,6 @@ def mixed_precision(settings: BertSettings, device: torch.device) -> dict[str, b
         has = getattr(torch.cpu, "get_capabilities", dict)()  # 旧版 torch 没有它
         flags["bf16"] = bool(has.get("amx_bf16") or has.get("avx512_bf16"))
     return flags if settings.bf16 is None else {"bf16": settings.bf16, "fp16": False}
-
-
-def attention() -> str:
-    """训练用哪种注意力的实现，结果相同，快慢不同。CPU 上融合的 sdpa 反向很慢，逐步计算的 eager 快得多。"""
-    return "eager" if pick_device().type == "cpu" else "sdpa"
 
 
 def training_kwargs(run: BertRun) -> dict:
@@ -233,72 +221,3 @@ def training_kwargs(run: BertRun) -> dict:
         "remove_unused_columns": False,
         "dataloader_pin_memory": run.device.type == "cuda",
     }
-
-
-# ---------------------------------------------------------------- 载入与预测
-
-
-def load_classifier(path: str | Path, names: Sequence[str] | None = None):
-    """→ (分词器, BertForSequenceClassification)。names 是类名：要微调时给，从预训练模型换上新的分类层。"""
-    from transformers import AutoTokenizer, BertForSequenceClassification
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # 只关"载入权重"的进度条，警告照常显示
-    changes = {}
-    if names:
-        changes = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-        changes["attn_implementation"] = attention()
-    model = BertForSequenceClassification.from_pretrained(path, dtype=torch.float32, **changes)
-    if names:
-        print("（若上面有一张表：UNEXPECTED 是预训练时猜字的输出层，不要了；MISSING 是新的分类层，正要训练）")
-    return AutoTokenizer.from_pretrained(path), model
-
-
-@torch.inference_mode()
-def predict(model, tokenizer, texts: Sequence[str], max_length: int, batch_size: int = 64) -> torch.Tensor:
-    """每段文字各类的概率 (N, C)，次序与 texts 相同。先按长度排好再分批，少算填充。"""
-    model.eval()
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    logits = torch.empty(len(texts), model.config.num_labels)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = [texts[i] for i in chosen]
-        inputs = tokenizer(batch, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-        logits[chosen] = model(**inputs.to(model.device)).logits.float().cpu()
-    return logits.softmax(-1)
-
-
-def texts_to_predict(settings: BertSettings, text_fields: Sequence[str] = ("text",)) -> list[str]:
-    """--predict 与 --predict_file 里的文字；空的、缺栏的是 UserError，说出是哪一段、哪一行。"""
-    texts = list(settings.predict or [])
-    if any(not text.strip() for text in texts):
-        raise UserError("--predict 后面有一段文字是空的（或只有空白）。")
-    if settings.predict_file:
-        path = Path(settings.predict_file).expanduser()
-        if not path.is_file():
-            raise UserError(f"没有这个文件：{settings.predict_file}。请检查 --predict_file 的路径。")
-        for index, row in enumerate(read_file(path)):
-            text = next((row[name] for name in text_fields if name in row), None)
-            if not isinstance(text, str) or not text.strip():
-                what = " 或 ".join(text_fields)
-                raise UserError(
-                    f"{path} {row_place(path, index)}没有可判断的文字（{what} 是空的或没有这一栏）。"
-                )
-            texts.append(text.strip())
-    return texts
-
-
-def learning_curve(path: Path, history: list[dict]) -> None:
-    """训练 loss、验证 loss、验证错误率随步数的变化，画成一张图。history 来自 training.curves。"""
-    from .plots import line_chart
-
-    def points(name: str, change=lambda y: y) -> tuple[list, list]:
-        rows = [row for row in history if name in row]
-        return [row["step"] for row in rows], [change(row[name]) for row in rows]
-
-    series = {
-        "训练 loss|train loss": points("loss"),
-        "验证 loss|validation loss": points("eval_loss"),
-        "验证错误率|validation error": points("eval_accuracy", lambda accuracy: 1 - accuracy),
-    }
-    line_chart(path, series, "学习曲线|Learning curve", "步数|step", "")

@@ -1,4 +1,4 @@
-"""分类数据的一行行检查：每行有没有文字，标签认不认识；有错就说清是哪个文件的哪一行。"""
+"""分类的数据与要判断的文字，一行行检查：每行有没有文字，标签认不认识；有错就说清是哪个文件的哪一行。"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cli import UserError
-from .row_files import row_place
+from .row_files import read_file, row_place
 from .rows import Rows
 
 
@@ -64,6 +64,26 @@ def check_enough(rows: list[dict], batch_size: int, where: str) -> None:
             f"{where} 只有 {len(rows)} 行训练数据，不够一批（{batch_size} 行）。"
             f"请给多一些数据，或加 --per_device_train_batch_size {len(rows)}。"
         )
+
+
+def texts_to_predict(settings, text_fields: Sequence[str] = ("text",)) -> list[str]:
+    """--predict 与 --predict_file 里的文字；空的、缺栏的是 UserError，说出是哪一段、哪一行。"""
+    texts = list(settings.predict or [])
+    if any(not text.strip() for text in texts):
+        raise UserError("--predict 后面有一段文字是空的（或只有空白）。")
+    if settings.predict_file:
+        path = Path(settings.predict_file).expanduser()
+        if not path.is_file():
+            raise UserError(f"没有这个文件：{settings.predict_file}。请检查 --predict_file 的路径。")
+        for index, row in enumerate(read_file(path)):
+            text = next((row[name] for name in text_fields if name in row), None)
+            if not isinstance(text, str) or not text.strip():
+                what = " 或 ".join(text_fields)
+                raise UserError(
+                    f"{path} {row_place(path, index)}没有可判断的文字（{what} 是空的或没有这一栏）。"
+                )
+            texts.append(text.strip())
+    return texts
 
 
 def text_key(text: str) -> str:

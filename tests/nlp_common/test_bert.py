@@ -9,6 +9,7 @@ from sklearn.metrics import f1_score
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from nlp_common import bert
+from nlp_common.bert_model import SPECIAL
 from nlp_common.cli import UserError
 from nlp_common.labelled import check_enough, labelled, text_key, unique
 from nlp_common.metrics import ClassificationMetric, classification_metrics
@@ -40,7 +41,7 @@ def test_character_vocabulary(tokenizer, tmp_path):
     assert tokenizer.tokenize("很好吃") == ["很", "好", "吃"]
     assert tokenizer.tokenize("15寸 THINK") == ["1", "##5", "寸", "t", "##h", "##i", "##n", "##k"]
     assert tokenizer.tokenize("店龘") == ["店", "[UNK]"]
-    assert [tokenizer.convert_tokens_to_ids(token) for token in bert.SPECIAL] == [0, 1, 2, 3, 4]
+    assert [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL] == [0, 1, 2, 3, 4]
     assert len(bert.character_tokenizer(["好好坏"], min_count=2)) == 6  # 只出现一次的字不要
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
