@@ -199,3 +199,27 @@ def test_second_source_of_tnews_when_the_first_cannot_be_read(monkeypatch, capsy
     assert asked == [("clue/clue:tnews", "train"), ("mteb/TNews", "train"), ("mteb/TNews", "validation")]
     assert len(data["train"]) == 30 and sources["train"]["name"] == "mteb/TNews"
     assert "改用内容相同的 mteb/TNews" in capsys.readouterr().out
+
+
+def test_full_settings_start_from_a_pretrained_folder(tmp_path, capsys):
+    """full 的路：从一个预训练（猜字）模型的文件夹开始，数据是 CLUE 那样的 jsonl；这里用没训练过的 1 层小 BERT 代替。"""
+    from transformers import BertConfig, BertForMaskedLM
+
+    rows = headlines("train", 60)
+    tokenizer = news.character_tokenizer([row["sentence"] for row in rows], min_count=1)
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **size)).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    for split, part in (("train", rows[:40]), ("dev", rows[40:])):
+        clue = [{"label": news.CLUE_CODES[row["label"]], "sentence": row["sentence"]} for row in part]
+        write(tmp_path / f"{split}.json", clue)
+    arguments = ["--model", str(tmp_path / "bert"), "--dataset", str(tmp_path), "--eval_steps", "0.5"]
+    record = news.main([*arguments, "--output_dir", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert printed.startswith("预设 full") and "test 就是 validation" in printed
+    assert (
+        record["settings"]["learning_rate"] == 2e-5
+        and record["settings"]["per_device_train_batch_size"] == 16
+    )
+    assert sum(map(sum, record["confusion"])) == 20 and "bayes_accuracy" not in record["metrics"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]["6"] == "汽车"
