@@ -126,7 +126,7 @@ def unlabelled_texts(splits: dict[str, list[dict]], n_news: int) -> list[str]:
     heldout = {text_key(row["text"]) for name in ("validation", "test") for row in splits[name]}
     rows = splits["train"] + raw_reviews() + (people_daily("train", n_news) if n_news > 0 else [])
     texts = {text_key(row["text"]): row["text"] for row in rows}
-    return [text for key, text in texts.items() if key not in heldout]
+    return sorted(text for key, text in texts.items() if key not in heldout)  # 排好：与标签、次序都无关
 
 
 # ---------------------------------------------------------------- 2. 预训练：遮住一些字，让模型猜
