@@ -31,13 +31,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from nlp_common.arguments import option
 from qwen_common import tiny_world
 from qwen_common.asking import FULL_QUESTIONS, Reply, printable, room, say, story_then_question
 from qwen_common.chat_log import save_talks
 from qwen_common.chat_web import open_page
 from qwen_common.chatml import prompt_ids
 from qwen_common.names import FOLDERS, MODELS
-from qwen_common.stage import SCRIPTS, option
+from qwen_common.stage import SCRIPTS
 from qwen_common.trying import (
     Results,
     Speaker,
@@ -128,9 +129,7 @@ class Chat:
     speakers: dict[str, Speaker] = field(default_factory=dict)
     notify: Callable[[str], None] = print  # 要告诉读者的话往哪里说
     turns: deque[Turn] = field(default_factory=lambda: deque(maxlen=MEMORY))
-    log: list[list[Turn]] = field(
-        default_factory=lambda: [[]]
-    )  # 从头到尾，存盘用；小世界换一个故事就是另一段
+    log: list[list[Turn]] = field(default_factory=lambda: [[]])  # 存盘用，从头到尾；一个新故事是另一段
     story: str = ""  # 小世界：先贴了故事，还没有问
     forgetting: bool = False  # 说过"最早的一轮忘掉了"没有，每次清空之后只说一遍
 
@@ -146,6 +145,8 @@ class Chat:
         """换成另一个模型；不认识、没有训练是 UserError，原来的模型照旧。"""
         name = ALIASES.get(name, name.lower())
         paths = self.results.paths
+        if name == self.name and name in self.speakers:
+            return self.speakers[name]
         if self.settings.model and self.speakers:
             raise UserError("你给了 --model，只有这一个模型；不给 --model 才能在训练结果里换来换去。")
         if name not in paths:

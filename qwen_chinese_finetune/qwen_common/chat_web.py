@@ -84,7 +84,8 @@ class Panel:
             elif not reply.end:
                 ending = "……（没有说完，到了最多 token 数）"
         line["content"] += ending
-        self.chat.remember(question, reply.text)
+        if any(each is line for each in self.shown):  # 说到一半被清空的，不记
+            self.chat.remember(question, reply.text)
 
 
 class Visitor:
@@ -127,19 +128,22 @@ def build_page(chat, examples: list[str]):
         me = visitor(request)
         me.set_options(system, temperature, top_p, max_new_tokens)
         me.stop.clear()
-        if question.strip():
-            for _ in me.talk.answer(question.strip(), name, me.stop):
-                yield "", me.talk.shown
-        yield "", me.talk.shown
+        box = ""  # 清空输入框，只在开头：读者会趁模型说话时打下一句
+        for _ in me.talk.answer(question.strip(), name, me.stop) if question.strip() else ():
+            yield box, me.talk.shown
+            box = gr.skip()
+        yield box, me.talk.shown
 
     def ask_beside(question, chosen, system, temperature, top_p, max_new_tokens, request: gr.Request):
         me = visitor(request)
         me.set_options(system, temperature, top_p, max_new_tokens)
         me.stop.clear()
         steps = [me.beside[name].answer(question.strip(), name, me.stop) for name in chosen]
+        box = ""
         for _ in take_turns(steps if question.strip() else []):
-            yield "", *(me.beside[name].shown for name in names)
-        yield "", *(me.beside[name].shown for name in names)
+            yield box, *(me.beside[name].shown for name in names)
+            box = gr.skip()
+        yield box, *(me.beside[name].shown for name in names)
 
     def stop_now(request: gr.Request):
         visitor(request).stop.set()
@@ -148,16 +152,19 @@ def build_page(chat, examples: list[str]):
         visitors.pop(request.session_hash, None)
 
     def clear_talk(request: gr.Request):
+        stop_now(request)
         visitor(request).talk.clear()
         return []
 
     def clear_beside(request: gr.Request):
+        stop_now(request)
         for panel in visitor(request).beside.values():
             panel.clear()
         return tuple([] for _ in names)
 
     def forget_one(name: str):
         def clear_column(request: gr.Request):
+            stop_now(request)
             visitor(request).beside[name].clear()
 
         return clear_column
@@ -208,6 +215,7 @@ def build_page(chat, examples: list[str]):
 
         # 一次只让一个窗口生成：两个一起抢同一个处理器，谁都更慢
         one = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
+        one["trigger_mode"] = "multiple"  # 还在回答时发的下一句排队等着，默认会丢掉
         gr.on([said.submit, send.click], talk, [said, model, *options], [said, shown], **one)
         gr.on([asked.submit, ask.click], ask_beside, [asked, chosen, *options], [asked, *columns], **one)
         for button in (stop, stop_beside):

@@ -3,9 +3,11 @@
 模型是照稿子念的假模型，念得慢，看得出是一个字一个字出来的；服务器在本进程里，只听 127.0.0.1。
 """
 
+import dataclasses
 import shutil
 import socket
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -166,14 +168,46 @@ def test_stop_keeps_what_was_said(window, session):
     try:
         window.send("say", "数数")
         window.wait("talk", "SFT：小刚")
+        window.page.fill("#say textarea", "接着")  # 它还在说，先打好下一句
+        window.wait("talk", "SFT：小刚去")
         window.click("停下")
         window.wait("talk", "……（停下了）")
     finally:
         slow.wait = 0.06
     assert ANSWERS["sft"] not in window.text("talk")
-    window.send("say", "接着")
+    assert window.page.input_value("#say textarea") == "接着"
+    window.page.press("#say textarea", "Enter")
     window.wait("talk", ANSWERS["sft"])
     assert "<|im_start|>assistant\n小刚" in said(session, "sft")[-1]
+
+
+def test_clearing_while_it_speaks_forgets_the_answer(window, session):
+    slow = session.speakers["sft"].model
+    slow.wait = 0.4
+    try:
+        window.send("say", "数数")
+        window.wait("talk", "SFT：小刚")
+        window.click("清空")
+        window.wait_until_gone("talk", "小刚")
+    finally:
+        slow.wait = 0.06
+    window.send("say", "接着")
+    window.wait("talk", ANSWERS["sft"])
+    prompt = said(session, "sft")[-1]
+    assert "数数" not in prompt and "小刚" not in prompt
+
+
+def test_a_model_given_by_folder_can_be_asked(session):
+    """--model 只有一个模型，没有可换的，但照样能问。"""
+    settings = dataclasses.replace(session.settings, model="somewhere")
+    speakers = {"model": session.speakers["sft"]}
+    chat = type(session)(
+        settings, trying.Results("full", {"model": "nowhere"}, "somewhere"), "model", speakers
+    )
+    panel = chat_web.Panel.new(chat)
+    for _ in panel.answer("问", "model", threading.Event()):
+        pass
+    assert panel.shown[-1]["content"] == f"SFT：{ANSWERS['sft']}"
 
 
 def test_side_by_side_answers_with_separate_memories(window, session, tmp_path):
