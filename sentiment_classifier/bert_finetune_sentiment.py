@@ -303,11 +303,12 @@ def finetune(run: BertRun) -> dict:
 
 
 def tfidf_accuracy(train: list[dict], test: list[dict]) -> float:
-    """对照：数一数出现了哪些单字和二字组合（TF-IDF），再用逻辑回归给每个组合一个分数。几秒钟。"""
+    """对照：数一数出现了哪些一到三个字的组合（TF-IDF），再用逻辑回归给每个组合一个分数。几秒钟。"""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 2), sublinear_tf=True)
+    min_df = 2 if len(train) >= 1000 else 1  # 只出现过一次的组合学不到什么，去掉快得多
+    vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 3), min_df=min_df, sublinear_tf=True)
     features = vectorizer.fit_transform([row["text"] for row in train])
     classifier = LogisticRegression(C=10, max_iter=1000).fit(features, [row["label"] for row in train])
     guesses = classifier.predict(vectorizer.transform([row["text"] for row in test]))
