@@ -324,6 +324,8 @@ def load_checkpoint(path, wanted):
         old = state["settings"]
     except Exception as error:  # 坏文件在各版本里抛的异常不同
         fail(f"{path} 不是完整的检查点（{type(error).__name__}）。{mend}。")
+    if wanted["precision"] == "auto":  # 接着训练就用原来的精度，不再量：机器忙闲不同，量出来的会变
+        wanted["precision"] = old.get("precision")
     changed = [name for name in sorted(old | wanted) if old.get(name) != wanted.get(name)]
     if changed:
         lines = "".join(f"\n  {name}：已有 {old.get(name)}，这次 {wanted.get(name)}" for name in changed)
@@ -418,11 +420,13 @@ def run_file(s):
     start = text[0] if s.prompt is None else s.prompt
     prompt = encode(start, vocab, "字", s)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    s = replace(s, precision=pick_precision(device) if s.precision == "auto" else s.precision)
     wanted = {name: value for name, value in asdict(s).items() if name not in FREE}
     wanted["data_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     path = Path(s.out or Path(__file__).parent / "outputs" / f"mini_gpt-{Path(s.data).stem}.pt")
     state = load_checkpoint(path, wanted) if path.exists() and not s.retrain else None
+    if wanted["precision"] == "auto":
+        wanted["precision"] = pick_precision(device)
+    s = replace(s, precision=wanted["precision"])
 
     ids = torch.tensor([vocab[char] for char in text], device=device)
     model = MiniGPT(len(vocab), s).to(device)

@@ -206,6 +206,16 @@ def test_precision_is_what_the_clock_says(monkeypatch, bf16, expected):
     assert mg.pick_precision(torch.device("cpu")) == expected
 
 
+def test_resuming_keeps_the_precision_it_was_trained_with(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({"settings": {"precision": "bf16", "dim": 8}}, path)
+    wanted = {"precision": "auto", "dim": 8}
+    mg.load_checkpoint(path, wanted)
+    assert wanted["precision"] == "bf16"
+    with pytest.raises(SystemExit, match="precision：已有 bf16，这次 fp32"):
+        mg.load_checkpoint(path, {"precision": "fp32", "dim": 8})
+
+
 # ---------- 训练一个文件 ----------
 TEXT = "the cat sat on the mat. a dog ran to the cat.\n" * 30
 
