@@ -64,7 +64,7 @@ PRESETS = {
         "max_length": 128,
         "per_device_train_batch_size": 32,
         "learning_rate": 1e-3,
-        "num_train_epochs": 4.0,
+        "num_train_epochs": 3.0,
         "hidden_size": 128,
         "num_layers": 2,
         "mlm_epochs": 2.0,
