@@ -43,6 +43,7 @@ from nlp_common.bert import (
     training_kwargs,
 )
 from nlp_common.cli import run_main
+from nlp_common.device import seed_everything
 from nlp_common.hub import require_model
 from nlp_common.labelled import check_enough, labelled, text_key, unique
 from nlp_common.people_daily import people_daily
@@ -250,6 +251,7 @@ def finetune(run: BertRun) -> dict:
     else:
         start = pretrain(settings, splits, run.path.with_name(f"{run.path.name}-pretrained"))
 
+    seed_everything(settings.seed)  # 预训练是刚做的还是早就有的，分类层的随机权重都一样
     # 预训练的输出层（猜字）丢掉，换上随机的分类层：[CLS] 的向量 → 2 个分数
     tokenizer, model = load_classifier(start, NAMES)
     rows = {name: encode(tokenizer, part, settings.max_length) for name, part in splits.items()}

@@ -181,6 +181,13 @@ def test_changed_settings_are_named(trained):
         script.main([*arguments, "--learning_rate", "0.5"])
 
 
+def test_retraining_reuses_the_pretraining_and_gives_the_same_model(trained, capsys):
+    arguments, _, record = trained
+    again = script.main([*arguments, "--retrain"])
+    assert "用已有的预训练结果 model-pretrained" in capsys.readouterr().out
+    assert again["id"] == record["id"] and again["history"] == record["history"]
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
