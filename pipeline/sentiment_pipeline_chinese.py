@@ -17,8 +17,9 @@
   tiny 用哪个模型：../sentiment_classifier 里有训练好的 my_bert_model 或 my_bert_model-tiny 就用它；都没有，
   就在 outputs/tiny-chinese 里训练一个最小的（不到一分钟，只此一次）。
 
-应当看到
-  "这个电影真的太好看了，我特别喜欢！" → 正面；"这个手机太卡了，我非常失望。" → 负面。
+应当看到（tiny 的实测见 README）
+  full："这个电影真的太好看了，我特别喜欢！" 是好评，"这个手机太卡了，我非常失望。" 是差评。
+  tiny 把第一句也判成负面：它只读过一万多条书、酒店、商品的评论，里面有“太”字的三条有两条是差评，“太好看”一共出现过 3 次。
 
 参考
   Zhao et al. 2019（UER），uer/roberta-base-finetuned-jd-binary-chinese 的说明页。
@@ -40,7 +41,9 @@ HERE = Path(__file__).resolve().parent
 FULL_MODEL = "uer/roberta-base-finetuned-jd-binary-chinese"
 SENTIMENT = HERE.parent / "sentiment_classifier"
 # 最小的设置：几十秒就训练完，够看懂 pipeline；要更准的，去 sentiment_classifier 里正经训练一个。
-QUICK = ["--preset", "tiny", "--max_train_samples", "4000", "--num_train_epochs", "2"]
+QUICK = ["--preset", "tiny", "--mlm_epochs", "0", "--num_layers", "1", "--hidden_size", "64"]
+QUICK += ["--max_length", "64", "--num_train_epochs", "3", "--learning_rate", "3e-3"]
+QUICK += ["--per_device_train_batch_size", "64"]
 
 SENTENCES = [
     "这个电影真的太好看了，我特别喜欢！",

@@ -187,6 +187,6 @@ def tiny_english(folder: Path, seed: int, retrain: bool = False, count: int = 80
         record = run.finish(write, record)
     print(
         f"  训练用了 {record['seconds']:.0f} 秒；没见过的句子：意思清楚的判对 {metrics['accuracy_clear']:.1%}，"
-        f"“A 好 but B 坏”判对 {metrics['accuracy_but']:.1%}（它的标签七三开，再好也只能到 70% 左右）"
+        f"“A 好 but B 坏”判对 {metrics['accuracy_but']:.1%}（标签只有 {BUT_FOLLOWS_SECOND:.0%} 跟着后半句，再好也就这么多）"
     )
     return record
