@@ -458,6 +458,9 @@ def train(stage: Stage) -> dict:
     train_rows, heldout, data = load_train_and_eval(settings, "questions", to_questions)
     rows = [row | {"prompt": prompt_ids(tokenizer, row["messages"])} for row in train_rows]
     rows = drop_long(rows, lambda row: len(row["prompt"]), settings.max_length, "提示")
+    heldout = drop_long(
+        heldout, lambda row: len(prompt_ids(tokenizer, row["messages"])), settings.max_length, "留出的提示"
+    )
     batch = settings.per_device_train_batch_size
     random.Random(settings.seed).shuffle(rows)
 
