@@ -164,7 +164,7 @@ def test_streams_switches_and_remembers(window, session):
 
 def test_stop_keeps_what_was_said(window, session):
     slow = session.speakers["sft"].model
-    slow.wait = 0.4
+    slow.wait = 1.0  # 机器忙的时候，也来得及在它说完之前按下“停下”
     try:
         window.send("say", "数数")
         window.wait("talk", "SFT：小刚")
