@@ -26,4 +26,4 @@ test: .venv/installed-dev
 	$(VENV_PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 clean:
-	rm -rf .venv qwen_chinese_finetune/outputs
+	rm -rf .venv */outputs sentiment_classifier/my_bert_model* news_classifier/tnews_bert_model*
