@@ -31,6 +31,7 @@ from headlines import LABELS, bayes_accuracy, headlines, posterior
 from nlp_common.arguments import option
 from nlp_common.bert import (
     FULL_MODEL,
+    MAX_POSITIONS,
     BertRun,
     BertSettings,
     attention,
@@ -159,7 +160,7 @@ def small_bert(settings: NewsSettings, texts: list[str]):
         num_hidden_layers=settings.num_layers,
         num_attention_heads=max(1, settings.hidden_size // 64),
         intermediate_size=4 * settings.hidden_size,
-        max_position_embeddings=512,  # 与 bert-base-chinese 相同
+        max_position_embeddings=MAX_POSITIONS,
         attn_implementation=attention(),
         id2label=dict(enumerate(LABELS)),
         label2id={name: i for i, name in enumerate(LABELS)},

@@ -28,6 +28,7 @@ from .runs import CHECKPOINT_DONE, RunFolder, differences, file_sha256, load_run
 
 __all__ = [  # 脚本只从这里导入，其中字表、编码、预测写在 bert_model.py
     "FULL_MODEL",
+    "MAX_POSITIONS",
     "BertRun",
     "BertSettings",
     "attention",
@@ -45,6 +46,10 @@ __all__ = [  # 脚本只从这里导入，其中字表、编码、预测写在 b
 FULL_MODEL = "bert-base-chinese"
 # 这些参数不影响训练结果，改了也可以直接用已有的模型。
 NOT_IN_FINGERPRINT = {"preset", "output_dir", "source", "retrain", "predict", "predict_file", "bf16"}
+
+MAX_POSITIONS = 512  # bert-base-chinese 的位置个数，小 BERT 也一样
+POSITIVE = ("per_device_train_batch_size", "max_length", "num_train_epochs", "eval_steps", "learning_rate")
+POSITIVE += ("max_train_samples", "hidden_size", "num_layers", "mlm_learning_rate")
 
 
 @dataclass
@@ -91,11 +96,27 @@ def parse_settings(settings_class, presets: dict[str, dict], argv: list[str] | N
     for name, value in (COMMON | presets[choice.preset]).items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
-    for name in ("per_device_train_batch_size", "max_length", "num_train_epochs", "eval_steps"):
-        if getattr(settings, name) <= 0:
-            raise UserError(f"--{name} 要大于 0，给的是 {getattr(settings, name)}。")
+    check_sizes(settings)
     check_path(settings.dataset)  # 路径写错了，训练之前就说
     return settings
+
+
+def check_sizes(settings: BertSettings) -> None:
+    """训练到一半才会出错的数，现在就说。有的参数只有一个脚本有，有的预设用不着（None），都跳过。"""
+    values = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
+    for name in POSITIVE:
+        if values.get(name, 1) <= 0:
+            raise UserError(f"--{name} 要大于 0，给的是 {values[name]}。")
+    for name in ("mlm_epochs", "mlm_news"):
+        if values.get(name, 0) < 0:
+            raise UserError(f"--{name} 不能小于 0，给的是 {values[name]}；0 是不用。")
+    if not 3 <= settings.max_length <= MAX_POSITIONS:
+        raise UserError(
+            f"--max_length 要在 3 到 {MAX_POSITIONS} 之间（[CLS]、[SEP] 占两个，BERT 只有 {MAX_POSITIONS} 个位置），"
+            f"给的是 {settings.max_length}。"
+        )
+    if (width := values.get("hidden_size", 64)) > 64 and width % 64:
+        raise UserError(f"--hidden_size 超过 64 时要是 64 的倍数（64 一个注意力头），给的是 {width}。")
 
 
 # ---------------------------------------------------------------- 结果文件夹

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from nlp_common.arguments import option
 from nlp_common.bert import (
     FULL_MODEL,
+    MAX_POSITIONS,
     BertRun,
     BertSettings,
     attention,
@@ -178,7 +179,7 @@ def pretrain(settings: SentimentSettings, splits: dict[str, list[dict]], folder:
             num_hidden_layers=settings.num_layers,
             num_attention_heads=max(1, settings.hidden_size // 64),
             intermediate_size=4 * settings.hidden_size,
-            max_position_embeddings=512,  # 与 bert-base-chinese 相同
+            max_position_embeddings=MAX_POSITIONS,
             initializer_range=INITIALIZER_RANGE,
             attn_implementation=attention(),
         )

@@ -288,8 +288,25 @@ def test_mistyped_path_and_flag(tmp_path):
         )
     with pytest.raises(UserError, match=r"--num_train_epoch.*是不是 --num_train_epochs"):
         script.main(["--preset", "tiny", "--num_train_epoch", "3"])
-    with pytest.raises(UserError, match="--max_length 要大于 0"):
-        script.main(["--preset", "tiny", "--max_length", "0"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("max_length", "0", "要大于 0"),
+        ("max_length", "2", "要在 3 到 512 之间"),
+        ("max_length", "513", "要在 3 到 512 之间"),
+        ("learning_rate", "0", "要大于 0"),
+        ("max_train_samples", "-5", "要大于 0"),
+        ("num_layers", "0", "要大于 0"),
+        ("mlm_epochs", "-1", "不能小于 0"),
+        ("hidden_size", "200", "64 的倍数"),
+    ],
+)
+def test_impossible_sizes_are_refused_before_training(name, value, said, tmp_path):
+    with pytest.raises(UserError, match=f"--{name} .*{said}.*给的是 {value}"):
+        script.main(["--preset", "tiny", f"--{name}={value}", "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- 像读者那样运行
