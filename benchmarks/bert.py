@@ -2,7 +2,7 @@
 
 用法：python benchmarks/bert.py [--rows 640] [--rounds 3] [--dataset 文件夹] [--layers 4 --hidden 256]
 打印一行 JSON：各种设置的每秒行数（几轮的中位数，轮流跑，机器忽快忽慢时大家一起变）、我们是它们的几倍，
-以及第二次运行从敲回车到打印预测的秒数是单单导入 BERT 类的几倍。要空闲的机器，2 核约 3 分钟。
+以及第二次运行从敲回车到打印预测的秒数是单单导入 BERT 类的几倍。要空闲的机器；没有 bf16 指令的 2 核上，--rounds 2 跑 280 秒还没完。
 """
 
 from __future__ import annotations
