@@ -7,6 +7,7 @@
     python sft_chinese_qwen.py                             # 自动选预设
     python sft_chinese_qwen.py --preset tiny               # 离线小世界
     python sft_chinese_qwen.py --preset tiny --show_batch  # 看清楚每个 token 的标签
+    python sft_chinese_qwen.py --preset tiny --packing     # 几段对话装进一块
     python sft_chinese_qwen.py --preset full               # Qwen1.5-0.5B + firefly，需要加速器
 
 预期输出（tiny，实测见本文件夹的 README.md）：贪心回答的正确率从 0 升到 97% 以上，99% 以上自己说完。
@@ -20,6 +21,7 @@ from nlp_common.hub import prepare_environment
 prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +37,7 @@ from qwen_common.columns import only_columns
 from qwen_common.data import EVAL_SEED, drop_long, load_train_and_eval
 from qwen_common.judging import measure_chat, reply_to
 from qwen_common.loading import end_chat_turns, load_causal_lm
-from qwen_common.packing import IGNORE
+from qwen_common.packing import IGNORE, pack_documents
 from qwen_common.schemas import to_chats
 from qwen_common.stage import Stage, StageSettings, open_stage, parse_settings
 from qwen_common.training import Bucketed, Progress, loss_curve, training_kwargs
@@ -64,6 +66,7 @@ PRESETS = {
 @dataclass
 class SFTSettings(StageSettings):
     show_batch: bool = option("打印几行训练数据的 token 与标签（绿色算损失），然后退出", False)
+    packing: bool = option("几段对话装进一块（--max_length 个 token），互相看不见；损失与分开算时相同", False)
 
 
 # ---------------------------------------------------------------- 1. 数据：对话 → token 与标签
@@ -79,6 +82,21 @@ def encode_row(tokenizer, messages: list[dict]) -> dict[str, list[int]]:
     return {"input_ids": input_ids, "labels": labels}
 
 
+def pack_rows(rows: list[dict], block_size: int) -> list[dict]:
+    """几段对话接成一行，position_ids 在每段开头归零：不传 attention_mask，transformers 就据此隔开各段。
+
+    每段的第一个 token 是 <|im_start|>，从来不是标签，所以没有哪个标签要靠前一段来预测。
+    """
+    chats = [
+        list(zip(row["input_ids"], row["labels"], range(len(row["input_ids"])), strict=True)) for row in rows
+    ]
+    keys = ("input_ids", "labels", "position_ids")
+    return [
+        dict(zip(keys, map(list, zip(*chain(*block), strict=True)), strict=True))
+        for block in pack_documents(chats, block_size)
+    ]
+
+
 def collate(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
     """右填充成 (B, T)。注意力是因果的，真实 token 看不到右边的填充，所以连 attention_mask 都不需要。"""
     width = max(len(row["input_ids"]) for row in rows)
@@ -86,7 +104,8 @@ def collate(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
     def pad(key: str, value: int) -> torch.Tensor:
         return torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])
 
-    return {"input_ids": pad("input_ids", pad_id), "labels": pad("labels", IGNORE)}
+    fill = {"input_ids": pad_id, "labels": IGNORE, "position_ids": 0}
+    return {key: pad(key, fill[key]) for key in rows[0]}
 
 
 def show_batch(tokenizer, rows: list[dict], n: int = 3) -> None:
@@ -105,8 +124,12 @@ def show_batch(tokenizer, rows: list[dict], n: int = 3) -> None:
 # ---------------------------------------------------------------- 2. 损失
 
 
-def answer_loss(model, input_ids: torch.Tensor, labels: torch.Tensor, n_labels) -> torch.Tensor:
+def answer_loss(
+    model, input_ids: torch.Tensor, labels: torch.Tensor, n_labels, position_ids=None
+) -> torch.Tensor:
     """只在助手的 token 上的交叉熵，除以整个更新步的标签数。input_ids、labels：(B, T) → 标量。
+
+    position_ids 只在一行装了几段对话时给（pack_rows）。
 
     位置 t 的 logits 预测位置 t+1：移位要在掩码之前想清楚，差一格就是在学错的东西。
     整列都没有标签的位置不必算最后的 MLP 和 LM head：词表越大，省得越多。
@@ -114,7 +137,9 @@ def answer_loss(model, input_ids: torch.Tensor, labels: torch.Tensor, n_labels) 
     labels = labels[:, 1:]  # (B, T-1)，与预测它的位置对齐
     columns = (labels != IGNORE).any(0).nonzero().squeeze(1)  # (C,)
     with only_columns(model, columns):
-        logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=columns).logits  # (B, C, V)
+        logits = model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=columns
+        ).logits  # (B, C, V)
     loss = F.cross_entropy(
         logits.flatten(0, 1).float(), labels[:, columns].flatten(), ignore_index=IGNORE, reduction="sum"
     )
@@ -127,7 +152,7 @@ class SFTTrainer(Bucketed, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs["labels"]
         n_labels = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORE).sum()
-        return answer_loss(model, inputs["input_ids"], labels, n_labels)
+        return answer_loss(model, inputs["input_ids"], labels, n_labels, inputs.get("position_ids"))
 
 
 # ---------------------------------------------------------------- 3. 评测
@@ -191,6 +216,9 @@ def train(stage: Stage) -> dict:
         return metrics
 
     before = measure()
+    if settings.packing:
+        n_chats, rows = len(rows), pack_rows(rows, settings.max_length)
+        print(f"{n_chats} 段对话装成 {len(rows)} 块")
     lengths = [len(row["input_ids"]) for row in rows]
     progress = Progress(stage, "SFT", lengths)
     trainer = SFTTrainer(

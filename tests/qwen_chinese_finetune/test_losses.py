@@ -450,3 +450,24 @@ def test_dpo_sees_the_end_only_after_the_chosen_answer(dpo, chat_tokenizer):
 def test_pairs_are_generated_from_the_prompt_a_chat_would_use(pairs, chat_tokenizer):
     for row, pair in zip(tiny_world.pairs(8, 4), pairs, strict=True):
         assert pair["prompt_ids"] == prompt_ids(chat_tokenizer, row["prompt"])
+
+
+def test_sft_packed_losses_and_gradients_equal_the_chats_apart(sft, model64, chat_rows):
+    packed = sft.pack_rows(chat_rows, 256)
+    assert len(packed) < len(chat_rows) and max(r["position_ids"].count(0) for r in packed) > 1
+    assert sum(len(r["input_ids"]) for r in packed) == sum(len(r["input_ids"]) for r in chat_rows)
+    apart, together = copy.deepcopy(model64), copy.deepcopy(model64)
+    count = sum(label != IGNORE for row in chat_rows for label in row["labels"])
+    total = 0.0
+    for row in chat_rows:  # 一段一段地算
+        loss = sft.answer_loss(apart, **sft.collate([row], 0), n_labels=count)
+        loss.backward()
+        total += loss.item()
+    batch = sft.collate(packed, 0)
+    loss = sft.answer_loss(together, **batch, n_labels=count)
+    loss.backward()
+    assert loss.item() == pytest.approx(total, abs=1e-6)
+    for (name, ours), theirs in zip(together.named_parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-6, msg=name)
+    del batch["position_ids"]  # 反例：位置不归零，后一段看得见前一段
+    assert abs(sft.answer_loss(together, **batch, n_labels=count).item() - total) > 1e-4
