@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 from nlp_common.arguments import option, parse_arguments
@@ -34,6 +35,7 @@ NOT_IN_FINGERPRINT = {
     "preset",
     "output_dir",
     "retrain",
+    "dry_run",
     "show_batch",
     "logging_steps",
     "save_steps",
@@ -58,6 +60,7 @@ class StageSettings:
     output_dir: str | None = option("结果写到哪个文件夹；默认 outputs/<预设>/<阶段>，在脚本所在的文件夹里")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
     verify: bool = option("核对下载的模型：每个文件的大小和哈希与服务器上的一不一样", False)
+    dry_run: bool = option("只估算要多少内存、多少步、多久，不下载权重也不训练", False)
     retrain: bool = option("不用已有的结果，重新训练", False)
     seed: int = option("随机种子：同一种子，结果相同", 0)
     max_train_samples: int | None = option("最多用多少行训练数据")
@@ -235,6 +238,11 @@ def open_stage(name: str, settings: StageSettings, parents: dict[str, str]) -> I
     out = out.expanduser().resolve()
     for name_or_path in (settings.dataset, settings.eval_dataset):
         check_path(name_or_path)  # 路径写错了，不必等上一阶段训练完才知道
+    if settings.dry_run:
+        from .dry_run import dry_run
+
+        yield SimpleNamespace(record={"dry_run": dry_run(name, settings, FULL_MODEL)})
+        return
     found = {}
     for field_name, stage_name in parents.items():
         if stage_name == "base" and not getattr(settings, field_name):

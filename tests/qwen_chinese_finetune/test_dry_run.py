@@ -1,0 +1,103 @@
+"""--dry_run 的数字：参数、AdamW 与真的一样，激活与实际留下的相差不到一成。"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from qwen_common import dry_run as dr
+from qwen_common.loading import load_reward_model, load_value_model
+from qwen_common.stage import parse_settings
+
+
+def test_parameters_are_those_of_the_real_models(model, reward_folder, chat_tokenizer):
+    real = {
+        dr.CAUSAL: model,
+        dr.SCORE: load_reward_model(str(reward_folder), chat_tokenizer),
+        dr.VALUES: load_value_model(str(reward_folder), chat_tokenizer),
+    }
+    for cls, loaded in real.items():
+        counted = dr.count_parameters(cls, model.config)
+        assert counted == (sum(p.numel() for p in loaded.parameters()), len(list(loaded.parameters())))
+
+
+def test_qwen_0_5b_has_its_published_size():
+    # 嵌入 V·H，每层 4H² + 3H（偏置）+ 3HI + 2H，最后的归一化 H
+    by_hand = 151936 * 1024 + 24 * (4 * 1024**2 + 3 * 1024 + 3 * 1024 * 2816 + 2 * 1024) + 1024
+    assert dr.count_parameters(dr.CAUSAL, dr.qwen_0_5b())[0] == by_hand == 463_987_712
+
+
+def settings_of(sft, *argv):
+    return parse_settings(sft.SFTSettings, sft.PRESETS, ["--preset", "tiny", *argv])
+
+
+def test_optimizer_bytes_are_those_of_a_real_adamw(sft, model):
+    net = Qwen2ForCausalLM(model.config).float()
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(input_ids=torch.tensor([[5, 6, 7]])).logits.sum().backward()
+    optimizer.step()
+    held = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+    fixed = dr.estimate("sft", settings_of(sft), model.config, half=False)["fixed"]
+    assert next(v for k, v in fixed.items() if "AdamW" in k) == held
+    assert next(v for k, v in fixed.items() if "梯度" in k) == sum(p.grad.nbytes for p in net.parameters())
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("half", [False, True])
+def test_activations_are_within_a_tenth_of_what_is_really_kept(half, kv_heads):
+    config = Qwen2Config(
+        vocab_size=3000,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=True,
+    )
+    net = Qwen2ForCausalLM(config).float().train()
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept, alive = {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        at = storage.data_ptr()
+        half_weight = tensor.dim() == 2 and tensor.dtype == torch.bfloat16 and tensor.shape[0] != 128
+        if at not in weights and not half_weight:
+            kept[at] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    ids = torch.randint(0, 3000, (2, 64), generator=torch.Generator().manual_seed(0))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=half),
+    ):
+        logits = net(input_ids=ids, use_cache=False).logits
+        F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
+    measured = sum(kept.values())
+    assert dr.saved_bytes(config, ids.numel(), half, head=True) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("script", "n_models"),
+    [("pretrain_chinese-mac", 1), ("sft", 1), ("reward", 1), ("dpo", 2), ("ppo", 4)],
+)
+def test_every_stage_reports_offline_and_writes_nothing(
+    load_script, request, script, n_models, tmp_path, monkeypatch, capsys
+):
+    module = load_script(script) if "-" in script else request.getfixturevalue(script)
+    monkeypatch.setattr(dr, "find_model", lambda *_: None)
+    monkeypatch.setattr(dr, "device_bytes", lambda _: 2**30)
+    out = tmp_path / "out"
+    result = module.main(["--preset", "full", "--dry_run", "--output_dir", str(out)])["dry_run"]
+    assert len(result["models"]) == n_models and result["fits"] is False and result["steps"] > 0
+    printed = capsys.readouterr().out
+    assert "内置的尺寸表" in printed and "警告" in printed and "没有实测时间" in printed
+    assert result["total"][True] < result["total"][False]
+    assert not out.exists()
+
+
+def test_a_small_model_is_timed(sft, tmp_path):
+    argv = ["--preset", "tiny", "--dry_run", "--output_dir", str(tmp_path / "out")]
+    result = sft.main([*argv, "--per_device_train_batch_size", "2", "--max_length", "32"])["dry_run"]
+    assert result["seconds_per_step"] > 0 and result["steps"] == 3000 and result["fits"]
