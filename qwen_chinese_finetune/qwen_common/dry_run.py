@@ -21,8 +21,9 @@ from transformers import (
     Qwen2Config,
 )
 
+from nlp_common.cli import UserError
 from nlp_common.device import describe, pick_device, precision
-from nlp_common.hub import find_model
+from nlp_common.hub import find_model, how_to_get
 
 # 各阶段手里有哪些模型：(名字, 类, 训练吗)
 CAUSAL, SCORE, VALUES = (
@@ -68,12 +69,15 @@ def find_config(settings, full_model: str):
     found = find_model(name, settings.source)
     if found is not None and (found != name or os.path.isdir(found) or settings.source == "hf"):
         return AutoConfig.from_pretrained(found), f"{found} 的 config.json"
+    if found is None:
+        why = f"本地缓存里没有 {name}，也连不上它的服务器"
+    else:  # ModelScope 上有；读 config.json 要先把整个模型下载到缓存
+        why = f"{name} 还没有从 ModelScope 下载到缓存，--dry_run 不去下载"
     if name == full_model:
-        return qwen_0_5b(), f"内置的尺寸表（连不上 hub，没有读到 {full_model} 的 config.json）"
-    from nlp_common.cli import UserError
-    from nlp_common.hub import how_to_get
-
-    raise UserError(how_to_get(name, settings.source))
+        return qwen_0_5b(), f"内置的尺寸表（{why}）"
+    if found is None:
+        raise UserError(how_to_get(name, settings.source))
+    raise UserError(f"{why}。先运行：modelscope download --model {name}，再运行同一条命令。")
 
 
 def count_parameters(model_class, config) -> tuple[int, int]:
@@ -196,12 +200,18 @@ def dry_run(name: str, settings, full_model: str) -> dict:
     for label, size in result["fixed"].items():
         print(f"  {label}：{size / 2**30:.2f} GB")
     tokens = result["tokens_per_forward"]
+    steps = f"{result['steps']} 步" if result["steps"] else "步数要看数据有几行"
+    if settings.max_steps <= 0 and result["steps"]:
+        if name == "pretrain":
+            steps += "（按一块一篇文档算：短的装在一起会少些，长的切开会多些）"
+        elif getattr(settings, "packing", False):
+            steps = f"至多 {steps}（按一块一段对话算，装得越满步数越少）"
     for key, label in ((False, "不重算激活"), (True, "重算激活（--gradient_checkpointing True）")):
         print(
             f"  激活，{tokens} 个 token，{label}：{result['activations'][key] / 2**30:.2f} GB"
             f"（其中词表上的三份 {result['logits'] / 2**30:.2f} GB），合计 {result['total'][key] / 2**30:.2f} GB"
         )
-    print(f"  每步至多 {result['tokens_per_step']} 个 token，{result['steps'] or '步数要看数据有几行'} 步")
+    print(f"  每步至多 {result['tokens_per_step']} 个 token，{steps}")
     chosen = result["total"][bool(settings.gradient_checkpointing)]
     result["fits"] = None if room is None else chosen <= room
     if result["fits"] is False:

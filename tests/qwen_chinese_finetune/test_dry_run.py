@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from nlp_common.cli import UserError
 from qwen_common import dry_run as dr
 from qwen_common.loading import load_reward_model, load_value_model
 from qwen_common.stage import parse_settings
@@ -101,3 +102,20 @@ def test_a_small_model_is_timed(sft, tmp_path):
     argv = ["--preset", "tiny", "--dry_run", "--output_dir", str(tmp_path / "out")]
     result = sft.main([*argv, "--per_device_train_batch_size", "2", "--max_length", "32"])["dry_run"]
     assert result["seconds_per_step"] > 0 and result["steps"] == 3000 and result["fits"]
+
+
+@pytest.mark.parametrize(("flags", "bound"), [([], False), (["--packing", "True"], True)])
+def test_packing_makes_the_step_count_an_upper_bound(sft, monkeypatch, capsys, flags, bound):
+    monkeypatch.setattr(dr, "why_not_measured", lambda *_: "不必量")
+    result = sft.main(["--preset", "tiny", "--dry_run", *flags])["dry_run"]
+    assert (f"至多 {result['steps']} 步" in capsys.readouterr().out) == bound
+
+
+def test_modelscope_within_reach_is_not_called_unreachable(sft, monkeypatch, capsys):
+    monkeypatch.setattr(dr, "find_model", lambda name, _: name)  # 连得上，只是缓存里没有
+    argv = ["--preset", "full", "--dry_run", "--source", "modelscope"]
+    sft.main(argv)
+    printed = capsys.readouterr().out
+    assert "还没有从 ModelScope 下载" in printed and "连不上" not in printed
+    with pytest.raises(UserError, match="modelscope download --model some/model"):
+        sft.main([*argv, "--model", "some/model"])
