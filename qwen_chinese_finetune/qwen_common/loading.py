@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from nlp_common.cli import UserError
 
+from .rms_norm import use_fused_norms
 from .tiny_model import CHAT_TEMPLATE, END_OF_TEXT, IM_END, IM_START
 
 logging.disable_progress_bar()  # 只关"载入权重"的进度条，警告照常显示
@@ -54,7 +55,7 @@ def load_causal_lm(path: str):
     tokenizer = load_tokenizer(path)
     with readable_errors(path):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return tokenizer, model
+    return tokenizer, use_fused_norms(model)
 
 
 def end_chat_turns(model, tokenizer) -> None:
@@ -84,6 +85,6 @@ def _load_with_head(auto_class, path: str, tokenizer):
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # "LM head 没用上、打分头是新的"正是我们要的，不必警告
     try:
-        return auto_class.from_pretrained(path, config=config, dtype=torch.float32)
+        return use_fused_norms(auto_class.from_pretrained(path, config=config, dtype=torch.float32))
     finally:
         logging.set_verbosity(level)
