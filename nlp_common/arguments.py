@@ -16,6 +16,8 @@ MESSAGES = [
     (r"argument (--\w+)\S*: invalid int value: (.*)", r"\1 要是整数，给的是 \2"),
     (r"argument (--\w+)\S*: invalid float value: (.*)", r"\1 要是数，给的是 \2"),
     (r"argument (--\w+)\S*: expected .*", r"\1 后面要写上值"),
+    (r"argument (--\w+)\S*: Truthy value expected: got (.*) but .*", r"\1 要是 true 或 false，给的是 '\2'"),
+    (r"argument (?:-h/)?(--\w+)\S*: ignored explicit argument (.*)", r"\1 后面不写值，给的是 \2"),
 ]
 
 
