@@ -41,7 +41,7 @@ from nlp_common.device import accelerator_available, describe, peak_memory_mb, p
 from nlp_common.hub import announce, choose_preset
 from qwen_common.names import STAGES, highlights
 from qwen_common.report import write_report
-from qwen_common.stage import FULL_MODEL, HOME, SCRIPTS
+from qwen_common.stage import FULL_MODEL, HOME, SCRIPTS, preset_announced
 
 WHAT = {
     "pretrain": "在文档上学续写",
@@ -126,7 +126,8 @@ def run_stages(settings: RunAllSettings, stages: list[str], root: Path, console:
     for number, stage in enumerate(stages, 1):
         title = f"[bold]{number}/{len(stages)} {STAGES[stage]}[/]：{WHAT[stage]}"
         console.rule(f"{title}　已用 {clock(time.perf_counter() - STARTED)}", align="left")
-        load_script(stage).main(arguments(stage, settings, root))
+        with preset_announced():
+            load_script(stage).main(arguments(stage, settings, root))
         free_memory()
 
 

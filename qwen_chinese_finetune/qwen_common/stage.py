@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,13 +100,27 @@ COMMON = {
 }
 
 
+_announced = ContextVar("announced", default=False)
+
+
+@contextlib.contextmanager
+def preset_announced() -> Iterator[None]:
+    """已经说过用了哪个预设：在这里面运行的阶段不再各说一遍。"""
+    token = _announced.set(True)
+    try:
+        yield
+    finally:
+        _announced.reset(token)
+
+
 def parse_settings(settings_class, presets: dict[str, dict], argv: list[str] | None):
     """命令行 → 设置：先选预设（第一行就说选了哪个、为什么），再把没给的参数用预设补上。"""
     settings = parse_arguments(settings_class, argv)
     choice = choose_preset(
         settings.preset, settings.model, full_model=FULL_MODEL, needs_accelerator=True, source=settings.source
     )
-    print(announce(choice))
+    if not _announced.get():
+        print(announce(choice))
     settings.preset = choice.preset
     for name, value in (COMMON | presets[choice.preset]).items():
         if getattr(settings, name) is None:

@@ -57,6 +57,7 @@ def test_whole_chain_leaves_a_report(chain):
     root, out = chain
     for number, title in enumerate(("预训练", "SFT", "奖励模型", "DPO", "PPO", "对比"), 1):
         assert f"{number}/6 {title}：" in out
+    assert out.startswith("预设 tiny") and out.count("预设 tiny") == 1
     report = json.loads((root / "report.json").read_text(encoding="utf-8"))
     assert report["preset"] == "tiny" and report["seed"] == 0
     assert list(report["stages"]) == [*STAGES, "compare"]
