@@ -1,5 +1,6 @@
 """每个训练阶段：中途被 kill -9 或 Ctrl-C，再运行同一条命令，结果与不中断的完全相同。"""
 
+import functools
 import importlib.util
 import json
 import os
@@ -58,6 +59,33 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
+def arguments_of(stage: str, root: Path) -> list[str]:
+    parents = {
+        "pretrain": [],
+        "sft": ["--model", str(root / "pretrain")],
+        "reward": ["--model", str(root / "sft")],
+        "dpo": ["--model", str(root / "sft")],
+        # 自适应 KL 的 β 逐步在变，续训要接得上
+        "ppo": [
+            *("--model", str(root / "sft"), "--reward_model", str(root / "reward")),
+            *("--kl_target", "0.02", "--kl_gain", "1.0"),
+        ],
+    }
+    return [*SMALL, *parents[stage]]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(root, tmp_path_factory):
+    """``uninterrupted(stage)`` → 不中断的结果；每个阶段只训练一次。"""
+
+    @functools.cache
+    def run(stage: str) -> dict:
+        out = tmp_path_factory.mktemp("straight") / stage
+        return run_in_process(stage, [*arguments_of(stage, root), "--output_dir", str(out)])
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("stage", "how"),
     [
@@ -69,20 +97,9 @@ def root(tmp_path_factory) -> Path:
         ("ppo", signal.SIGINT),
     ],
 )
-def test_interrupted_then_resumed_equals_uninterrupted(root, tmp_path, stage, how):
-    parents = {
-        "pretrain": [],
-        "sft": ["--model", str(root / "pretrain")],
-        "reward": ["--model", str(root / "sft")],
-        "dpo": ["--model", str(root / "sft")],
-        # 自适应 KL 的 β 逐步在变，续训要接得上
-        "ppo": [
-            *("--model", str(root / "sft"), "--reward_model", str(root / "reward")),
-            *("--kl_target", "0.02", "--kl_gain", "1.0"),
-        ],
-    }[stage]
+def test_interrupted_then_resumed_equals_uninterrupted(root, uninterrupted, tmp_path, stage, how):
     out = tmp_path / stage
-    arguments = [*SMALL, *parents]
+    arguments = arguments_of(stage, root)
     process = subprocess.Popen(
         [sys.executable, str(HOME / SCRIPTS[stage]), *arguments, "--output_dir", str(out)],
         stdout=subprocess.PIPE,
@@ -103,7 +120,7 @@ def test_interrupted_then_resumed_equals_uninterrupted(root, tmp_path, stage, ho
     assert not out.exists(), "没训练完的文件夹不能出现在最终位置"
 
     resumed = run_in_process(stage, [*arguments, "--output_dir", str(out)])
-    straight = run_in_process(stage, [*arguments, "--output_dir", str(tmp_path / "straight" / stage)])
+    straight = uninterrupted(stage)
     assert outcome(resumed) == outcome(straight)
     assert [row["step"] for row in resumed["history"]] == [row["step"] for row in straight["history"]]
     assert not (tmp_path / f".{stage}.work").exists()
