@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
+import time
 from collections.abc import Callable
+
+from .processes import is_main, leave, lost_another
 
 
 class UserError(Exception):
@@ -12,15 +16,23 @@ class UserError(Exception):
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """运行 main；UserError 退出码 2，Ctrl-C 退出码 130，磁盘满退出码 2，其余异常照常抛出。"""
+    """运行 main；UserError 退出码 2，Ctrl-C 退出码 130，磁盘满退出码 2，其余异常照常抛出。
+
+    accelerate launch 开了几个进程时，只有主进程往屏幕上打印。
+    """
     sys.stdout.reconfigure(line_buffering=True)  # 输出接到文件或管道时，也随时看得到
+    if not is_main():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 （一直开到进程结束）
     try:
-        main()
+        _run(main)
     except UserError as error:
+        if not is_main():
+            time.sleep(2)  # 同样的错误主进程也有，它说过之后启动器就来结束这里；还活着，才是这里独有的
         print(f"错误：{error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\n已中断。训练类脚本再运行同一条命令，会从最近的检查点继续。", file=sys.stderr)
+        if is_main():
+            print("\n已中断。训练类脚本再运行同一条命令，会从最近的检查点继续。", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -30,3 +42,13 @@ def run_main(main: Callable[[], object]) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+
+
+def _run(main: Callable[[], object]) -> None:
+    try:
+        main()
+        leave()
+    except RuntimeError as error:
+        if lost_another(error):
+            time.sleep(10)  # 别用一屏"连接断了"盖住那个进程说的原因；启动器马上会来结束这里
+        raise

@@ -22,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .cli import UserError
+from .processes import is_main
 
 RUN_FILE = "run.json"
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}  # 没有权限、只读的盘、路径中间有个文件
@@ -138,9 +139,12 @@ class RunFolder:
 def open_run(path: Path) -> Iterator[RunFolder]:
     """锁住并打开一个输出文件夹；另一个进程正在用它时是 UserError，说出是哪个进程。
 
-    锁由操作系统持有：进程被 kill -9 之后锁自动放开，不会留下死锁。
+    锁由操作系统持有：进程被 kill -9 之后锁自动放开，不会留下死锁。几个进程一起训练时，由主进程锁。
     """
     folder = RunFolder(path)
+    if not is_main():
+        yield folder
+        return
     owner = path.with_name(f".{path.name}.owner.json")
     try:
         if path.parent.exists() and not path.parent.is_dir():

@@ -1,4 +1,4 @@
-"""训练循环之外、任何 Trainer 都用得上的部分：按长度分批、进度与吞吐、检查点的完成标记。"""
+"""训练循环之外、任何 Trainer 都用得上的部分：按长度分批、几个进程分一批、进度与吞吐、检查点的完成标记。"""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
-from torch.utils.data import Sampler
+import torch
+from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.utils import logging
 
+from .cli import UserError
+from .processes import is_main, num_processes, wait
 from .runs import CHECKPOINT_DONE, write_json
 
 
@@ -44,6 +48,70 @@ class LengthBucketSampler(Sampler[int]):
         last = batches.pop() if batches and len(batches[-1]) < self.batch_size else []
         rng.shuffle(batches)  # 不满的一批留在最后，别让它打乱后面的分批
         yield from (index for batch in [*batches, last] for index in batch)
+
+
+class SharedBatches(Sampler[list[int]]):
+    """一大批切成 parts 份，依次给出：accelerate 把第 i 份发给第 i 个进程，合起来恰好是一个进程的一大批。
+
+    最后不满的一批也尽量平分，不像 accelerate 默认的那样拿开头的行来凑；不够每个进程一行的，才不要了。
+    """
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, parts: int):
+        """batch_size：每一份多少行。"""
+        self.sampler, self.batch_size, self.parts = sampler, batch_size, parts
+        self.drop_last = False
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.sampler), self.batch_size * self.parts)
+        return (full + (rest >= self.parts)) * self.parts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.sampler)
+        for start in range(0, len(order), self.batch_size * self.parts):
+            batch = order[start : start + self.batch_size * self.parts]
+            if len(batch) >= self.parts:
+                cuts = [len(batch) * i // self.parts for i in range(self.parts + 1)]
+                yield from (batch[a:b] for a, b in pairwise(cuts))
+
+
+class ExactTrainer:
+    """混入 Trainer：n 个进程各 B 行，与一个进程 n·B 行走出同一步；梯度累积也一样。
+
+    compute_loss 把损失的和除以 num_items_in_batch 即可。它是整个更新步、所有进程里一共多少项（count_items 数的），
+    再除以进程数：DDP 对各进程的梯度求的是平均，要的却是和。
+    """
+
+    def __init__(self, model=None, args=None, **kwargs):
+        if args is not None and args.n_gpu > 1:
+            args._n_gpu = 1  # 不用 DataParallel：python 直接运行只用一块 GPU，几块用 accelerate launch
+        super().__init__(model=model, args=args, **kwargs)
+
+    model_accepts_loss_kwargs = True  # 请 Trainer 把 num_items_in_batch 传进来
+    loss_is_scaled_for_ga = True  # 已经按整个更新步平均过，不必再除以累积的批数
+
+    def count_items(self, batch: dict) -> torch.Tensor:
+        """一批里有几项（标签、偏好对）要算损失。"""
+        return (batch["labels"] != -100).sum()
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        n_items = sum(self.count_items(batch) for batch in batches).to(device, torch.float)
+        return batches, self.accelerator.reduce(n_items, "mean")
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        if num_processes() == 1:
+            return loader
+        shard = loader.batch_sampler  # accelerate 的 BatchSamplerShard，里面是普通的 BatchSampler
+        shard.batch_sampler = SharedBatches(
+            shard.batch_sampler.sampler, self._train_batch_size, num_processes()
+        )
+        shard.even_batches = False
+        if not len(shard):
+            raise UserError(f"训练数据只有 {len(self.train_dataset)} 行，不够 {num_processes()} 个进程分。")
+        return loader
 
 
 class BucketTrainer(Trainer):
@@ -98,6 +166,7 @@ class Progress(TrainerCallback):
             self.bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
 
     def on_save(self, args, state, control, **_):
+        wait()  # 别的进程的随机数状态、优化器的分片也写完了，才算写完
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_json(folder / CHECKPOINT_DONE, {"seconds": self.seconds()})
@@ -122,9 +191,17 @@ def run_trainer(trainer: Trainer, progress: Progress, checkpoint: Path | None) -
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
+def full_state(trainer: Trainer) -> dict | None:
+    """参数分片在各个进程里时（FSDP、ZeRO-3）收齐成一份，各进程都要调用；没有分片是 None。"""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return None
+
+
 def progress_bar(label: str, total: int, initial: int = 0) -> tqdm:
-    """终端里是一条会动的进度条；输出到文件时每 20 秒一行。"""
+    """终端里是一条会动的进度条；输出到文件时每 20 秒一行；只有主进程有。"""
     return tqdm(
+        disable=not is_main(),
         total=total,
         initial=initial,
         desc=f"  {label}",

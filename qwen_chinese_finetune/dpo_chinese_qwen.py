@@ -27,7 +27,8 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from nlp_common.arguments import option
-from nlp_common.training import run_trainer
+from nlp_common.processes import gather, my_share
+from nlp_common.training import full_state, run_trainer
 from qwen_common import tiny_world
 from qwen_common.columns import only_columns
 from qwen_common.data import EVAL_SEED, drop_long, load_train_and_eval
@@ -38,7 +39,7 @@ from qwen_common.packing import IGNORE
 from qwen_common.preference import collate_pairs, encode_pair, pair_length, pair_tokens
 from qwen_common.schemas import to_pairs
 from qwen_common.stage import Stage, StageSettings, open_stage, parse_settings
-from qwen_common.training import Bucketed, Progress, loss_curve, training_kwargs
+from qwen_common.training import PairTrainer, Progress, loss_curve, training_kwargs
 
 PRESETS = {
     "tiny": {
@@ -119,7 +120,7 @@ def chosen_sft_loss(chosen: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return -chosen / (labels[: len(chosen), 1:] != IGNORE).sum(1)
 
 
-class PairDPOTrainer(Bucketed, DPOTrainer):
+class PairDPOTrainer(PairTrainer, DPOTrainer):
     """TRL 的 DPOTrainer，损失换成上面看得见的算式（测试证明与 TRL 相等）。用之前设好 ``sft_weight``。"""
 
     sft_weight: float
@@ -130,9 +131,10 @@ class PairDPOTrainer(Bucketed, DPOTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         chosen, rejected = sequence_logps(model, inputs["input_ids"], inputs["labels"]).chunk(2)
         loss, margin = dpo_loss(chosen, rejected, *inputs["ref_logps"].chunk(2), self.beta)
-        self._metrics["train"]["rewards/margins"].append(margin.mean().item())
-        self._metrics["train"]["rewards/accuracies"].append((margin > 0).float().mean().item())
-        return (loss + self.sft_weight * chosen_sft_loss(chosen, inputs["labels"])).mean()
+        self.note("rewards/margins", margin)
+        self.note("rewards/accuracies", margin > 0)
+        loss = loss + self.sft_weight * chosen_sft_loss(chosen, inputs["labels"])
+        return loss.sum() / (num_items_in_batch or len(loss))  # 除以整个更新步的对数
 
 
 # ---------------------------------------------------------------- 2. 参考模型与评测
@@ -179,9 +181,11 @@ def train(stage: Stage) -> dict:
     heldout = [encode(tokenizer, row) for row in heldout_rows]
     heldout = drop_long(heldout, pair_length, settings.max_length, "留出数据")
 
-    # 参考模型不动，它的对数概率算一遍就够，不必每步重算
+    # 参考模型不动，它的对数概率算一遍就够，不必每步重算；几个进程各算一段
     started = time.perf_counter()
-    for row, ref in zip(rows, logps_of(reference, rows, pad_id, batch).tolist(), strict=True):
+    for row, ref in zip(
+        rows, gather(logps_of(reference, my_share(rows), pad_id, batch).tolist()), strict=True
+    ):
         row["ref_chosen"], row["ref_rejected"] = ref
     reference_seconds = round(time.perf_counter() - started, 2)
     heldout_ref = logps_of(reference, heldout, pad_id, batch)
@@ -210,7 +214,9 @@ def train(stage: Stage) -> dict:
         before = measure_chat(reference, tokenizer, questions)[0]
         metrics |= {f"{k}_before": before[k] for k in ("qa_accuracy", "preferred_rate")}
         metrics |= measure_chat(model, tokenizer, questions)[0]
-    return stage.finish(model, tokenizer, metrics, data, loss_curve(trainer.state.log_history))
+    return stage.finish(
+        model, tokenizer, metrics, data, loss_curve(trainer.state.log_history), full_state(trainer)
+    )
 
 
 def main(argv: list[str] | None = None) -> dict:

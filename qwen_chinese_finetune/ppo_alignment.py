@@ -18,7 +18,7 @@
 参考：Schulman et al. 2017（PPO）；Schulman et al. 2016（GAE）；Ziegler et al. 2019；Ouyang et al. 2022。
 """
 
-from nlp_common.cli import run_main
+from nlp_common.cli import UserError, run_main
 from nlp_common.hub import prepare_environment
 
 prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
@@ -32,10 +32,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from nlp_common.arguments import option
 from nlp_common.device import precision
+from nlp_common.processes import gather, is_main, num_processes
 from nlp_common.training import progress_bar
 from qwen_common.chatml import prompt_ids
 from qwen_common.checkpoints import load_training_state, save_training_state
@@ -157,8 +158,8 @@ def for_each_token(
     return result
 
 
-def roll_out(policy, prompts: list[list[int]], tokenizer, settings, generator) -> Rollout:
-    """policy 按温度采样，每个提示一个回答。"""
+def roll_out(policy, prompts: list[list[int]], tokenizer, settings, generator, share=(0, 1)) -> Rollout:
+    """policy 按温度采样，每个提示一个回答。share=(i, n)：这些提示是 n 个进程里第 i 个的那一份。"""
     policy.eval()
     device = next(policy.parameters()).device
     pad_id, stops = tokenizer.pad_token_id, stop_tokens(tokenizer)
@@ -172,6 +173,7 @@ def roll_out(policy, prompts: list[list[int]], tokenizer, settings, generator) -
         pad_id,
         settings.temperature,
         generator=generator,
+        share=share,
     )
     responses = torch.stack(list(tokens), 1)  # (B, R)
     is_stop = torch.isin(responses, torch.tensor(stops, device=device))
@@ -302,10 +304,13 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (x * mask).sum() / mask.sum()
 
 
-def whiten(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """减均值、除标准差，只算真实 token：学习率从此不必随奖励的尺度调整。"""
-    mean = masked_mean(advantages, mask)
-    variance = masked_mean((advantages - mean) ** 2, mask)
+def whiten(
+    advantages: torch.Tensor, mask: torch.Tensor, add_up: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+) -> torch.Tensor:
+    """减均值、除标准差，只算真实 token：学习率从此不必随奖励的尺度调整。add_up 把各进程的数加起来。"""
+    n = add_up(mask.sum())
+    mean = add_up((advantages * mask).sum()) / n
+    variance = add_up(((advantages - mean) ** 2 * mask).sum()) / n
     return (advantages - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
@@ -349,7 +354,7 @@ class Models:
 def sft_scores(reference, reward, prompts, tokenizer, settings, n: int = 128) -> tuple[float, float]:
     """SFT 模型回答前 n 个提示，奖励模型给的分的均值与标准差。"""
     generator = torch.Generator(next(reference.parameters()).device).manual_seed(settings.seed)
-    batch = settings.per_device_train_batch_size
+    batch = settings.per_device_train_batch_size * num_processes()  # 各进程算的都一样，也与一个进程时一样
     scores = []
     for start in range(0, min(n, len(prompts)), batch):
         rollout = roll_out(reference, prompts[start : start + batch], tokenizer, settings, generator)
@@ -363,8 +368,10 @@ def ppo_step(
 ) -> dict:
     """采样一批回答，用它更新 ppo_epochs 遍，返回这一轮的统计。"""
     clock = {"start": time.perf_counter()}
+    part_of = (accelerator.process_index, accelerator.num_processes)
     with accelerator.autocast():
-        rollout = roll_out(accelerator.unwrap_model(models.policy), prompts, tokenizer, settings, generator)
+        policy = accelerator.unwrap_model(models.policy)
+        rollout = roll_out(policy, prompts, tokenizer, settings, generator, part_of)
         clock["rollout"] = time.perf_counter()
         models.policy.eval()
         parts = micro_batches(rollout, settings.micro_batch_size)
@@ -386,7 +393,8 @@ def ppo_step(
     kl = kl_estimate(old_logps, ref_logps, settings.kl_estimator)
     rewards = token_rewards(outcome, kl, mask, kl_coef)
     advantages, returns = gae(rewards, old_values, mask, settings.gamma, settings.lam)
-    advantages = whiten(advantages, mask)
+    advantages = whiten(advantages, mask, accelerator.reduce)
+    n_tokens = accelerator.reduce(mask.sum().float(), "mean")  # 每个进程平均多少个 token
     clock["scoring"] = time.perf_counter()
 
     epochs = []  # 每一遍的统计
@@ -394,7 +402,8 @@ def ppo_step(
         stats = defaultdict(float)
         for index, part in parts:
             old = [x[index, : part.mask.shape[1]] for x in (old_logps, old_values, advantages, returns)]
-            share = part.mask.sum() / mask.sum()  # 这一份占全批 token 的几成：梯度累加起来等于整批的
+            # 这一份占全批 token 的几成：梯度累加起来等于整批的。DDP 对各进程的梯度求平均，所以按进程平均的 token 数算
+            share = part.mask.sum() / n_tokens
             with accelerator.autocast():
                 logps = response_logps(models.policy, part, temperature)
                 values = response_values(models.value, part)
@@ -408,7 +417,10 @@ def ppo_step(
             ratio = torch.exp(logps.detach() - old[0])[part.mask]
             stats["ratio_max"] = max(stats["ratio_max"], ratio.max().item())
         epochs.append(stats)
-        too_far = settings.max_update_kl is not None and stats["update_kl"] > settings.max_update_kl
+        too_far = False
+        if settings.max_update_kl is not None:
+            update_kl = accelerator.reduce(torch.tensor(stats["update_kl"], device=mask.device), "mean")
+            too_far = update_kl.item() > settings.max_update_kl
         for name, model in (("policy", models.policy), ("value", models.value)):
             if not too_far:
                 accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
@@ -419,7 +431,7 @@ def ppo_step(
     end = time.perf_counter()
     return {
         "score": scores.mean().item(),
-        "kl": masked_mean(old_logps - ref_logps, mask).item(),
+        "kl": (((old_logps - ref_logps) * mask).sum() / n_tokens).item(),
         "kl_coef": kl_coef,
         "length": mask.sum(1).float().mean().item(),
         "ended": rollout.ended.float().mean().item(),
@@ -445,7 +457,11 @@ def learning_rate(settings: PPOSettings, step: int) -> float:
 
 def train(stage: Stage) -> dict:
     settings = stage.settings
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(p := precision(stage.device), p))
+    accelerator = Accelerator(
+        cpu=stage.device.type == "cpu", mixed_precision={"fp32": "no"}.get(p := precision(stage.device), p)
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UserError("PPO 边训练边采样，参数不能分片：换用 accelerate_configs/ddp.yaml。")
     device = accelerator.device
     tokenizer, policy = load_causal_lm(stage.model_path)
     _, reference = load_causal_lm(stage.model_path)
@@ -494,16 +510,17 @@ def train(stage: Stage) -> dict:
             last = history[-1]
             kl_coef = next_kl_coef(last["kl_coef"], last["kl"], settings.kl_target, settings.kl_gain)
         # 第 step 轮用哪些提示、哪个随机数，只由 (种子, step, 进程) 决定：中断后继续，结果不变
-        rank = step * accelerator.num_processes + accelerator.process_index
-        chosen = [rows[(rank * batch + i) % len(rows)] for i in range(batch)]
+        first = (step * num_processes() + accelerator.process_index) * batch
+        chosen = [rows[(first + i) % len(rows)] for i in range(batch)]
         prompts = [row["prompt"] for row in chosen]
-        generator = torch.Generator(device).manual_seed(settings.seed * 1_000_003 + rank)
+        generator = torch.Generator(device).manual_seed(settings.seed * 1_000_003 + step)
         stats = ppo_step(models, optimizers, prompts, tokenizer, settings, accelerator, generator, kl_coef)
         replies = [reply_of(tokenizer, ids) for ids in stats.pop("replies")]
         if settings.dataset == "tiny_world":  # 程序知道标准答案：奖励涨的时候，回答真的变好了吗？
             verdicts = [judge(q, r["text"], r["ended"]) for q, r in zip(chosen, replies, strict=True)]
             stats["judge_score"] = sum(v.score for v in verdicts) / batch
-        history.append({"step": step + 1, **stats})
+        history.append({"step": step + 1, **over_processes(stats)})
+        stats = history[-1]
         bar.update(1)
         bar.set_postfix_str(f"奖励 {stats['score']:.2f} KL {stats['kl']:.3f}", refresh=False)
         if (step + 1) % settings.logging_steps == 0:
@@ -511,14 +528,25 @@ def train(stage: Stage) -> dict:
                 f"  {step + 1:>4} 步  奖励 {stats['score']:+.2f}  KL {stats['kl']:.3f}  长度 {stats['length']:.1f}"
                 f"  裁剪 {stats['clip_fraction']:.2f}  价值损失 {stats['value_loss']:.3f}  例：{replies[0]['text']}"
             )
-        if (step + 1) % settings.save_steps == 0 and accelerator.is_main_process:
+        if (step + 1) % settings.save_steps == 0 and is_main():
             unwrapped = {"policy": accelerator.unwrap_model(policy), "value": accelerator.unwrap_model(value)}
             save_training_state(stage, step + 1, unwrapped, optimizers, history)
     bar.close()
 
     policy = accelerator.unwrap_model(policy)
-    metrics = evaluate(stage, policy, reference, reward, tokenizer, heldout) | speed(history, batch)
+    metrics = evaluate(stage, policy, reference, reward, tokenizer, heldout) | speed(
+        history, batch * num_processes()
+    )
     return stage.finish(policy, tokenizer, metrics, data, history)
+
+
+def over_processes(stats: dict) -> dict:
+    """各进程的统计合成一份：最大的取最大，其余取平均。"""
+    every = gather([stats])
+    return {
+        name: max(values) if name == "ratio_max" else sum(values) / len(values)
+        for name, values in ((name, [each[name] for each in every]) for name in stats)
+    }
 
 
 def evaluate(stage: Stage, policy, reference, reward, tokenizer, questions: list[dict]) -> dict:

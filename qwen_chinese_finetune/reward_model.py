@@ -26,14 +26,14 @@ import torch.nn.functional as F
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
-from nlp_common.training import run_trainer
+from nlp_common.training import full_state, run_trainer
 from qwen_common.columns import only_columns
 from qwen_common.data import drop_long, load_train_and_eval
 from qwen_common.loading import load_reward_model, load_tokenizer
 from qwen_common.preference import collate_pairs, encode_pair, pair_length, pair_tokens
 from qwen_common.schemas import to_pairs
 from qwen_common.stage import Stage, StageSettings, open_stage, parse_settings
-from qwen_common.training import Bucketed, Progress, loss_curve, training_kwargs
+from qwen_common.training import PairTrainer, Progress, loss_curve, training_kwargs
 
 PRESETS = {
     "tiny": {
@@ -68,20 +68,22 @@ def score_pairs(model, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     AutoModelForSequenceClassification 在最后一个不是填充的 token 上读分数：只有那里看过了整个回答。
     回答不带 <|im_end|>，这个 token 就是回答的最后一个字；有没有说完，由 PPO 的罚分去管。
     """
+    config = getattr(model, "module", model).config  # DistributedDataParallel 的外壳没有 config
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-    last = torch.where(input_ids != model.config.pad_token_id, positions, 0).amax(1)  # (2B,)
+    last = torch.where(input_ids != config.pad_token_id, positions, 0).amax(1)  # (2B,)
     with only_columns(model, last.unique()):
         scores = model(input_ids=input_ids, use_cache=False).logits.squeeze(-1).float()  # (2B,)
     return scores.chunk(2)
 
 
-class PairwiseRewardTrainer(Bucketed, RewardTrainer):
+class PairwiseRewardTrainer(PairTrainer, RewardTrainer):
     """TRL 的 RewardTrainer，损失换成上面看得见的算式（测试证明与 TRL 相等）。"""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         chosen, rejected = score_pairs(model, inputs["input_ids"])
-        self._metrics["train"]["accuracy"].append((chosen > rejected).float().mean().item())
-        return pairwise_loss(chosen, rejected).mean()
+        self.note("accuracy", chosen > rejected)
+        loss = pairwise_loss(chosen, rejected)
+        return loss.sum() / (num_items_in_batch or len(loss))  # 除以整个更新步的对数
 
 
 # ---------------------------------------------------------------- 2. 评测
@@ -144,7 +146,9 @@ def train(stage: Stage) -> dict:
     metrics |= progress.metrics
     if "mean_score" in metrics:
         print("  各类回答的平均分：", "  ".join(f"{k} {v:+.2f}" for k, v in metrics["mean_score"].items()))
-    return stage.finish(model, tokenizer, metrics, data, loss_curve(trainer.state.log_history))
+    return stage.finish(
+        model, tokenizer, metrics, data, loss_curve(trainer.state.log_history), full_state(trainer)
+    )
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -30,7 +30,7 @@ from rich.text import Text
 from transformers import Trainer, TrainingArguments
 
 from nlp_common.arguments import option
-from nlp_common.training import run_trainer
+from nlp_common.training import full_state, run_trainer
 from qwen_common import tiny_world
 from qwen_common.chatml import encode_chat
 from qwen_common.columns import only_columns
@@ -147,8 +147,6 @@ def answer_loss(
 
 
 class SFTTrainer(Bucketed, Trainer):
-    model_accepts_loss_kwargs = True  # 请 Trainer 把整个更新步的标签数传进来
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs["labels"]
         n_labels = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORE).sum()
@@ -233,9 +231,8 @@ def train(stage: Stage) -> dict:
     metrics = {f"{k}_before": v for k, v in before.items() if k in ("heldout_loss", "qa_accuracy")}
     metrics |= measure() | progress.metrics
     samples = show_samples(model, tokenizer, heldout_rows)
-    return stage.finish(
-        model, tokenizer, metrics, data, loss_curve(trainer.state.log_history), samples=samples
-    )
+    history = loss_curve(trainer.state.log_history)
+    return stage.finish(model, tokenizer, metrics, data, history, full_state(trainer), samples=samples)
 
 
 def main(argv: list[str] | None = None) -> dict:

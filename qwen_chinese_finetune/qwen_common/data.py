@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nlp_common.cli import UserError
 from nlp_common.people_daily import people_daily
+from nlp_common.processes import on_main
 from nlp_common.rows import has_split, read_rows
 
 from . import tiny_world
@@ -26,7 +27,14 @@ def load_train_and_eval(settings, kind: str, convert: Callable) -> tuple[list[di
     """→ (训练行, 留出行, 数据来源)；kind 是小世界里的数据种类，convert 是 schemas 里的 to_*。
 
     留出行依次取自：--eval_dataset；数据集自带的 validation；都没有就从训练行里固定地分出 5%。
+    几个进程一起训练时，主进程读（下载）一遍，分给大家。
     """
+    train, heldout, data = on_main(lambda: _load_train_and_eval(settings, kind, convert))
+    print(f"训练 {len(train)} 行，留出 {len(heldout)} 行")
+    return train, heldout, data
+
+
+def _load_train_and_eval(settings, kind: str, convert: Callable) -> tuple[list[dict], list[dict], dict]:
 
     def tiny(split: str, limit: int | None) -> list[dict]:
         train = split == "train"
@@ -53,7 +61,6 @@ def load_train_and_eval(settings, kind: str, convert: Callable) -> tuple[list[di
         heldout = [train[i] for i in order[:n]]
         train = [train[i] for i in sorted(order[n:])]
         data["eval"] = {"name": f"{settings.dataset} 里固定留出的 {n} 行", "rows": n}
-    print(f"训练 {len(train)} 行，留出 {len(heldout)} 行")
     return train, heldout, data
 
 

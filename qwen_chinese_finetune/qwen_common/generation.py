@@ -29,9 +29,17 @@ def padded_positions(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def pick_next(
-    logits: torch.Tensor, temperature: float, top_p: float = 1.0, generator: torch.Generator | None = None
+    logits: torch.Tensor,
+    temperature: float,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> torch.Tensor:
-    """(B, V) 的 logits → (B,) 的下一个 token。temperature 为 0 即贪心；top_p 是核采样（Holtzman et al. 2020）。"""
+    """(B, V) 的 logits → (B,) 的下一个 token。temperature 为 0 即贪心；top_p 是核采样（Holtzman et al. 2020）。
+
+    share=(i, n)：这 B 行是一大批 n·B 行里的第 i 份，用的也是那一大批的第 i 份随机数：n 个进程合起来，
+    采出的与一个进程采 n·B 行相同。
+    """
     if temperature == 0:
         return logits.argmax(-1)
     probs = torch.softmax(logits.float() / temperature, -1)
@@ -39,6 +47,10 @@ def pick_next(
         sorted_probs, order = probs.sort(-1, descending=True)
         outside = sorted_probs.cumsum(-1) - sorted_probs >= top_p  # 前面的概率和已够 top_p 的都去掉
         probs = probs.masked_fill(outside.scatter(-1, order, outside), 0.0)
+    index, n = share
+    if n > 1:  # multinomial 里面也是这样做的：概率除以指数分布的随机数，取最大的
+        noise = probs.new_empty(n, *probs.shape).exponential_(generator=generator)[index]
+        return (probs / noise).argmax(-1)
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
 
 
@@ -53,10 +65,11 @@ def stream_tokens(
     temperature: float = 0.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[torch.Tensor]:
     """逐步产出 (B,) 的新 token；已经说完的行产出 pad_id，全部说完就停。
 
-    input_ids、attention_mask：(B, T)，左填充。
+    input_ids、attention_mask：(B, T)，左填充。share 见 pick_next。
     """
     position_ids = padded_positions(attention_mask)
     stops = torch.tensor(stop_ids, device=input_ids.device)
@@ -72,7 +85,7 @@ def stream_tokens(
             logits_to_keep=1,
         )
         cache = out.past_key_values
-        token = pick_next(out.logits[:, -1], temperature, top_p, generator)  # (B,)
+        token = pick_next(out.logits[:, -1], temperature, top_p, generator, share)  # (B,)
         token = token.masked_fill(done, pad_id)
         yield token
         done |= torch.isin(token, stops)

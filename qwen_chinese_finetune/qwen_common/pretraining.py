@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from nlp_common.device import pick_device
-from nlp_common.training import run_trainer
+from nlp_common.training import ExactTrainer, full_state, run_trainer
 
 from . import tiny_world
 from .data import EVAL_SEED, load_train_and_eval
@@ -79,10 +79,8 @@ def causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, n_labels) -> torc
     return shifted / n_labels
 
 
-class PretrainTrainer(Trainer):
+class PretrainTrainer(ExactTrainer, Trainer):
     """只换掉损失：算式写在上面，看得见。"""
-
-    model_accepts_loss_kwargs = True  # 请 Trainer 把整个更新步的标签数传进来
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs["labels"]
@@ -174,7 +172,9 @@ def train(stage: Stage) -> dict:
             model, tokenizer, tiny_world.heldout_questions(settings.max_eval_samples, EVAL_SEED)
         )
         metrics["qa_accuracy"] = chat["qa_accuracy"]
-    return stage.finish(model, tokenizer, metrics, data, loss_curve(trainer.state.log_history))
+    return stage.finish(
+        model, tokenizer, metrics, data, loss_curve(trainer.state.log_history), full_state(trainer)
+    )
 
 
 def run(settings: StageSettings) -> dict:

@@ -19,6 +19,7 @@ from nlp_common.arguments import option, parse_arguments
 from nlp_common.cli import UserError
 from nlp_common.device import describe, library_versions, peak_memory_mb, pick_device, seed_everything
 from nlp_common.hub import announce, choose_preset, require_model
+from nlp_common.processes import num_processes, on_main, without_launcher
 from nlp_common.rows import check_path
 from nlp_common.runs import CHECKPOINT_DONE, RunFolder, file_sha256, load_run, open_run
 
@@ -116,8 +117,14 @@ def preset_announced() -> Iterator[None]:
 def parse_settings(settings_class, presets: dict[str, dict], argv: list[str] | None):
     """命令行 → 设置：先选预设（第一行就说选了哪个、为什么），再把没给的参数用预设补上。"""
     settings = parse_arguments(settings_class, argv)
-    choice = choose_preset(
-        settings.preset, settings.model, full_model=FULL_MODEL, needs_accelerator=True, source=settings.source
+    choice = on_main(
+        lambda: choose_preset(
+            settings.preset,
+            settings.model,
+            full_model=FULL_MODEL,
+            needs_accelerator=True,
+            source=settings.source,
+        )
     )
     if not _announced.get():
         print(announce(choice))
@@ -144,9 +151,17 @@ class Stage:
     def model_path(self) -> str:
         return self.parents["model"]["path"]
 
+    def start(self) -> dict | None:
+        """早已训练完就返回它的记录；不然备好工作文件夹。"""
+        wanted = fingerprint(self.settings, self.parents)
+        record = None if self.settings.retrain else self.folder.finished(wanted)
+        if record is None:
+            self.folder.start(wanted)
+        return record
+
     def checkpoint(self) -> Path | None:
         """可以接着训练的检查点；之前花掉的秒数也算进这次的记录。"""
-        latest = self.folder.latest_checkpoint()
+        latest = on_main(self.folder.latest_checkpoint)
         if latest:
             self.started -= json.loads((latest / CHECKPOINT_DONE).read_text())["seconds"]
             print(f"接着上次的检查点继续：{latest.name}")
@@ -155,8 +170,17 @@ class Stage:
     def seconds(self) -> float:
         return time.time() - self.started
 
-    def finish(self, model, tokenizer, metrics: dict, data: dict, history: list[dict], **extra) -> dict:
-        """把模型、分词器和 run.json 写成完成的文件夹，返回记录。"""
+    def finish(
+        self,
+        model,
+        tokenizer,
+        metrics: dict,
+        data: dict,
+        history: list[dict],
+        state: dict | None = None,
+        **extra,
+    ) -> dict:
+        """把模型、分词器和 run.json 写成完成的文件夹，返回记录。state：参数分片时，收齐的那一份（full_state）。"""
         record = {
             "stage": self.name,
             "parent": self.parents,
@@ -173,10 +197,10 @@ class Stage:
         }
 
         def write(folder: Path) -> None:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
 
-        self.record = self.folder.finish(write, record)
+        self.record = on_main(lambda: self.folder.finish(write, record))
         show_metrics(metrics)
         print(f"已存到 {self.folder.path}（{record['seconds']:.0f} 秒）\n")
         return self.record
@@ -195,6 +219,8 @@ def fingerprint(settings: StageSettings, parents: dict[str, dict]) -> dict:
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IN_FINGERPRINT}
     for field_name, parent in parents.items():
         values[field_name] = f"{parent['stage']}:{parent['id']}"
+    if num_processes() > 1:  # 一步多少行，要乘上它
+        values["num_processes"] = num_processes()
     for name in ("dataset", "eval_dataset"):
         path = Path(values[name] or "")
         if path.is_file():
@@ -221,7 +247,7 @@ def _parent(settings: StageSettings, root: Path, field_name: str, stage: str) ->
             )
         print(f"还没有上一阶段（{stage}）的结果，先训练它 …", flush=True)
         command += ["--seed", str(settings.seed), "--output_dir", str(path)]
-        if code := subprocess.run(command).returncode:
+        if code := subprocess.run(command, env=without_launcher()).returncode:
             raise UserError(f"上一阶段没有完成（退出码 {code}）：{' '.join(command[1:])}")
         run = load_run(path)
     require_model(str(path))  # 复制、解压时坏了的文件，在这里就说出来
@@ -242,6 +268,15 @@ def _tiny_base(settings: StageSettings, root: Path) -> dict:
     return {"path": str(root / "base"), "stage": "base", "id": run["id"]}
 
 
+def _find_parents(settings: StageSettings, root: Path, parents: dict[str, str]) -> dict[str, dict]:
+    return {
+        field_name: _tiny_base(settings, root)
+        if stage_name == "base" and not getattr(settings, field_name)
+        else _parent(settings, root, field_name, stage_name)
+        for field_name, stage_name in parents.items()
+    }
+
+
 @contextlib.contextmanager
 def open_stage(name: str, settings: StageSettings, parents: dict[str, str]) -> Iterator[Stage]:
     """打开一个阶段：锁住输出文件夹、找好上游模型、设好随机种子。
@@ -258,24 +293,16 @@ def open_stage(name: str, settings: StageSettings, parents: dict[str, str]) -> I
 
         yield SimpleNamespace(record={"dry_run": dry_run(name, settings, FULL_MODEL)})
         return
-    found = {}
-    for field_name, stage_name in parents.items():
-        if stage_name == "base" and not getattr(settings, field_name):
-            if settings.preset == "tiny":
-                found[field_name] = _tiny_base(settings, out.parent)
-                continue
-            settings.model = FULL_MODEL
-        found[field_name] = _parent(settings, out.parent, field_name, stage_name)
+    if settings.preset == "full" and "base" in parents.values() and not settings.model:
+        settings.model = FULL_MODEL
+    found = on_main(lambda: _find_parents(settings, out.parent, parents))
     with open_run(out) as folder:
         stage = Stage(name, settings, folder, found)
-        wanted = fingerprint(settings, found)
-        if not settings.retrain:
-            stage.record = folder.finished(wanted)
+        stage.record = on_main(lambda: stage.start())
         if stage.record:
             print(f"已有训练结果，直接加载：{out}（--retrain 重新训练）")
             show_metrics(stage.record["metrics"])
         else:
-            folder.start(wanted)
             seed_everything(settings.seed)
             print(f"起点 {stage.model_path}\n数据 {settings.dataset}，设备 {describe(stage.device)}")
         yield stage

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import TrainingArguments
 
 from nlp_common.device import precision_flags
-from nlp_common.training import LengthBucketSampler
+from nlp_common.processes import num_processes
+from nlp_common.training import ExactTrainer, LengthBucketSampler
 from nlp_common.training import Progress as BaseProgress
 
 from .stage import Stage
 
 
-class Bucketed:
-    """混入任何 Trainer：训练数据按长度分批。用之前设好 ``row_lengths``。"""
+class Bucketed(ExactTrainer):
+    """混入任何 Trainer：训练数据按长度分批，几个进程合用一批。用之前设好 ``row_lengths``。"""
 
     row_lengths: list[int]
 
     def _get_train_sampler(self, *_):
-        return LengthBucketSampler(
-            self.row_lengths, self.args.per_device_train_batch_size, self.args.data_seed or self.args.seed
-        )
+        batch_size = self.args.per_device_train_batch_size * num_processes()
+        return LengthBucketSampler(self.row_lengths, batch_size, self.args.data_seed or self.args.seed)
+
+
+class PairTrainer(Bucketed):
+    """混入 TRL 的训练器：一批是 collate_pairs 拼的，损失按对数平均。"""
+
+    def count_items(self, batch: dict) -> torch.Tensor:
+        return torch.tensor(len(batch["input_ids"]) // 2, device=batch["input_ids"].device)
+
+    def note(self, name: str, values: torch.Tensor) -> None:
+        """把这一批（各进程合起来）的平均值记进训练日志。"""
+        mean = self.accelerator.reduce(values.detach().float().mean(), "mean")
+        self._metrics["train"][name].append(mean.item())
 
 
 def training_kwargs(stage: Stage) -> dict:
@@ -48,6 +61,8 @@ def training_kwargs(stage: Stage) -> dict:
         checkpointing: s.gradient_checkpointing,
         **{name: getattr(s, name) for name in names},
         **precision_flags(stage.device),
+        "use_cpu": stage.device.type == "cpu",  # 几个进程时，据此选 gloo
+        "ddp_find_unused_parameters": False,  # 参数个个都用得上，不必每步去找
         "output_dir": str(stage.folder.checkpoints),
         "save_strategy": "steps",
         "save_total_limit": 2,  # 正在写的一个加上写完的一个：写到一半被杀，还有前一个可用

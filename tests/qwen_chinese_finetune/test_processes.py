@@ -1,0 +1,173 @@
+"""几个进程一起训练：真的用 accelerate launch 开两个 CPU 进程，五个阶段都与一个进程、同样的总批大小走出同一条曲线。"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import SequentialSampler
+
+from nlp_common.training import SharedBatches
+
+HOME = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"
+CONFIGS = HOME / "accelerate_configs"
+SCRIPTS = {
+    "sft": "sft_chinese_qwen",
+    "pretrain": "pretrain_chinese-nvidia",
+    "reward": "reward_model",
+    "dpo": "dpo_chinese_qwen",
+    "ppo": "ppo_alignment",
+}
+# 行数凑不满最后一批：不满的那一批也要一样
+SMALL = ["--preset", "tiny", "--max_train_samples", "21", "--max_eval_samples", "4", "--logging_steps", "1"]
+SMALL += ["--save_steps", "1", "--learning_rate", "1e-3"]
+ONLY = {
+    "sft": ["--num_train_epochs", "5"],
+    "pretrain": ["--num_train_epochs", "3"],
+    "ppo": ["--max_steps", "3", "--max_new_tokens", "8"],
+}
+TIMED = {"rollout_s", "scoring_s", "update_s"}
+
+# 两个进程里跑的：依次训练各阶段
+DRIVER = """
+import sys
+from nlp_common.cli import run_main
+from nlp_common.hub import prepare_environment
+prepare_environment()
+import importlib.util, json
+
+def main():
+    for script, arguments in json.loads(sys.argv[1]):
+        spec = importlib.util.spec_from_file_location("stage", script)
+        sys.modules["stage"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.main(arguments)
+
+run_main(main)
+"""
+
+
+def arguments(stage: str, root: Path, parents: Path, processes: int) -> list[str]:
+    batch = ["--per_device_train_batch_size", str(8 // processes)]
+    if stage == "ppo":
+        batch += ["--micro_batch_size", "2", "--reward_model", str(parents / "reward")]
+    parent = {"sft": "base", "pretrain": "base"}.get(stage, "sft")
+    return [
+        *SMALL,
+        *batch,
+        *ONLY.get(stage, []),
+        "--model",
+        str(parents / parent),
+        "--output_dir",
+        str(root / stage),
+    ]
+
+
+@pytest.fixture(scope="module")
+def one(load_script, base_folder, tmp_path_factory) -> Path:
+    """一个进程训练的五个阶段。"""
+    root = tmp_path_factory.mktemp("one")
+    (root / "base").symlink_to(base_folder)
+    for stage, script in SCRIPTS.items():
+        load_script(script).main(arguments(stage, root, root, 1))
+    return root
+
+
+def launch(stages, root: Path, parents: Path) -> subprocess.Popen:
+    work = [(str(HOME / f"{SCRIPTS[stage]}.py"), arguments(stage, root, parents, 2)) for stage in stages]
+    (root / "driver.py").write_text(DRIVER, encoding="utf-8")
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp.yaml")),
+            *("--num_processes", "2", "--main_process_port", "0", str(root / "driver.py"), json.dumps(work)),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=HOME,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOME)},
+        start_new_session=True,
+    )
+
+
+def test_two_processes_equal_one(one, tmp_path):
+    """先训练 SFT，写完第一个检查点就 Ctrl-C；再从检查点继续，并训练其余的阶段。"""
+    process = launch(["sft"], tmp_path, one)
+    checkpoints = tmp_path / ".sft.work" / "checkpoints"
+    deadline = time.time() + 120
+    while not list(checkpoints.glob("checkpoint-*/complete.json")):
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # 终端里的 Ctrl-C 发给启动器和两个进程
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and not (tmp_path / "sft").exists()
+    assert errors.count("已中断") == 1, errors
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # 一个也不剩
+
+    process = launch(SCRIPTS, tmp_path, one)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert output.count("接着上次的检查点继续") == 1
+    assert output.count("已存到") == 5 and output.count("预设 tiny") == 5  # 只有一个进程打印
+    assert not list(tmp_path.glob(".*.work"))
+    for stage in SCRIPTS:
+        first, second = (
+            json.loads((root / stage / "run.json").read_text(encoding="utf-8")) for root in (one, tmp_path)
+        )
+        assert len(first["history"]) == len(second["history"]) >= 3
+        for a, b in zip(first["history"], second["history"], strict=True):
+            for name in a.keys() - TIMED:
+                assert a[name] == pytest.approx(b[name], abs=1e-4), (stage, name)
+        a, b, start = (
+            load_file(folder / "model.safetensors")
+            for folder in (one / stage, tmp_path / stage, one / "base")
+        )
+        for name, weight in a.items():
+            torch.testing.assert_close(b[name], weight, rtol=0, atol=2e-5, msg=f"{stage} {name}")
+        assert max((a[n] - start[n]).abs().max() for n in a.keys() & start.keys()) > 1e-3
+
+
+@pytest.mark.parametrize("rows", [16, 17, 18, 23, 24])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_shares_add_up_to_one_big_batch(rows, parts):
+    shares = list(SharedBatches(SequentialSampler(range(rows)), 4, parts))
+    assert len(shares) == len(SharedBatches(SequentialSampler(range(rows)), 4, parts))
+    assert len(shares) % parts == 0
+    big = [list(chain(*shares[i : i + parts])) for i in range(0, len(shares), parts)]
+    expected = [list(range(i, min(i + 4 * parts, rows))) for i in range(0, rows, 4 * parts)]
+    assert big == [batch for batch in expected if len(batch) >= parts]
+    for i in range(0, len(shares), parts):
+        sizes = [len(share) for share in shares[i : i + parts]]
+        assert min(sizes) > 0 and max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero3"])
+def test_accelerate_reads_the_configs(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    assert config.num_processes == 8
+    assert config.distributed_type == {"ddp": "MULTI_GPU", "fsdp": "FSDP", "zero3": "DEEPSPEED"}[name]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_shared_noise_samples_what_one_process_would(top_p):
+    from qwen_common.generation import pick_next
+
+    logits = 2 * torch.randn(12, 40, generator=torch.Generator().manual_seed(0))
+
+    def pick(rows, share):
+        return pick_next(rows, 1.0, top_p, torch.Generator().manual_seed(1), share).tolist()
+
+    whole = pick(logits, (0, 1))
+    for n in (2, 3):
+        parts = [pick(rows, (i, n)) for i, rows in enumerate(logits.chunk(n))]
+        assert list(chain(*parts)) == whole
