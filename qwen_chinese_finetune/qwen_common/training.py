@@ -31,8 +31,9 @@ class PairTrainer(Bucketed):
 
     def note(self, name: str, values: torch.Tensor) -> None:
         """把这一批（各进程合起来）的平均值记进训练日志。"""
-        mean = self.accelerator.reduce(values.detach().float().mean(), "mean")
-        self._metrics["train"][name].append(mean.item())
+        values = values.detach().float()
+        total, n = self.accelerator.reduce(torch.stack([values.sum(), torch.ones_like(values).sum()]))
+        self._metrics["train"][name].append((total / n).item())
 
 
 def training_kwargs(stage: Stage) -> dict:
