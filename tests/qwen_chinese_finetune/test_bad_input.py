@@ -50,24 +50,15 @@ def base(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def main_of(monkeypatch):
-    """在本进程里运行脚本的 main，省去每次导入。"""
-    import importlib.util
-
-    def load(script: str):
-        spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", script), HOME / script)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module.main
-
-    return load
+def main_of(load_script):
+    """脚本的 main，在本进程里运行，省去每次导入。"""
+    return lambda script: load_script(Path(script).stem).main
 
 
 @pytest.mark.parametrize("script", [*STAGES, *OTHERS])
-def test_help(script, load_script, capsys):
+def test_help(script, main_of, capsys):
     with pytest.raises(SystemExit) as done:
-        load_script(Path(script).stem).main(["--help"])
+        main_of(script)(["--help"])
     shown = capsys.readouterr().out
     assert done.value.code == 0
     assert "--preset" in shown
