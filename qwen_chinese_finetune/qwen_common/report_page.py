@@ -15,13 +15,14 @@ from .report_charts import accuracy_chart, length_chart, loss_charts, ppo_charts
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 JUDGED = "奖励模型的分只是老师的看法；程序的评分知道标准答案，奖励模型从没见过它。两样都升，才是真的变好。"
+PPO_NOTE = '奖励升、KL 也升：分数是用"离 SFT 多远"换来的，KL 惩罚管着这笔账。'
 NOT_JUDGED = "真实的问题没有唯一的答案：奖励模型的分只是老师的看法，长度、用词和 KL 说出它是怎样换来的。"
 SETTINGS = {
     "max_train_samples": "训练行数",
     "per_device_train_batch_size": "批大小",
     "learning_rate": "学习率",
     "num_train_epochs": "遍数",
-    "max_steps": "步数",
+    "max_steps": "最多几步",
     "max_length": "最长 token",
     "seed": "种子",
 }
@@ -33,6 +34,17 @@ def _number(value) -> str:
     if not isinstance(value, float):
         return escape(str(value))
     return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
+
+
+def _setting(value) -> str:
+    """1.0 遍写 1；-1 是不限。"""
+    return (
+        ""
+        if value is None
+        else "不限"
+        if value == -1
+        else escape(f"{value:g}" if isinstance(value, float) else str(value))
+    )
 
 
 def _table(head: list[str], rows: list[list[str]], css: str = "") -> str:
@@ -110,7 +122,7 @@ def stage_table(records: dict[str, dict]) -> str:
         speed = metrics.get("train_tokens_per_s") if name != "compare" else None
         cells = [STAGES[name], f"{record['seconds']:.0f}", f"{speed:,.0f}" if speed else ""]
         data = record["data"].get("train") or {"name": record["data"].get("dataset")}
-        cells += [escape(str(data["name"])), *(_number(settings.get(key)) for key in SETTINGS)]
+        cells += [escape(str(data["name"])), *(_setting(settings.get(key)) for key in SETTINGS)]
         rows.append([_td(cells[0]), *(_td(cell, "number") for cell in cells[1:])])
     return _table(["阶段", "秒", "token/秒", "数据", *SETTINGS.values()], rows, "numbers-2")
 
@@ -119,6 +131,29 @@ def _charts(charts: list[str]) -> str:
     if not charts:
         return '<p class="faint">步数太少，没有可画的。</p>'
     return '<div class="charts">' + "".join(f'<div class="chart">{svg}</div>' for svg in charts) + "</div>"
+
+
+def _section(title: str, note: str, *parts: str) -> str:
+    return f"<section>\n<h2>{title}</h2>\n<p>{note}</p>\n" + "\n".join(parts) + "\n</section>\n"
+
+
+def _later(report: dict, records: dict[str, dict], answers: list[dict]) -> str:
+    """PPO 与比较的几节：没有跑到的阶段不占地方。"""
+    sections = []
+    if "ppo" in records:
+        sections.append(_section("PPO", PPO_NOTE, _charts(ppo_charts(records))))
+    if "compare" in records:
+        samples = records["compare"].get("samples", [])
+        judged = any("verdict" in r for s in samples for r in s["replies"].values())
+        marks = "　".join(
+            f'<span class="{css}">{mark} {text}</span>' for css, (mark, _, text) in MARKS.items()
+        )
+        charts = _charts([*accuracy_chart(report["models"]), *length_chart(answers)])
+        note = JUDGED if judged else NOT_JUDGED
+        sections.append(_section("同样的题，各个模型", note, charts, model_table(report["models"])))
+        title = f"样例（{len(samples)} 道，温度 1 采样）"
+        sections.append(_section(title, marks if judged else "", sample_table(samples)))
+    return "\n".join(sections)
 
 
 def _environment(report: dict, records: dict[str, dict]) -> str:
@@ -130,21 +165,13 @@ def _environment(report: dict, records: dict[str, dict]) -> str:
 
 def render_page(report: dict, records: dict[str, dict], answers: list[dict], highlights: list[dict]) -> str:
     """→ 完整的 HTML。highlights 见 names.highlights。"""
-    compare = records.get("compare", {})
-    marks = "　".join(f'<span class="{css}">{mark} {text}</span>' for css, (mark, _, text) in MARKS.items())
-    judged = any("verdict" in r for s in compare.get("samples", []) for r in s["replies"].values())
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         preset=escape(report["preset"]),
         seconds=f"{report['seconds']:.0f}",
         environment=_environment(report, records),
         highlights=highlight_table(highlights),
         losses=_charts(loss_charts(records)),
-        ppo=_charts(ppo_charts(records)),
-        accuracy=_charts([*accuracy_chart(report["models"]), *length_chart(answers)]),
-        models=model_table(report["models"]),
-        n_samples=len(compare.get("samples", [])),
-        judge_note=JUDGED if judged else NOT_JUDGED,
-        marks=marks if judged else "",
-        samples=sample_table(compare.get("samples", [])),
+        later=_later(report, records, answers),
         stages=stage_table(records),
+        where_answers="；全部回答在 compare/compare.json 里" if "compare" in records else "",
     )

@@ -135,6 +135,7 @@ def test_unfinished_chain_still_gives_a_page(root):
     assert list(report["stages"]) == ["pretrain"] and report["models"] == {}  # 以前留下的后几个阶段不混进来
     page = Page((root / "report.html").read_text(encoding="utf-8"))
     assert "svg" not in page.tags and "没有可画的" in page.text and "目标" not in page.text
+    assert not any(words in page.text for words in ("PPO", "样例", "compare.json"))  # 没跑到的不占地方
 
 
 def test_real_data_has_no_judge(root):
