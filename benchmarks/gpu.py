@@ -6,9 +6,9 @@
 MFU（model FLOP utilisation）= 这个模型必须做的浮点运算 ÷ 秒数 ÷ 设备的峰值。宽 H、L 层、注意力宽 A、键值宽 K、MLP 宽 I、
 词表 V，一行 T 个 token、其中 C 个要算损失，前向是
 
-    2·T·L·(H·A + 2·H·K) + 4·L·T²·A + 2·((L−1)·T + C)·(A·H + 3·H·I) + 2·C·H·V
+    4·L·T·H·K + ((L−1)·T + C)·(4·A·H + 6·H·I + 4·T·A) + 2·C·H·V
 
-依次是 q、k、v，注意力（T² 按满的算，不因因果而减半），输出投影与 MLP（最后一层只有 C 列用得着），LM head。训练是前向的
+依次是 k、v，再是 q 与输出投影、MLP、注意力（每个 query 对满 T 列算，不因因果而减半；最后一层只有 C 列用得着），LM head。训练是前向的
 3 倍；DPO 的两条再加参考模型的一次前向，共 4 倍。填充、重算激活都不算必须做的，所以它们只会压低 MFU。
 DPO 的秒数，我们的一边加上训练前算参考对数概率的时间（TRL 边训练边算）。峰值是各卡公布的 bf16 稠密算力（T4、V100 是
 fp16），不在表里的卡用 --peak_tflops 给。
@@ -93,11 +93,10 @@ def forward_flops(config, n_tokens: int, n_labels: int) -> int:
     hidden, layers = config.hidden_size, config.num_hidden_layers
     head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = head_dim * config.num_attention_heads, head_dim * config.num_key_value_heads
-    qkv = 2 * n_tokens * layers * (hidden * queries + 2 * hidden * keys)
-    attention = 4 * layers * n_tokens**2 * queries
+    kv = 4 * layers * n_tokens * hidden * keys
     columns = (layers - 1) * n_tokens + n_labels
-    rest = 2 * columns * (queries * hidden + 3 * hidden * config.intermediate_size)
-    return qkv + attention + rest + 2 * n_labels * hidden * config.vocab_size
+    per_column = 4 * queries * hidden + 6 * hidden * config.intermediate_size + 4 * n_tokens * queries
+    return kv + columns * per_column + 2 * n_labels * hidden * config.vocab_size
 
 
 def sequences_of(stage: str, row) -> list[tuple[int, int]]:
