@@ -4,7 +4,7 @@
 
 运行：
     python run_all.py                                      # 自动选预设
-    python run_all.py --preset tiny                        # 离线小世界，2 核 CPU 三分半钟
+    python run_all.py --preset tiny                        # 离线小世界，2 核 CPU 三到五分钟
     python run_all.py --preset full                        # Qwen1.5-0.5B 与真实数据，需要加速器
     python run_all.py --preset tiny --until sft            # 只跑到 SFT
     python run_all.py --preset tiny --max_steps 2          # 每个阶段只走两步，看看能不能跑通
