@@ -14,13 +14,14 @@ import urllib.error
 import urllib.request
 
 from .cli import UserError
+from .memory import keep_freed_memory
 
 TIMEOUT = 5.0  # 秒；多久连不上就算连不上
 MIRROR = "https://hf-mirror.com"
 
 
 def prepare_environment() -> None:
-    """设好环境变量（用户自己设过的不动）。要在导入任何 Hugging Face 库之前调用。"""
+    """设好环境变量（用户自己设过的不动）和 malloc。要在导入任何 Hugging Face 库之前调用。"""
     defaults = {
         "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL 一导入就会联网报告，离线时白等
         "TOKENIZERS_PARALLELISM": "false",  # DataLoader 分叉进程之后，并行分词会报警甚至死锁
@@ -30,6 +31,7 @@ def prepare_environment() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    keep_freed_memory()
 
 
 def endpoint(source: str = "hf") -> str:
