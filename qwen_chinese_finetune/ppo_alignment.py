@@ -37,6 +37,7 @@ from accelerate import Accelerator, DistributedType
 from nlp_common.arguments import option
 from nlp_common.device import precision
 from nlp_common.processes import gather, is_main, num_processes
+from nlp_common.together import together
 from nlp_common.training import progress_bar
 from qwen_common.chatml import prompt_ids
 from qwen_common.checkpoints import load_training_state, save_training_state
@@ -94,7 +95,7 @@ class PPOSettings(StageSettings):
         "每个 token 的 KL 想要多少 nats：给了就每步调整 β（自适应 KL）；不给则 β 不变"
     )
     kl_gain: float = option("自适应 KL 每步最多调整 β 的 0.2 倍乘以它", 0.1)
-    max_update_kl: float | None = option("一批之内新旧策略的 KL 超过它，这批就不再更新；不给则不管")
+    max_update_kl: float | None = option("一批之内新旧策略的 KL 超过它，策略在这批上就不再更新；不给则不管")
     gamma: float = option("折扣；一个回答很短，不打折", 1.0)
     lam: float = option("GAE 的 λ：1 是蒙特卡洛，0 是一步自举", 0.95)
     clip_range: float = option("概率比裁剪的范围 ε", 0.2)
@@ -363,6 +364,55 @@ def sft_scores(reference, reward, prompts, tokenizer, settings, n: int = 128) ->
     return every.mean().item(), max(every.std(correction=0).item(), 1e-3)  # 只有一个回答时标准差是 0
 
 
+def update_policy(policy, optimizer, parts, old_logps, advantages, n_tokens, settings, accelerator) -> dict:
+    """同一批回答更新策略 ppo_epochs 遍（裁剪的策略损失），返回各遍平均的统计。old_logps、advantages：(B, R)。"""
+    epochs = []
+    for _ in range(settings.ppo_epochs):
+        stats = defaultdict(float)
+        for index, part in parts:
+            old, advantage = (x[index, : part.mask.shape[1]] for x in (old_logps, advantages))  # (b, R)
+            # 这一份占全批 token 的几成：梯度累加起来等于整批的。DDP 对各进程的梯度求平均，所以按进程平均的 token 数算
+            share = part.mask.sum() / n_tokens
+            with accelerator.autocast():
+                logps = response_logps(policy, part, settings.temperature)
+            loss, clipped = policy_loss(logps, old, advantage, part.mask, settings.clip_range)
+            accelerator.backward(loss * share)
+            moved = masked_mean(kl_estimate(old, logps.detach(), "k3"), part.mask)
+            stats["clip_fraction"] += (clipped * share).item()
+            stats["update_kl"] += (moved * share).item()
+            ratio = torch.exp(logps.detach() - old)[part.mask]
+            stats["ratio_max"] = max(stats["ratio_max"], ratio.max().item())
+        epochs.append(stats)
+        if settings.max_update_kl is not None:
+            update_kl = accelerator.reduce(torch.tensor(stats["update_kl"], device=old_logps.device), "mean")
+            if update_kl.item() > settings.max_update_kl:  # 离采样时太远，旧样本上的梯度不再可信
+                optimizer.zero_grad()
+                break
+        accelerator.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    means = {name: sum(stats[name] for stats in epochs) / len(epochs) for name in epochs[0]}
+    return {"epochs": len(epochs), **means}
+
+
+def update_value(value, optimizer, parts, old_values, returns, n_tokens, settings, accelerator) -> dict:
+    """同一批回答更新价值网络 ppo_epochs 遍（裁剪的价值损失）。old_values、returns：(B, R)。"""
+    total = 0.0
+    for _ in range(settings.ppo_epochs):
+        for index, part in parts:
+            old, target = (x[index, : part.mask.shape[1]] for x in (old_values, returns))  # (b, R)
+            share = part.mask.sum() / n_tokens
+            with accelerator.autocast():
+                values = response_values(value, part)
+            loss = value_loss(values, old, target, part.mask, settings.clip_range_value)
+            accelerator.backward(loss * share)
+            total += (loss * share).item()
+        accelerator.clip_grad_norm_(value.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"value_loss": total / settings.ppo_epochs}
+
+
 def ppo_step(
     models: Models, optimizers: dict, prompts, tokenizer, settings, accelerator, generator, kl_coef: float
 ) -> dict:
@@ -372,21 +422,28 @@ def ppo_step(
     with accelerator.autocast():
         policy = accelerator.unwrap_model(models.policy)
         rollout = roll_out(policy, prompts, tokenizer, settings, generator, part_of)
-        clock["rollout"] = time.perf_counter()
-        models.policy.eval()
-        parts = micro_batches(rollout, settings.micro_batch_size)
-        mask, temperature = rollout.mask, settings.temperature
-        scores = torch.zeros(len(mask), device=mask.device)  # (B,)
-        with torch.no_grad():  # 以下都是 (B, R)
-            old_logps = for_each_token(
-                lambda r: response_logps(models.policy, r, temperature), parts, rollout
-            )
-            ref_logps = for_each_token(
-                lambda r: response_logps(models.reference, r, temperature), parts, rollout
-            )
-            old_values = for_each_token(lambda r: response_values(models.value, r), parts, rollout)
+    clock["rollout"] = time.perf_counter()
+    models.policy.eval()
+    parts = micro_batches(rollout, settings.micro_batch_size)
+    mask = rollout.mask
+
+    @torch.no_grad()
+    def logps_of(model) -> torch.Tensor:  # (B, R)
+        with accelerator.autocast():
+            return for_each_token(lambda r: response_logps(model, r, settings.temperature), parts, rollout)
+
+    @torch.no_grad()
+    def score() -> tuple[torch.Tensor, torch.Tensor]:  # 价值 (B, R)，整段的分 (B,)
+        with accelerator.autocast():
+            values = for_each_token(lambda r: response_values(models.value, r), parts, rollout)
+            scores = torch.zeros(len(mask), device=mask.device)
             for index, part in parts:
                 scores[index] = score_responses(models.reward, part, tokenizer.pad_token_id)
+        return values, scores
+
+    (old_logps, ref_logps), (old_values, scores) = together(
+        lambda: [logps_of(model) for model in (models.policy, models.reference)], score
+    )
     outcome = response_rewards(
         scores, rollout.ended, models.score_mean, models.score_std, settings.missing_end_penalty
     )
@@ -397,37 +454,11 @@ def ppo_step(
     n_tokens = accelerator.reduce(mask.sum().float(), "mean")  # 每个进程平均多少个 token
     clock["scoring"] = time.perf_counter()
 
-    epochs = []  # 每一遍的统计
-    for _ in range(settings.ppo_epochs):
-        stats = defaultdict(float)
-        for index, part in parts:
-            old = [x[index, : part.mask.shape[1]] for x in (old_logps, old_values, advantages, returns)]
-            # 这一份占全批 token 的几成：梯度累加起来等于整批的。DDP 对各进程的梯度求平均，所以按进程平均的 token 数算
-            share = part.mask.sum() / n_tokens
-            with accelerator.autocast():
-                logps = response_logps(models.policy, part, temperature)
-                values = response_values(models.value, part)
-            p_loss, clipped = policy_loss(logps, old[0], old[2], part.mask, settings.clip_range)
-            v_loss = value_loss(values, old[1], old[3], part.mask, settings.clip_range_value)
-            accelerator.backward(p_loss * share)
-            accelerator.backward(v_loss * share)
-            moved = masked_mean(kl_estimate(old[0], logps.detach(), "k3"), part.mask)
-            for name, value in (("clip_fraction", clipped), ("value_loss", v_loss), ("update_kl", moved)):
-                stats[name] += (value * share).item()
-            ratio = torch.exp(logps.detach() - old[0])[part.mask]
-            stats["ratio_max"] = max(stats["ratio_max"], ratio.max().item())
-        epochs.append(stats)
-        too_far = False
-        if settings.max_update_kl is not None:
-            update_kl = accelerator.reduce(torch.tensor(stats["update_kl"], device=mask.device), "mean")
-            too_far = update_kl.item() > settings.max_update_kl
-        for name, model in (("policy", models.policy), ("value", models.value)):
-            if not too_far:
-                accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-                optimizers[name].step()
-            optimizers[name].zero_grad()
-        if too_far:  # 新策略已经离采样时太远，旧样本上的梯度不再可信
-            break
+    shared = (n_tokens, settings, accelerator)
+    on_policy, on_value = together(  # 两个网络互不相干，各学各的
+        lambda: update_policy(models.policy, optimizers["policy"], parts, old_logps, advantages, *shared),
+        lambda: update_value(models.value, optimizers["value"], parts, old_values, returns, *shared),
+    )
     end = time.perf_counter()
     return {
         "score": scores.mean().item(),
@@ -435,8 +466,8 @@ def ppo_step(
         "kl_coef": kl_coef,
         "length": mask.sum(1).float().mean().item(),
         "ended": rollout.ended.float().mean().item(),
-        "epochs": len(epochs),
-        **{name: sum(stats[name] for stats in epochs) / len(epochs) for name in epochs[0]},
+        **on_policy,
+        **on_value,
         "rollout_s": clock["rollout"] - clock["start"],
         "scoring_s": clock["scoring"] - clock["rollout"],
         "update_s": end - clock["scoring"],
