@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
     """告诉 glibc 的 malloc：32 MB 以下的内存从堆里分，堆顶空出不到 1 GB 就不还给系统（malloc(3)、mallopt(3)）。
 
     默认的做法是几 MB 的张量一释放就还掉，下一步再要，系统得一页一页（4 KB）地重新给、清零：一步预训练要缺页
-    两千多次，占了两三成的时间。不是 glibc（Windows、macOS、musl）就什么也不做。
+    一千次上下，留着就只有几十次，快百分之几。不是 glibc（Windows、macOS、musl）就什么也不做。
     """
     if not sys.platform.startswith("linux"):
         return

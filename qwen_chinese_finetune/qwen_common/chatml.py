@@ -9,23 +9,33 @@
 
 from __future__ import annotations
 
+import functools
+
 from .tiny_model import IM_END, IM_START
 
 
-def encode_text(tokenizer, text: str) -> list[int]:
-    """用户写的内容：里面就算打出 <|im_end|> 这样的字样，也只当普通文字切开，不会变成控制符。"""
+def encode_text(tokenizer, text: str | list[str]) -> list[int] | list[list[int]]:
+    """用户写的内容 → token；给几段，就是几段各自的 token。里面就算打出 <|im_end|> 这样的字样，也只当普通文字切开，不会变成控制符。"""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+@functools.lru_cache(maxsize=64)
+def _fixed(tokenizer, text: str) -> list[int]:
+    """角色名、换行这些每段对话都有的文字，只分一次词。"""
+    return encode_text(tokenizer, text)
 
 
 def encode_chat(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
     """一段对话 → (input_ids, is_answer)，等长；is_answer 为 1 的是助手说的内容和它后面的 <|im_end|>。"""
     start, end = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
-    newline = encode_text(tokenizer, "\n")
+    newline = _fixed(tokenizer, "\n")
     input_ids: list[int] = []
     is_answer: list[int] = []
-    for message in messages:
-        header = [start, *encode_text(tokenizer, message["role"] + "\n")]
-        content = [*encode_text(tokenizer, message["content"]), end]
+    # 各条消息的内容一次分完：分词器调用一次的开销，比切一句话还大
+    contents = encode_text(tokenizer, [message["content"] for message in messages]) if messages else []
+    for message, ids in zip(messages, contents, strict=True):
+        header = [start, *_fixed(tokenizer, message["role"] + "\n")]
+        content = [*ids, end]
         answer = int(message["role"] == "assistant")
         input_ids += header + content + newline
         is_answer += [0] * len(header) + [answer] * len(content) + [0] * len(newline)
@@ -36,7 +46,7 @@ def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
     """生成用的提示：历史消息，加上 ``<|im_start|>assistant\\n``，等模型接着写。"""
     start = tokenizer.convert_tokens_to_ids(IM_START)
     ids, _ = encode_chat(tokenizer, messages)
-    return [*ids, start, *encode_text(tokenizer, "assistant\n")]
+    return [*ids, start, *_fixed(tokenizer, "assistant\n")]
 
 
 def answer_ids(tokenizer, text: str) -> list[int]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from nlp_common.together import together
+
 from .chatml import prompt_ids
 from .generation import batches_by_length, generate, pad_left, padded_positions, stop_tokens
 from .tiny_world import OPENINGS, WORLD
@@ -106,8 +108,13 @@ def _fingerprint(model, tokenizer, questions: list[dict], seed: int) -> str:
 
 
 def _measure_chat(model, tokenizer, questions: list[dict], seed: int) -> tuple[dict, list[dict], list[dict]]:
-    greedy = reply_to(model, tokenizer, questions)
-    sampled = reply_to(model, tokenizer, questions, temperature=1.0, seed=seed)
+    was_training = model.training
+    model.eval()  # 两边同时用一个模型，模式先定好
+    greedy, sampled = together(
+        lambda: reply_to(model, tokenizer, questions),
+        lambda: reply_to(model, tokenizer, questions, temperature=1.0, seed=seed),
+    )
+    model.train(was_training)
     on_greedy = [judge(q, r["text"], r["ended"]) for q, r in zip(questions, greedy, strict=True)]
     on_sampled = [judge(q, r["text"], r["ended"]) for q, r in zip(questions, sampled, strict=True)]
     n = len(questions)

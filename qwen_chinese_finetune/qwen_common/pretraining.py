@@ -73,8 +73,9 @@ def causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, n_labels) -> torc
 
     除以整个更新步的标签数 n_labels 而不是各批各自求平均：梯度累积 8×1 才与 1×8 相同。
     """
+    labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # 移标签而不移 logits：后者大得多，切一刀就要抄一遍
     shifted = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
     )
     return shifted / n_labels
 
