@@ -74,12 +74,17 @@ HELP = """  switch 名字   换一个模型接着聊（base、sft、dpo、ppo；
   save 文件     把这次的对话存下来（保存）：.jsonl 是 messages 格式，可以当 --dataset 用；其余是文本
   quit          退出（退出、exit、Ctrl-D）；回答时按 Ctrl-C 只停下这个回答"""
 
+TINY_NOTE = (
+    "小世界的模型只会读一个小故事、回答里面的事。寒暄（你好、你是谁？）是 SFT 教的；"
+    "DPO 的偏好数据里没有寒暄，学完就忘了大半。"
+)
+
 
 @dataclass
 class ChatSettings(SpeakSettings):
     system: str | None = option("系统提示：放在对话最前面的一句话，例如 你是一个耐心的老师。")
     start: Literal["auto", "base", "sft", "dpo", "ppo"] = option(
-        "从哪个模型开始聊；auto：dpo，没有就 ppo、sft、base", "auto"
+        "从哪个模型开始聊；auto：训练到最后的那个（ppo，没有就 dpo、sft、base）", "auto"
     )
     web: bool = option("在网页上聊，只有这台机器打得开；要先 pip install gradio", False)
     port: int | None = option("网页用哪个端口；默认从 7860 起找一个空着的")
@@ -281,7 +286,8 @@ def welcome(chat: Chat) -> None:
     if chat.tiny:
         story, follow_up = tiny_example(chat.settings.seed)
         print(f"""
-小世界的模型只会读一个小故事、回答里面的事，还会打招呼（你好、你是谁？）。粘贴这一行试试：
+{TINY_NOTE}
+粘贴这一行试试：
     {story}
 再接着问（故事在上一轮里，这里考的是记性）：
     {follow_up}""")
@@ -297,11 +303,11 @@ def main(argv: list[str] | None = None) -> None:
     names = ["model"] if settings.model else ["base", "sft", "dpo", "ppo"]
     results = find_results(settings, names, DEFAULTS, needed=any)
     chat = Chat(settings, results)
-    order = ("model", "dpo", "ppo", "sft", "base") if settings.start == "auto" else (settings.start,)
+    order = ("model", "ppo", "dpo", "sft", "base") if settings.start == "auto" else (settings.start,)
     chat.switch(next((name for name in order if name in results.paths), settings.start))
     if settings.web:
-        examples = ["你好", "你是谁？", *tiny_example(settings.seed)] if chat.tiny else FULL_QUESTIONS
-        open_page(chat, examples, settings.port)
+        examples = [*tiny_example(settings.seed), "你是谁？"] if chat.tiny else FULL_QUESTIONS
+        open_page(chat, examples, f"\n\n{TINY_NOTE}" if chat.tiny else "", settings.port)
         return
     welcome(chat)
     while (line := read_line("你：")) is not None:

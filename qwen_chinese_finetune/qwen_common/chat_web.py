@@ -113,8 +113,8 @@ def take_turns(steps: list[Iterator[None]]) -> Iterator[None]:
 # ---------------------------------------------------------------- 页面
 
 
-def build_page(chat, examples: list[str]):
-    """→ gradio 的页面。chat 是已经载入了一个模型的 Chat，每个窗口从它 fork。"""
+def build_page(chat, examples: list[str], note: str = ""):
+    """→ gradio 的页面。chat 是已经载入了一个模型的 Chat，每个窗口从它 fork；note 写在标题下面。"""
     gr = import_gradio()
     names = list(chat.results.paths)
     titles = [(chat.results.title(name), name) for name in names]
@@ -171,10 +171,20 @@ def build_page(chat, examples: list[str]):
 
     def chatbot(label: str, **more):
         # 原样显示每个字（say 里已转义），不当作 Markdown 或 HTML；不要点赞、复制这些按钮
-        return gr.Chatbot(label=label, render_markdown=False, feedback_options=None, buttons=[], **more)
+        return gr.Chatbot(
+            label=label,
+            placeholder="还没有说话，从下面挑一句试试",
+            render_markdown=False,
+            feedback_options=None,
+            buttons=[],
+            **more,
+        )
 
+    wide = {"show_label": False, "scale": 8, "min_width": 300}  # 窄屏上自己占一行，按钮在下一行
     with gr.Blocks(analytics_enabled=False, title="和训练好的模型聊天", fill_height=True) as page:
-        gr.Markdown(f"## 和训练好的模型聊天（{chat.results.preset}）\n模型和对话都在这台机器上，不联网。")
+        gr.Markdown(
+            f"## 和训练好的模型聊天（{chat.results.preset}）\n模型和对话都在这台机器上，不联网。{note}"
+        )
         with gr.Accordion("设置", open=False), gr.Row():
             settings = chat.settings
             options = [
@@ -186,11 +196,9 @@ def build_page(chat, examples: list[str]):
 
         with gr.Tab("聊天"):
             model = gr.Radio(titles, value=chat.name, label="和谁聊（随时可以换，对话保留）")
-            shown = chatbot("对话", elem_id="talk")
+            shown = chatbot("对话", elem_id="talk", show_label=False)
             with gr.Row():
-                said = gr.Textbox(
-                    show_label=False, placeholder="说点什么，回车发送", scale=8, elem_id="say", autofocus=True
-                )
+                said = gr.Textbox(placeholder="说点什么，回车发送", elem_id="say", autofocus=True, **wide)
                 send, stop, clear = (
                     gr.Button("发送", variant="primary", min_width=80),
                     gr.Button("停下", min_width=80),
@@ -206,9 +214,7 @@ def build_page(chat, examples: list[str]):
                     for title, name in titles
                 ]
             with gr.Row():
-                asked = gr.Textbox(
-                    show_label=False, placeholder="问同一个问题，回车发送", scale=8, elem_id="ask"
-                )
+                asked = gr.Textbox(placeholder="问同一个问题，回车发送", elem_id="ask", **wide)
                 ask = gr.Button("一起问", variant="primary", min_width=80)
                 stop_beside, clear_all = gr.Button("停下", min_width=80), gr.Button("清空", min_width=80)
             gr.Examples(examples, asked, label="可以这样问（点一下填进去）")
@@ -252,11 +258,11 @@ def launch(page, port: int | None, **more) -> str:
     return url
 
 
-def open_page(chat, examples: list[str], port: int | None) -> None:
+def open_page(chat, examples: list[str], note: str, port: int | None) -> None:
     """开网页，直到 Ctrl-C。"""
     # 没有桌面的服务器上不去找浏览器：找到的会是 lynx，把终端占住
     desktop = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY")
-    url = launch(build_page(chat, examples), port, inbrowser=bool(desktop))
+    url = launch(build_page(chat, examples, note), port, inbrowser=bool(desktop))
     number = url.rstrip("/").rpartition(":")[2]
     print(f"网页开好了：{url} （只有这台机器打得开）。按 Ctrl-C 关掉。")
     print(

@@ -72,7 +72,7 @@ def server(session):
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="没有装 playwright，不测网页")
     if CHROMIUM is None:
-        pytest.skip("没有 Chromium，不测网页")
+        pytest.skip("没有找到 Chromium（Debian：apt-get install chromium），不测网页")
     with sync_api.sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield chromium
