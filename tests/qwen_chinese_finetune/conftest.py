@@ -62,7 +62,7 @@ def trainer_args(tmp_path):
     SGD 的一步就是梯度乘学习率，两个训练器的梯度差多少一看便知；Adam 会把极小的差放大成正负号。
     """
 
-    def make(config_class, **changes) -> dict:
+    def make(config_class, recompute: bool = False, **changes) -> dict:
         fields = config_class.__dataclass_fields__
         # transformers 5.23 起改名；TRL 的配置默认开着它
         checkpointing = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in fields)
@@ -81,7 +81,7 @@ def trainer_args(tmp_path):
             "logging_strategy": "no",
             "disable_tqdm": True,
             "remove_unused_columns": False,
-            checkpointing: False,
+            checkpointing: recompute,
             **changes,
         }
 

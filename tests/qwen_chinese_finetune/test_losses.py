@@ -1,4 +1,4 @@
-"""各阶段的损失：与独立的 float64 循环相等，与 transformers、TRL 自己的训练器相等，梯度累积不改变结果。"""
+"""各阶段的损失：与独立的 float64 循环相等，与 transformers、TRL 自己的训练器相等，梯度累积、重算激活不改变结果。"""
 
 import copy
 import math
@@ -290,17 +290,30 @@ def test_reward_evaluate_counts_pairs_and_kinds(reward, reward64, chat_tokenizer
     assert list(metrics["mean_score"].values()) == sorted(metrics["mean_score"].values(), reverse=True)
 
 
-# ---- 梯度累积：1×8 与 8×1 走出同一步 ----
+# ---- 梯度累积：1×8 与 8×1 走出同一步；重算激活也是 ----
 
-SHAPES = [(8, 1), (1, 8), (2, 4)]  # (每批几行, 累积几批)
+SHAPES = [
+    (8, 1, False),
+    (1, 8, False),
+    (2, 4, False),
+    (8, 1, True),
+    (2, 4, True),
+]  # (每批几行, 累积几批, 重算激活吗)
 
 
 def steps(start, train) -> list[dict[str, torch.Tensor]]:
-    """从同一个起点，按 SHAPES 的每种分法走一步，返回各自的参数。"""
+    """从同一个起点，按 SHAPES 的每种走法走一步，返回各自的参数。"""
     results = []
-    for batch_size, accumulation in SHAPES:
-        net = copy.deepcopy(start)
-        train(net, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
+    for batch_size, accumulation, recompute in SHAPES:
+        net, forwards = copy.deepcopy(start), []
+        net.model.layers[0].mlp.register_forward_pre_hook(lambda *_, seen=forwards: seen.append(1))
+        train(
+            net,
+            recompute=recompute,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+        )
+        assert len(forwards) == accumulation * (2 if recompute else 1)  # 反向时真的又算了一遍
         results.append({name: p.detach() for name, p in net.named_parameters()})
     return results
 

@@ -1,5 +1,6 @@
 """几个进程一起训练：真的用 accelerate launch 开两个 CPU 进程，五个阶段都与一个进程、同样的总批大小走出同一条曲线。"""
 
+import copy
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
 
 from nlp_common.training import SharedBatches
+from qwen_common import tiny_world
 
 HOME = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"
 CONFIGS = HOME / "accelerate_configs"
@@ -137,6 +139,78 @@ def test_two_processes_equal_one(one, tmp_path):
             atol = 1e-4 if stage == "ppo" else 2e-6
             torch.testing.assert_close(b[name], weight, rtol=0, atol=atol, msg=f"{stage} {name}")
         assert max((a[n] - start[n]).abs().max() for n in a.keys() & start.keys()) > 1e-3
+
+
+# torch 自己的 FSDP2（accelerate 在 CPU 上不分片）：两个进程，SFT 的损失，走三步；分片的参数收齐了存下来
+SHARDED = """
+import importlib.util, sys
+from nlp_common.hub import prepare_environment
+prepare_environment()
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
+from qwen_common import tiny_world
+from qwen_common.loading import load_causal_lm
+
+script, folder, out = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("sft", script)
+sys.modules["sft"] = sft = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sft)
+
+def train(rank, n):
+    dist.init_process_group("gloo", init_method=f"file://{out}.meet", rank=rank, world_size=n)
+    mesh = dist.init_device_mesh("cpu", (n,))
+    tokenizer, model = load_causal_lm(folder)
+    model.double()
+    for part in [*model.model.layers, model]:
+        fully_shard(part, mesh=mesh)
+    assert all(p.to_local().numel() * n == p.numel() for p in model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    chats = [sft.encode_row(tokenizer, row["messages"]) for row in tiny_world.chats(12, 4)]
+    for rows in (chats[:4], chats[4:8], chats[8:]):
+        n_labels = sum(label != -100 for row in rows for label in row["labels"])
+        mine = sft.collate(rows[rank::n], tokenizer.pad_token_id)
+        sft.answer_loss(model, **mine, n_labels=n_labels / n).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    if rank == 0:
+        save_file(weights, out)
+    dist.destroy_process_group()
+
+torch.multiprocessing.start_processes(train, (2,), 2, start_method="fork")  # 导入只花一次时间
+"""
+
+
+def test_sharded_sft_equals_one_process(sft, model64, chat_folder, chat_tokenizer, tmp_path):
+    """FSDP2：两个进程各放一半参数、各算一半的行，三步之后与一个进程的参数相等。"""
+    (tmp_path / "sharded.py").write_text(SHARDED, encoding="utf-8")
+    paths = os.pathsep.join([str(HOME), *filter(None, [os.environ.get("PYTHONPATH")])])
+    given = (str(HOME / "sft_chinese_qwen.py"), str(chat_folder), str(tmp_path / "out.safetensors"))
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "sharded.py"), *given],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    alone = copy.deepcopy(model64)
+    optimizer = torch.optim.AdamW(alone.parameters(), lr=1e-3)
+    chats = [sft.encode_row(chat_tokenizer, row["messages"]) for row in tiny_world.chats(12, 4)]
+    for rows in (chats[:4], chats[4:8], chats[8:]):
+        n_labels = sum(label != -100 for row in rows for label in row["labels"])
+        batch = sft.collate(rows, chat_tokenizer.pad_token_id)
+        sft.answer_loss(alone, **batch, n_labels=n_labels).backward()
+        torch.nn.utils.clip_grad_norm_(alone.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    sharded = load_file(tmp_path / "out.safetensors")
+    for (name, p), start in zip(alone.named_parameters(), model64.parameters(), strict=True):
+        torch.testing.assert_close(sharded[name], p.detach(), rtol=0, atol=1e-6, msg=name)
+        assert (p - start).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("rows", [16, 17, 18, 23, 24])
