@@ -1,5 +1,7 @@
 """--dry_run 的数字：参数、AdamW 与真的一样，激活与实际留下的相差不到一成。"""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from nlp_common.cli import UserError
 from qwen_common import dry_run as dr
+from qwen_common.columns import only_columns
 from qwen_common.loading import load_reward_model, load_value_model
 from qwen_common.stage import parse_settings
 
@@ -43,10 +46,8 @@ def test_optimizer_bytes_are_those_of_a_real_adamw(sft, model):
     assert next(v for k, v in fixed.items() if "梯度" in k) == sum(p.grad.nbytes for p in net.parameters())
 
 
-@pytest.mark.parametrize("kv_heads", [8, 2])
-@pytest.mark.parametrize("half", [False, True])
-def test_activations_are_within_a_tenth_of_what_is_really_kept(half, kv_heads):
-    config = Qwen2Config(
+def sized(kv_heads: int = 8) -> Qwen2Config:
+    return Qwen2Config(
         vocab_size=3000,
         hidden_size=256,
         intermediate_size=704,
@@ -54,29 +55,68 @@ def test_activations_are_within_a_tenth_of_what_is_really_kept(half, kv_heads):
         num_attention_heads=8,
         num_key_value_heads=kv_heads,
         tie_word_embeddings=True,
+        pad_token_id=0,
     )
-    net = Qwen2ForCausalLM(config).float().train()
-    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+
+@contextlib.contextmanager
+def counting(nets: list, half: bool, token_counts: set[int]):
+    """在这里面前向，为反向留下的每块内存（不算权重和它们的半精度副本）记进给出的字典：地址 → 字节数。"""
+    weights = {p.untyped_storage().data_ptr() for net in nets for p in net.parameters()}
     kept, alive = {}, []
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         at = storage.data_ptr()
-        half_weight = tensor.dim() == 2 and tensor.dtype == torch.bfloat16 and tensor.shape[0] != 128
+        half_weight = (
+            tensor.dim() == 2 and tensor.dtype == torch.bfloat16 and tensor.shape[0] not in token_counts
+        )
         if at not in weights and not half_weight:
             kept[at] = storage.nbytes()
             alive.append(tensor)
         return tensor
 
-    ids = torch.randint(0, 3000, (2, 64), generator=torch.Generator().manual_seed(0))
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=half),
     ):
-        logits = net(input_ids=ids, use_cache=False).logits
-        F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
-    measured = sum(kept.values())
-    assert dr.saved_bytes(config, ids.numel(), half, head=True) == pytest.approx(measured, rel=0.1)
+        yield kept
+
+
+@pytest.mark.parametrize("n_columns", [64, 24])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("half", [False, True])
+def test_activations_are_within_a_tenth_of_what_is_really_kept(half, kv_heads, n_columns):
+    config = sized(kv_heads)
+    net = Qwen2ForCausalLM(config).float().train()
+    ids = torch.randint(0, 3000, (2, 64), generator=torch.Generator().manual_seed(0))
+    columns = torch.arange(64 - n_columns, 64)
+    with counting([net], half, {128, 2 * n_columns}) as kept, only_columns(net, columns):
+        logits = net(input_ids=ids, use_cache=False, logits_to_keep=columns).logits
+        F.cross_entropy(logits.flatten(0, 1).float(), ids[:, columns].flatten())
+    saved = dr.saved_bytes(config, ids.numel(), half, head=True, n_read=2 * n_columns)
+    assert saved == pytest.approx(sum(kept.values()), rel=0.1)
+
+
+@pytest.mark.parametrize("cpu", [False, True])
+def test_ppo_keeps_the_activations_of_what_it_updates_at_once(ppo, cpu):
+    """一份 micro batch 3 行，提示 40 个、回答 20 个 token；在 CPU 上，策略与价值模型同时更新。"""
+    config = sized()
+    config.num_labels = 1
+    policy, value = (cls.from_config(config) for cls in (dr.CAUSAL, dr.VALUES))
+    ids = torch.randint(1, 3000, (3, 60), generator=torch.Generator().manual_seed(0))
+    ones = torch.ones_like(ids)
+    rollout = ppo.Rollout(ids, ones, ones.cumsum(1) - 1, ones[:, :20].bool(), ones[:, 0].bool())
+    settings = parse_settings(ppo.PPOSettings, ppo.PRESETS, ["--preset", "tiny", "--micro_batch_size", "3"])
+    settings.max_length, settings.max_new_tokens = 40, 20
+    result = dr.estimate("ppo", settings, config, half=False, cpu=cpu)
+    with counting([policy, value], False, set()) as kept:
+        outputs = [ppo.response_logps(policy, rollout, 1.0)]
+        if cpu:
+            outputs.append(ppo.response_values(value, rollout))
+    assert all(output.requires_grad for output in outputs)
+    without_gradients = result["activations"][False] - dr.logits_bytes(config, 60)
+    assert without_gradients == pytest.approx(sum(kept.values()), rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +134,11 @@ def test_every_stage_reports_offline_and_writes_nothing(
     assert len(result["models"]) == n_models and result["fits"] is False and result["steps"] > 0
     printed = capsys.readouterr().out
     assert "内置的尺寸表" in printed and "警告" in printed and "没有实测时间" in printed
-    assert result["total"][True] < result["total"][False]
+    if script == "ppo":  # PPO 不重算激活，靠 --micro_batch_size
+        assert list(result["total"]) == [False] and "checkpointing" not in printed
+    else:
+        assert result["total"][True] < result["total"][False]
+    assert ("是上限" in printed) == (script in ("sft", "dpo"))
     assert not out.exists()
 
 
