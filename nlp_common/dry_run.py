@@ -52,7 +52,8 @@ def show_fixed(models: dict[str, int], fixed: dict[str, int]) -> None:
     for label, n in models.items():
         print(f"  {label}：{n:,} 个参数")
     for label, size in fixed.items():
-        print(f"  {label}：{size / 2**30:.2f} GB")
+        if size:
+            print(f"  {label}：{size / 2**30:.2f} GB")
 
 
 def device_bytes(device: torch.device) -> int | None:
