@@ -21,6 +21,7 @@ from nlp_common.hub import prepare_environment
 
 prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +66,7 @@ def check(settings: GenerateSettings) -> None:
     if not settings.prompt.strip():
         raise UserError(f"--prompt 是空的（{settings.prompt!r}）。模型要有个开头才知道接什么。")
     for value in settings.temperature:
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise UserError(
                 f"--temperature 要大于 0，给的是 {value:g}：公式是 logits ÷ 温度。越接近 0 越像贪心，贪心那一行总会显示。"
             )
@@ -73,13 +74,18 @@ def check(settings: GenerateSettings) -> None:
         raise UserError(
             f"--top_p 要大于 0、不大于 1，给的是 {settings.top_p:g}：它是概率之和，1 表示全都留下。"
         )
-    if not settings.repetition_penalty > 0:
+    if not 0 < settings.repetition_penalty < math.inf:
         raise UserError(
             f"--repetition_penalty 要大于 0，给的是 {settings.repetition_penalty:g}；1 表示不惩罚。"
         )
     for name in ("top_k", "max_new_tokens"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name} 要是正整数，给的是 {getattr(settings, name)}。")
+    folder = output_folder(settings)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} 不能用（{error.strerror}），换一个能写的文件夹。") from None
 
 
 # ---------- 1. 模型从哪里来 ----------

@@ -39,8 +39,12 @@ TRAINING = {
     "batch": (24, 4, "每步多少段；玩具总是四句一起"),
     "steps": (600, 100, "更新多少步；玩具里就是多少轮"),
     "optimizer": ("muon", "adamw", "块里的矩阵用哪个优化器：muon 或 adamw"),
-    "lr": (1e-2, 3e-3, "学习率的峰值；之后按余弦降到 0"),
+    "lr": (1e-2, 3e-3, "学习率的峰值；之后按余弦下降"),
+    "min_lr": (0.0, 0.0, "学习率降到多少为止"),
     "warmup": (40, 0, "学习率从 0 升到峰值用多少步"),
+    "beta2": (0.95, 0.95, "AdamW 的 β2：越近 1，步子的大小参考越久以前的梯度"),
+    "weight_decay": (0.1, 0.1, "权重衰减：矩阵每步往 0 拉一点"),
+    "clip": (1.0, 1.0, "梯度的总长度最多多少，超过就按比例缩短"),
     "seed": (0, 0, "随机种子：同一种子，结果相同"),
 }
 OTHER = {  # 这一张随便换，检查点照用
@@ -52,11 +56,13 @@ OTHER = {  # 这一张随便换，检查点照用
     "greedy": (False, False, "贪心：不采样，总取概率最大的"),
     "data": (None, None, "训练用的文本文件（UTF-8）；不给就跑玩具"),
     "out": (None, None, "检查点存到哪里；默认是本脚本旁边的 outputs/mini_gpt-<文件名>.pt"),
+    "retrain": (False, False, "不用已有的检查点，从头训练"),
 }
 RULES = [  # (哪些参数, 怎样才对, 不对时说什么)
     ("layers heads dim block batch steps eval_every max_new_tokens", lambda v: v > 0, "要是正整数"),
-    ("lr", lambda v: 0 < v < math.inf, "要大于 0"),
-    ("warmup", lambda v: v >= 0, "不能是负数"),
+    ("lr clip", lambda v: 0 < v < math.inf, "要大于 0"),
+    ("warmup min_lr weight_decay", lambda v: 0 <= v < math.inf, "不能是负数"),
+    ("beta2", lambda v: 0 <= v < 1, "要在 0 与 1 之间"),
     ("temperature", lambda v: 0 < v < math.inf, "要大于 0；要总取概率最大的，用 --greedy"),
     ("attention", ("manual", "sdpa").__contains__, "只有 manual、sdpa"),
     ("optimizer", ("muon", "adamw").__contains__, "只有 muon、adamw"),
@@ -107,16 +113,14 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(s.dim, bias=s.gpt2), nn.LayerNorm(s.dim, bias=s.gpt2)
         self.attn = CausalSelfAttention(s)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(s.dim, 4 * s.dim, bias=s.gpt2))
-        self.mlp.add_module(
-            "gelu", nn.GELU("tanh" if s.gpt2 else "none")
-        )  # 在 CPU 上，精确的比 tanh 近似还快
-        self.mlp.add_module("c_proj", nn.Linear(4 * s.dim, s.dim, bias=s.gpt2))
+        wide, narrow = nn.Linear(s.dim, 4 * s.dim, bias=s.gpt2), nn.Linear(4 * s.dim, s.dim, bias=s.gpt2)
+        self.mlp = nn.ModuleDict({"c_fc": wide, "c_proj": narrow})
+        self.gelu = "tanh" if s.gpt2 else "none"  # 在 CPU 上，精确的比 tanh 近似还快
 
     def forward(self, x, past=None):
         x = x + self.attn(self.ln_1(x), past)
-        return x + self.mlp(self.ln_2(x))
+        hidden = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate=self.gelu)  # (B, T, 4C)
+        return x + self.mlp.c_proj(hidden)
 
 
 class MiniGPT(nn.Module):
@@ -129,15 +133,15 @@ class MiniGPT(nn.Module):
         self.ln_f = nn.LayerNorm(s.dim, bias=s.gpt2)
         self.lm_head = nn.Linear(s.dim, vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight  # 权重共享：读进来和写出去用同一张表
-        # 每层往残差上加两次；除以 √(2·层数)，加完之后的大小才不随层数变。
-        # 词表小一些：权重共享时，每个词起初最像它自己，会猜下一个还是自己；小了开头才接近瞎猜。
-        special = {"wte.weight": 0.01, "c_proj.weight": 0.02 / math.sqrt(2 * s.layers)}
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                std = next((value for end, value in special.items() if name.endswith(end)), 0.02)
-                nn.init.normal_(parameter, std=std)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 nn.init.zeros_(parameter)
+            elif name == "wte.weight":  # 小一些：权重共享时每个词起初最像自己，会猜下一个还是自己
+                nn.init.normal_(parameter, std=0.01)
+            elif name.endswith("c_proj.weight"):  # 每层往残差上加两次：这样加完之后的大小不随层数变
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * s.layers))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
 
     def forward(self, ids, cache=None):
         """ids (B, T) → logits (B, T, V)。cache 是每层一个 list，由 generate 建好。"""
@@ -183,66 +187,60 @@ class Muon(torch.optim.Optimizer):
     梯度矩阵里常有几个方向特别大，AdamW 跟着它们走，别的方向学得慢。正交化把各个方向的大小拉成差不多一样。
     """
 
-    def __init__(self, params, lr, weight_decay=0.1):
-        shapes = {p.shape: [q for q in params if q.shape == p.shape] for p in params}
-        groups = [{"params": same} for same in shapes.values()]  # 形状相同的叠在一起算，少调用几十次
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
-
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params, lr = group["params"], group["lr"]
-            gradient = torch.stack([p.grad for p in params])  # (N, 行, 列)
-            average = self.state[params[0]].setdefault("average", torch.zeros_like(gradient))
-            average.lerp_(gradient, 0.05)
-            update = orthogonalize(gradient.lerp(average, 0.95))
-            # 正交化之后每格约 1/√(较长的边)；乘上 0.2·√(较长的边)，步子就和 AdamW 的差不多大，学习率可以通用。
-            size = lr * 0.2 * math.sqrt(max(gradient.shape[1:]))
-            for p, direction in zip(params, update, strict=True):
-                p.mul_(1 - lr * group["weight_decay"]).sub_(direction, alpha=size)
+            for p in group["params"]:
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, 0.05)
+                direction = orthogonalize(p.grad.lerp(average, 0.95))
+                # 正交化之后每格约 1/√长边；乘上 0.2·√长边，步子就和 AdamW 的差不多大，学习率可以通用。
+                size = group["lr"] * 0.2 * math.sqrt(max(p.shape))
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=size)
 
 
-def orthogonalize(matrices):
-    """(N, 行, 列)：奇异值都推到 1 附近，方向不变。五次 Newton–Schulz 迭代，只用矩阵乘法，不用慢得多的 SVD。"""
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices  # 让 x @ x.mT 是小的那个
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+def orthogonalize(x):
+    """奇异值都推到 1 附近，方向不变。五次 Newton–Schulz 迭代，只用矩阵乘法，不用慢得多的 SVD。"""
+    if x.shape[0] > x.shape[1]:
+        return orthogonalize(x.T).T  # 让 x @ x.T 是小的那个
+    x = x / (x.norm() + 1e-7)
     for _ in range(5):
-        a = x @ x.mT
+        a = x @ x.T
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.mT if tall else x
+    return x
 
 
 def make_optimizers(model, s):
     """块里的矩阵用 Muon；词表、位置、LayerNorm 用 AdamW。"""
     matrices = [p for p in model.h.parameters() if p.dim() == 2]
     tables = [model.wte.weight, model.wpe.weight]
-    vectors = [p for p in model.parameters() if p.dim() < 2]  # LayerNorm 与偏置，往 0 拉没有道理
+    vectors = [p for p in model.parameters() if p.dim() < 2]  # LayerNorm 与偏置：往 0 拉没有道理
     muon = s.optimizer == "muon"
     groups = [{"params": tables if muon else tables + matrices}, {"params": vectors, "weight_decay": 0.0}]
     # fused：全部参数一次处理完，不必一个参数调用几次。
-    adamw = torch.optim.AdamW(groups, s.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    return [adamw, Muon(matrices, s.lr)] if muon else [adamw]
+    adamw = torch.optim.AdamW(groups, s.lr, (0.9, s.beta2), weight_decay=s.weight_decay, fused=True)
+    return [adamw, Muon(matrices, {"lr": s.lr, "weight_decay": s.weight_decay})] if muon else [adamw]
 
 
 # ---------- 4. 训练 ----------
 def learning_rate(step, s):
-    """先线性升到峰值，再按余弦降到 0。"""
+    """先线性升到 lr，再按余弦降到 min_lr。"""
     if step < s.warmup:
         return s.lr * (step + 1) / s.warmup
-    return s.lr * 0.5 * (1 + math.cos(math.pi * (step - s.warmup) / max(1, s.steps - s.warmup)))
+    progress = (step - s.warmup) / max(1, s.steps - s.warmup)
+    return s.min_lr + (s.lr - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train_step(model, optimizers, inputs, targets, lr):
+def train_step(model, optimizers, inputs, targets, step, s):
     loss = next_token_loss(model(inputs), targets)
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    nn.utils.clip_grad_norm_(model.parameters(), s.clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(step, s)
         optimizer.step()
         optimizer.zero_grad()
-    return loss.detach()
+    return loss.item()
 
 
 def get_batch(data, s, step):
@@ -263,43 +261,40 @@ def evaluate(model, data, batch=64):
 
 def load_checkpoint(path, wanted):
     """读检查点；设置或数据不同就逐项说出来，不悄悄接着用。"""
-    mend = "删掉它从头训练，或用 --out 另存"
+    mend = "加 --retrain 从头训练，或用 --out 另存"
     try:
         state = torch.load(path, weights_only=True)  # 只读张量，不执行 pickle 里的代码
         old = state["settings"]
     except Exception as error:  # 坏文件在各版本里抛的异常不同
         fail(f"{path} 不是完整的检查点（{type(error).__name__}）。{mend}。")
-    changed = [name for name in sorted(old | wanted) if old.get(name) != wanted.get(name)]
+    changed = [f"\n  {k}：已有 {old.get(k)}，这次 {v}" for k, v in wanted.items() if old.get(k) != v]
     if changed:
-        lines = "".join(f"\n  {name}：已有 {old.get(name)}，这次 {wanted.get(name)}" for name in changed)
-        fail(f"{path} 是用别的设置训练的：{lines}\n改回去，或{mend}。")
+        fail(f"{path} 是用别的设置训练的：{''.join(changed)}\n改回去，或{mend}。")
     return state
 
 
 def train(model, train_data, val_data, s, path, wanted, state):
     """训练到 s.steps 步，边训练边存；state 是从哪个检查点继续，None 是从头。"""
-    optimizers = make_optimizers(model, s)
-    step, history = 0, []
+    optimizers, done = make_optimizers(model, s), 0
     if state:
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        step, history = state["step"], state["history"]
+        done = state["step"]
     path.parent.mkdir(parents=True, exist_ok=True)
     started, tokens = time.perf_counter(), 0
-    while step < s.steps:
+    for step in range(done, s.steps):
         inputs, targets = get_batch(train_data, s, step)
-        loss = train_step(model, optimizers, inputs, targets, learning_rate(step, s))
-        step, tokens = step + 1, tokens + inputs.numel()
-        if step % s.eval_every == 0 or step == s.steps:
+        loss = train_step(model, optimizers, inputs, targets, step, s)
+        tokens += inputs.numel()
+        if (step + 1) % s.eval_every == 0 or step + 1 == s.steps:
             speed = tokens / (time.perf_counter() - started)
-            history.append((step, evaluate(model, val_data)))
-            shown = f"训练 {loss:.4f}  验证 {history[-1][1]:.4f}  {speed:,.0f} 字/秒"
-            print(f"  第 {step:4d} 步  {shown}", flush=True)
-            state = {"settings": wanted, "step": step, "history": history, "model": model.state_dict()}
+            shown = f"训练 {loss:.4f}  验证 {evaluate(model, val_data):.4f}  {speed:,.0f} 字/秒"
+            print(f"  第 {step + 1:4d} 步  {shown}", flush=True)
+            state = {"settings": wanted, "step": step + 1, "model": model.state_dict()}
             state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            torch.save(state, f"{path}.tmp")  # 先写到旁边再改名：任何时候被打断，path 都是写完整的
-            os.replace(f"{path}.tmp", path)
+            torch.save(state, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)  # 写完再改名：任何时候被打断，path 都是完整的
             started, tokens = time.perf_counter(), 0
 
 
@@ -334,7 +329,7 @@ def run_toy(s):
     print(f"\n训练 {s.steps} 轮（瞎猜的 loss 是 ln {len(vocab)} = {math.log(len(vocab)):.4f}）")
     optimizers = make_optimizers(model, s)
     for step in range(s.steps):
-        loss = train_step(model, optimizers, ids[:, :-1], ids[:, 1:], learning_rate(step, s))
+        loss = train_step(model, optimizers, ids[:, :-1], ids[:, 1:], step, s)
         if step == 0 or (step + 1) % s.eval_every == 0:
             print(f"  epoch {step + 1:3d}  loss {loss:.4f}")
 
@@ -351,8 +346,7 @@ def run_file(s):
     try:
         text = Path(s.data).read_text(encoding="utf-8")
     except OSError as error:
-        why = "没有这个文件" if isinstance(error, FileNotFoundError) else error.strerror
-        fail(f"读不了 --data {s.data}：{why}（当前目录是 {Path.cwd()}）。")
+        fail(f"读不了 --data {s.data}：{error.strerror}（当前目录是 {Path.cwd()}）。")
     except UnicodeDecodeError as error:
         fail(f"{s.data} 第 {error.start + 1} 个字节起不是 UTF-8。请另存为 UTF-8 再试。")
     split = int(len(text) * 0.9)  # 前 90% 训练，后 10% 验证
@@ -366,18 +360,20 @@ def run_file(s):
     wanted = {name: getattr(s, name) for name in TRAINING}
     wanted["data_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     path = Path(s.out or Path(__file__).parent / "outputs" / f"mini_gpt-{Path(s.data).stem}.pt")
-    state = load_checkpoint(path, wanted) if path.exists() else None
+    state = load_checkpoint(path, wanted) if path.exists() and not s.retrain else None
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     ids = torch.tensor([vocab[char] for char in text], device=device)
     model = MiniGPT(len(vocab), s).to(device)
     size = sum(p.numel() for p in model.parameters())
     print(f"{len(text):,} 个字，{len(vocab)} 种；参数 {size:,} 个；{device.type}")
-    print(f"检查点 {path}" + (f"：从第 {state['step']} 步继续（删掉它就从头训练）" if state else ""))
+    print(f"检查点 {path}" + (f"：从第 {state['step']} 步继续（--retrain 从头训练）" if state else ""))
     try:
         train(model, ids[:split], ids[split:], s, path, wanted, state)
     except KeyboardInterrupt:
         raise SystemExit(f"\n已中断。再运行同一条命令，就从 {path} 里最近的检查点继续。") from None
+    except OSError as error:
+        fail(f"写不了检查点 {path}：{error.strerror}。用 --out 换个地方。")
     print(f"\n生成（{'贪心' if s.greedy else f'温度 {s.temperature:g}'}）：\n{start}", end="")
     for token in generate(model, prompt.to(device), s.max_new_tokens, s.temperature, s.greedy, s.seed):
         print(chars[token], end="", flush=True)
@@ -385,9 +381,8 @@ def run_file(s):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     for name, (default, toy, text) in (TRAINING | OTHER).items():
         kind, shown = {"type": type(default)}, f"（默认 {default}；玩具 {toy}）"
         if default is None or default is False:
