@@ -2,8 +2,8 @@
 
 用法：python benchmarks/bert.py [--rows 256] [--rounds 3] [--dataset 文件夹] [--layers 4 --hidden 256]
 打印一行 JSON：各种设置的每秒行数（几轮的中位数，轮流跑，机器忽快忽慢时大家一起变）、我们是它们的几倍，
-以及第二次运行从敲回车到打印预测的秒数是单单导入 BERT 类的几倍。进度写在 stderr。要空闲的机器，2 核上约 3 分钟。
-dynamic_bf16 要 CPU 有 bf16 指令（没有的话一步要几十秒），没有就不跑，记作 null。
+以及第二次运行从敲回车到打印预测的秒数是单单导入 BERT 类的几倍。进度写在 stderr。要空闲的机器，2 核上不到 4 分钟。
+dynamic_bf16 要 CPU 有 bf16 指令（没有的话反而慢得多），没有就不跑，记作 null。
 
 我们的和 transformers 的各在自己的进程里：我们的脚本一启动就让进程留住释放了的内存（nlp_common/memory.py），
 这件事整个进程都受影响，放在一个进程里就不是原样的 Trainer 了。
