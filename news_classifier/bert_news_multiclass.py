@@ -31,10 +31,8 @@ from headlines import LABELS, bayes_accuracy, headlines, posterior
 from nlp_common.arguments import option
 from nlp_common.bert import (
     FULL_MODEL,
-    MAX_POSITIONS,
     BertRun,
     BertSettings,
-    attention,
     character_tokenizer,
     encode,
     fingerprint,
@@ -43,6 +41,7 @@ from nlp_common.bert import (
     open_bert_run,
     parse_settings,
     predict,
+    small_config,
     texts_to_predict,
     training_kwargs,
 )
@@ -55,6 +54,7 @@ from nlp_common.runs import file_sha256
 HOME = Path(__file__).resolve().parent
 TINY_DATASET = "headlines"  # 自带的标题语法，见 headlines.py
 FULL_DATASETS = ["clue/clue:tnews", "mteb/TNews"]  # 先用前一个，读不了再用后一个
+FULL_ROWS = 53_360  # tnews 的训练集；--dry_run 用它，不去下载数据
 TEXT_FIELDS = ("sentence", "text", "title")
 EXAMPLE = "中国男篮在亚洲杯比赛中大胜日本队"
 # 编号 i 的类在 CLUE 原始文件里的编号与名字；注意 6 是汽车（107 news_car），不少教程误写成“社会”。
@@ -151,20 +151,11 @@ def small_bert(settings: NewsSettings, texts: list[str]):
 
     和 bert-base-chinese 是同一个类：[CLS] 位置的向量 (B, H) 过一个 tanh 层，再过线性层，变成 logits (B, 15)。
     """
-    from transformers import BertConfig, BertForSequenceClassification
+    from transformers import BertForSequenceClassification
 
     tokenizer = character_tokenizer(texts)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden_size,
-        num_hidden_layers=settings.num_layers,
-        num_attention_heads=max(1, settings.hidden_size // 64),
-        intermediate_size=4 * settings.hidden_size,
-        max_position_embeddings=MAX_POSITIONS,
-        attn_implementation=attention(),
-        id2label=dict(enumerate(LABELS)),
-        label2id={name: i for i, name in enumerate(LABELS)},
-    )
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
+    config = small_config(len(tokenizer), settings.hidden_size, settings.num_layers, **names)
     return tokenizer, BertForSequenceClassification(config)
 
 
@@ -308,9 +299,25 @@ def show_predictions(path: Path, texts: list[str], max_length: int) -> None:
         print(f"测试标题：'{text}' 预测：{LABELS[best.indices[0]]}（{others}）")
 
 
+def dry_run(settings: NewsSettings) -> dict:
+    """--dry_run：训练数据有几行、每行多长、读几遍，估算要多少内存、多久。"""
+    from nlp_common import bert_dry_run
+
+    large = settings.model or settings.preset == "full"
+    if large and settings.dataset in FULL_DATASETS:
+        rows = [settings.max_length] * min(FULL_ROWS, settings.max_train_samples or FULL_ROWS)
+    else:
+        texts = [row["text"] for row in load_data(settings)[0]["train"]]
+        rows = bert_dry_run.lengths(texts, settings.max_length)
+    config = None if large else small_bert(settings, texts)[1].config
+    return bert_dry_run.dry_run(settings, len(LABELS), {"微调": (rows, settings.num_train_epochs)}, config)
+
+
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(NewsSettings, PRESETS, argv)
     texts = texts_to_predict(settings, TEXT_FIELDS)  # 写错了，训练前就说
+    if settings.dry_run:
+        return dry_run(settings)
     name = "tnews_bert_model-tiny" if settings.preset == "tiny" else "tnews_bert_model"
     path = Path(settings.output_dir or HOME / name)
     own = settings.dataset == TINY_DATASET

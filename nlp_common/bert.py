@@ -17,7 +17,15 @@ from typing import Literal
 import torch
 
 from .arguments import option, parse_arguments
-from .bert_model import attention, character_tokenizer, encode, learning_curve, load_classifier, predict
+from .bert_model import (
+    MAX_POSITIONS,
+    character_tokenizer,
+    encode,
+    learning_curve,
+    load_classifier,
+    predict,
+    small_config,
+)
 from .cli import UserError
 from .device import describe, library_versions, peak_memory_mb, pick_device, precision_flags, seed_everything
 from .hub import announce, choose_preset, prepare_environment
@@ -28,10 +36,8 @@ from .runs import CHECKPOINT_DONE, RunFolder, differences, file_sha256, load_run
 
 __all__ = [  # 脚本只从这里导入，其中字表、编码、预测写在 bert_model.py
     "FULL_MODEL",
-    "MAX_POSITIONS",
     "BertRun",
     "BertSettings",
-    "attention",
     "character_tokenizer",
     "encode",
     "fingerprint",
@@ -40,14 +46,15 @@ __all__ = [  # 脚本只从这里导入，其中字表、编码、预测写在 b
     "open_bert_run",
     "parse_settings",
     "predict",
+    "small_config",
     "texts_to_predict",
     "training_kwargs",
 ]
 FULL_MODEL = "bert-base-chinese"
 # 这些参数不影响训练结果，改了也可以直接用已有的模型。
-NOT_IN_FINGERPRINT = {"preset", "output_dir", "source", "retrain", "predict", "predict_file", "bf16"}
+NOT_IN_FINGERPRINT = {"preset", "output_dir", "source", "retrain", "dry_run", "predict", "predict_file"}
+NOT_IN_FINGERPRINT |= {"bf16"}
 
-MAX_POSITIONS = 512  # bert-base-chinese 的位置个数，小 BERT 也一样
 POSITIVE = ("per_device_train_batch_size", "max_length", "num_train_epochs", "eval_steps", "learning_rate")
 POSITIVE += ("max_train_samples", "hidden_size", "num_layers", "mlm_learning_rate")
 
@@ -69,6 +76,7 @@ class BertSettings:
         default=None, metadata={"help": "要判断的文字，可以写几段；已有训练好的模型就直接用它"}
     )
     predict_file: str | None = option("一个文件里的文字都判断：txt 每行一段，或 jsonl/csv 的 text 栏")
+    dry_run: bool = option("只估算要多少内存、多少步、多久，不下载权重也不训练", False)
     seed: int = option("随机种子：同一种子，结果相同", 0)
     max_train_samples: int | None = option("最多用多少行训练数据")
     max_length: int | None = option("每段最多多少个 token，超出的截掉")

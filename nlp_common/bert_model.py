@@ -10,6 +10,7 @@ import torch
 
 from .device import pick_device
 
+MAX_POSITIONS = 512  # bert-base-chinese 的位置个数，小 BERT 也一样
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -28,6 +29,22 @@ def character_tokenizer(texts: Sequence[str], min_count: int = 2):
         if char.isalnum() and not "\u4e00" <= char <= "\u9fff":
             vocab[f"##{char}"] = len(vocab)
     return BertTokenizer(vocab=vocab, do_lower_case=True)
+
+
+def small_config(vocab_size: int, hidden_size: int, num_layers: int, **more):
+    """小 BERT 的尺寸：宽度之外都照 BERT 的比例，64 宽一个头，中间层是 4 倍宽。"""
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=max(1, hidden_size // 64),
+        intermediate_size=4 * hidden_size,
+        max_position_embeddings=MAX_POSITIONS,
+        attn_implementation=attention(),
+        **more,
+    )
 
 
 def encode(tokenizer, rows: list[dict], max_length: int) -> list[dict]:

@@ -28,10 +28,8 @@ import torch.nn.functional as F
 from nlp_common.arguments import option
 from nlp_common.bert import (
     FULL_MODEL,
-    MAX_POSITIONS,
     BertRun,
     BertSettings,
-    attention,
     character_tokenizer,
     encode,
     fingerprint,
@@ -40,6 +38,7 @@ from nlp_common.bert import (
     open_bert_run,
     parse_settings,
     predict,
+    small_config,
     texts_to_predict,
     training_kwargs,
 )
@@ -56,6 +55,7 @@ NAMES = ["负面", "正面"]  # 编号 0、1
 FACES = ["😞", "😊"]
 TEXT_FIELDS = ("text", "sentence", "review")
 EXAMPLE = "这个电影非常好看，我很喜欢！"
+FULL_ROWS = 9600  # ChnSentiCorp 的训练集；--dry_run 用它，不去下载数据
 IGNORE = -100  # 交叉熵不算这个标签
 # 随机权重的标准差。BERT 的 0.02 是给 768 维的；128 维还用它，各层的输出太小，预训练很久才有起色。
 INITIALIZER_RANGE = 0.08
@@ -158,9 +158,21 @@ def mlm_loss(model, ids: torch.Tensor, attention_mask: torch.Tensor, labels: tor
     return F.cross_entropy(scores.float(), labels[chosen])
 
 
+def small_bert(settings: SentimentSettings, texts: list[str]):
+    """→ (从 texts 数出字表的分词器, 小 BERT 的尺寸)。"""
+    tokenizer = character_tokenizer(texts, min_count=5)
+    size = (len(tokenizer), settings.hidden_size, settings.num_layers)
+    return tokenizer, small_config(*size, initializer_range=INITIALIZER_RANGE)
+
+
+def cut(texts: list[str], size: int) -> list[str]:
+    """长文字切成不超过 size 个字的几段。"""
+    return [text[i : i + size] for text in texts for i in range(0, len(text), size)]
+
+
 def pretrain(settings: SentimentSettings, splits: dict[str, list[dict]], folder: Path) -> str:
     """搭一个小 BERT，用没有标签的文字预训练，存成和 bert-base-chinese 一样布局的文件夹；已有就直接用。"""
-    from transformers import BertConfig, BertForMaskedLM, DataCollatorWithPadding, TrainingArguments
+    from transformers import BertForMaskedLM, DataCollatorWithPadding, TrainingArguments
 
     from nlp_common.training import BucketTrainer, Progress, curves, run_trainer
 
@@ -172,17 +184,7 @@ def pretrain(settings: SentimentSettings, splits: dict[str, list[dict]], folder:
         if run.record:
             print(f"用已有的预训练结果 {folder.name}")
             return str(folder)
-        tokenizer = character_tokenizer(texts, min_count=5)
-        config = BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=settings.hidden_size,
-            num_hidden_layers=settings.num_layers,
-            num_attention_heads=max(1, settings.hidden_size // 64),
-            intermediate_size=4 * settings.hidden_size,
-            max_position_embeddings=MAX_POSITIONS,
-            initializer_range=INITIALIZER_RANGE,
-            attn_implementation=attention(),
-        )
+        tokenizer, config = small_bert(settings, texts)
         model = BertForMaskedLM(config)
         print(f"小 BERT：{model.num_parameters():,} 个参数，字表 {len(tokenizer):,} 个")
         if settings.mlm_epochs == 0:
@@ -194,8 +196,7 @@ def pretrain(settings: SentimentSettings, splits: dict[str, list[dict]], folder:
                 ids, labels = mask_tokens(inputs["input_ids"], tokenizer)  # 每一遍遮的字都不同
                 return mlm_loss(model, ids, inputs["attention_mask"], labels)
 
-        size = settings.max_length - 2  # 加上 [CLS]、[SEP] 正好
-        pieces = [text[i : i + size] for text in texts for i in range(0, len(text), size)]
+        pieces = cut(texts, settings.max_length - 2)  # 加上 [CLS]、[SEP] 正好
         ids = tokenizer(pieces, truncation=True, max_length=settings.max_length)["input_ids"]
         rows = [{"input_ids": row} for row in ids]
         print(
@@ -348,9 +349,31 @@ def show_predictions(path: Path, texts: list[str], max_length: int) -> None:
         print(f"测试文本：'{text}' 预测：{NAMES[label]} {FACES[label]}{sure}")
 
 
+def dry_run(settings: SentimentSettings) -> dict:
+    """--dry_run：各阶段有几行、每行多长、读几遍，估算要多少内存、多久。"""
+    from nlp_common import bert_dry_run
+
+    large = settings.model or settings.preset == "full"
+    if large and settings.dataset == PRESETS["full"]["dataset"]:
+        rows = [settings.max_length] * min(FULL_ROWS, settings.max_train_samples or FULL_ROWS)
+        return bert_dry_run.dry_run(settings, len(NAMES), {"微调": (rows, settings.num_train_epochs)})
+    splits, _ = load_data(settings)
+    rows = bert_dry_run.lengths([row["text"] for row in splits["train"]], settings.max_length)
+    stages = {"微调": (rows, settings.num_train_epochs)}
+    if large:
+        return bert_dry_run.dry_run(settings, len(NAMES), stages)
+    texts = unlabelled_texts(splits, settings.mlm_news)
+    if settings.mlm_epochs > 0:
+        rows = bert_dry_run.lengths(cut(texts, settings.max_length - 2), settings.max_length)
+        stages = {"预训练": (rows, settings.mlm_epochs)} | stages
+    return bert_dry_run.dry_run(settings, len(NAMES), stages, small_bert(settings, texts)[1])
+
+
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(SentimentSettings, PRESETS, argv)
     texts = texts_to_predict(settings, TEXT_FIELDS)  # 写错了，训练前就说
+    if settings.dry_run:
+        return dry_run(settings)
     name = "my_bert_model-tiny" if settings.preset == "tiny" else "my_bert_model"
     path = Path(settings.output_dir or HOME / name)
     with open_bert_run(path, settings, fingerprint(settings)) as run:
