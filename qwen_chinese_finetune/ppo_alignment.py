@@ -51,7 +51,7 @@ from qwen_common.loading import (
     load_reward_model,
     load_value_model,
 )
-from qwen_common.stage import Stage, StageSettings, open_stage, parse_settings
+from qwen_common.stage import COMMON, Stage, StageSettings, open_stage, parse_settings
 
 PRESETS = {
     "tiny": {
@@ -78,6 +78,14 @@ PRESETS = {
         "max_new_tokens": 128,
         "save_steps": 20,
     },
+}
+
+# 各阶段共有、PPO 却用不着的参数 → 该用哪个
+INSTEAD = {
+    "gradient_accumulation_steps": "--micro_batch_size（每批切成几份，结果不变）",
+    "gradient_checkpointing": "--micro_batch_size（一次算的行数越少，越省显存）",
+    "num_train_epochs": "--max_steps（几批回答）与 --ppo_epochs（每批更新几遍）",
+    "lr_scheduler_type": "--warmup_steps（预热之后总是线性降到 0）",
 }
 
 
@@ -520,7 +528,11 @@ def train(stage: Stage) -> dict:
         value.score.bias -= mean / std
     optimizers = {
         name: torch.optim.AdamW(
-            model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+            model.parameters(),
+            settings.learning_rate,
+            betas=(0.9, settings.adam_beta2),
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
         for name, model in (("policy", policy), ("value", value))
     }
@@ -612,6 +624,9 @@ def speed(history: list[dict], batch: int) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(PPOSettings, PRESETS, argv)
+    for name, instead in INSTEAD.items():
+        if getattr(settings, name) != COMMON[name]:
+            raise UserError(f"PPO 用不着 --{name}，改用 {instead}。")
     with open_stage("ppo", settings, {"model": "sft", "reward_model": "reward"}) as stage:
         return stage.record or train(stage)
 

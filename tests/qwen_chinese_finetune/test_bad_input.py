@@ -189,6 +189,22 @@ def test_bad_arguments(arguments, main_of):
     assert "argument" not in str(error.value), "argparse 的英文报错要译成中文"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--gradient_accumulation_steps", "2"],
+        ["--gradient_checkpointing", "True"],
+        ["--num_train_epochs", "2"],
+        ["--lr_scheduler_type", "cosine"],
+    ],
+)
+def test_ppo_refuses_what_it_does_not_use(arguments, main_of, tmp_path):
+    from nlp_common.cli import UserError
+
+    with pytest.raises(UserError, match=f"PPO 用不着 {arguments[0]}，改用 --"):
+        main_of("ppo_alignment.py")(["--preset", "tiny", "--output_dir", str(tmp_path / "ppo"), *arguments])
+
+
 def test_reader_sees_a_message_not_a_traceback(tmp_path):
     done = run_script("sft_chinese_qwen.py", "--preset", "tiny", "--dataset", "./nothing.jsonl", cwd=tmp_path)
     assert done.returncode == 2

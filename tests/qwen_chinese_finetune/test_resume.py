@@ -29,8 +29,6 @@ SMALL = [
         "2",
         "--per_device_train_batch_size",
         "4",
-        "--num_train_epochs",
-        "9",
     ),
 ]
 # 只比与时间无关的数
