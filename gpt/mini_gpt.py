@@ -267,9 +267,10 @@ def load_checkpoint(path, wanted):
         old = state["settings"]
     except Exception as error:  # 坏文件在各版本里抛的异常不同
         fail(f"{path} 不是完整的检查点（{type(error).__name__}）。{mend}。")
-    changed = [f"\n  {k}：已有 {old.get(k)}，这次 {v}" for k, v in wanted.items() if old.get(k) != v]
+    changed = [name for name in sorted(old | wanted) if old.get(name) != wanted.get(name)]
     if changed:
-        fail(f"{path} 是用别的设置训练的：{''.join(changed)}\n改回去，或{mend}。")
+        lines = "".join(f"\n  {name}：已有 {old.get(name)}，这次 {wanted.get(name)}" for name in changed)
+        fail(f"{path} 是用别的设置训练的：{lines}\n改回去，或{mend}。")
     return state
 
 
@@ -346,7 +347,8 @@ def run_file(s):
     try:
         text = Path(s.data).read_text(encoding="utf-8")
     except OSError as error:
-        fail(f"读不了 --data {s.data}：{error.strerror}（当前目录是 {Path.cwd()}）。")
+        why = "没有这个文件" if isinstance(error, FileNotFoundError) else error.strerror
+        fail(f"读不了 --data {s.data}：{why}（当前目录是 {Path.cwd()}）。")
     except UnicodeDecodeError as error:
         fail(f"{s.data} 第 {error.start + 1} 个字节起不是 UTF-8。请另存为 UTF-8 再试。")
     split = int(len(text) * 0.9)  # 前 90% 训练，后 10% 验证
