@@ -81,6 +81,10 @@ def check(settings: GenerateSettings) -> None:
     for name in ("top_k", "max_new_tokens"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name} 要是正整数，给的是 {getattr(settings, name)}。")
+    if settings.model and settings.preset == "tiny":
+        raise UserError(
+            f"--preset tiny 是现场训练的小模型，用不上 --model {settings.model}；要用它就去掉 --preset tiny。"
+        )
     folder = output_folder(settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)

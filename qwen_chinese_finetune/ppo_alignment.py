@@ -538,7 +538,9 @@ def train(stage: Stage) -> dict:
     }
     history: list[dict] = []
     if latest := stage.checkpoint():
-        history = load_training_state(latest, {"policy": policy, "value": value}, optimizers)
+        history = load_training_state(
+            latest, {"policy": policy, "value": value}, optimizers, accelerator.scaler
+        )
     policy, value = accelerator.prepare(policy, value)
     optimizers = {name: accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
     models = Models(policy, value, reference, reward, mean, std)
@@ -573,7 +575,7 @@ def train(stage: Stage) -> dict:
             )
         if (step + 1) % settings.save_steps == 0 and is_main():
             unwrapped = {"policy": accelerator.unwrap_model(policy), "value": accelerator.unwrap_model(value)}
-            save_training_state(stage, step + 1, unwrapped, optimizers, history)
+            save_training_state(stage, step + 1, unwrapped, optimizers, accelerator.scaler, history)
     bar.close()
 
     policy = accelerator.unwrap_model(policy)

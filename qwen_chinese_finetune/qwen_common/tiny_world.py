@@ -261,10 +261,18 @@ def heldout_questions(n: int, seed: int) -> list[dict]:
 
 
 def pairs(n: int, seed: int, heldout: bool = False) -> list[dict]:
-    """n 个偏好对 ``{"prompt", "chosen", "rejected", "kinds"}``，好坏的次序见 QUALITY。"""
+    """n 个偏好对 ``{"prompt", "chosen", "rejected", "kinds"}``，好坏的次序见 QUALITY；二十对里有一对是寒暄，
+    免得 DPO 之后只会答题，连"你好"也不会了。
+    """
     rng = _rng("pairs", seed, heldout)
     rows = []
     for _ in range(n):
+        if rng.random() < 0.05:
+            ask, reply = _small_talk(rng)
+            rejected = _turn("assistant", rng.choice(UNHELPFUL))
+            kinds = ["small_talk", "unhelpful"]
+            rows.append({"prompt": [ask], "chosen": [reply], "rejected": [rejected], "kinds": kinds})
+            continue
         question, slots = _question(rng, heldout)
         slot = question["slot"]
         helpful = rng.choice(["courteous", "courteous", "courteous", "plain", "terse"])

@@ -213,6 +213,7 @@ def test_prompt_longer_than_the_context_is_cropped_and_said(settings, capsys):
         (["--repetition_penalty", "inf"], "--repetition_penalty 要大于 0"),
         (["--max_new_tokens", "-5"], "--max_new_tokens 要是正整数"),
         (["--output_dir", __file__], f"--output_dir {__file__} 不能用"),
+        (["--preset", "tiny", "--model", "smollm2"], "用不上 --model smollm2；要用它就去掉 --preset tiny"),
         (["--top_p", "half"], "--top_p 要是数"),
         (["--prompts", "x"], "是不是 --prompt"),
     ],

@@ -97,16 +97,39 @@ def test_overflow_skips_the_step_halves_the_scale_and_goes_on(
     assert all(w.dtype == torch.float32 for w in weights)  # 主权重一直是 float32
 
 
-def test_ppo_policy_and_value_share_the_scale(log, ppo, monkeypatch, chat_folder, reward_folder, tmp_path):
-    """一个的梯度溢出、倍数减半之后，另一个的梯度仍然除回对的倍数。"""
+@pytest.fixture
+def ppo_arguments(ppo, monkeypatch, chat_folder, reward_folder, tmp_path) -> list[str]:
     monkeypatch.setattr(ppo, "precision", lambda _: "fp16")
     monkeypatch.setattr(ppo, "together", lambda *tasks: [task() for task in tasks])  # 在加速器上就是这样
-    out = tmp_path / "ppo"
-    arguments = ["--model", str(chat_folder), "--reward_model", str(reward_folder), "--output_dir", str(out)]
-    arguments += ["--max_train_samples", "8", "--max_steps", "6", "--ppo_epochs", "2"]
-    arguments += ["--max_new_tokens", "6", "--micro_batch_size", "2"]
+    arguments = ["--model", str(chat_folder), "--reward_model", str(reward_folder)]
+    arguments += ["--output_dir", str(tmp_path / "ppo"), "--max_train_samples", "8", "--max_steps", "6"]
+    arguments += ["--ppo_epochs", "2", "--max_new_tokens", "6", "--micro_batch_size", "2"]
     arguments += ["--clip_range", "100", "--clip_range_value", "100"]  # 裁剪掉的没有梯度，这里要都有
-    run = ppo.main([*SMALL, *arguments])
+    return [*SMALL, *arguments, "--save_steps", "3"]
+
+
+def test_ppo_policy_and_value_share_the_scale(log, ppo, ppo_arguments):
+    """一个的梯度溢出、倍数减半之后，另一个的梯度仍然除回对的倍数。"""
+    run = ppo.main(ppo_arguments)
     check(log)
     assert len(log) == 6 * 2 * 2 and len(run["history"]) == 6
     assert all(math.isfinite(row[name]) for row in run["history"] for name in ("value_loss", "kl", "score"))
+
+
+def test_ppo_goes_on_with_the_scale_it_stopped_at(log, ppo, ppo_arguments, monkeypatch):
+    """续训时倍数不从头试起：否则前几步又要溢出，结果就与不中断的不同。"""
+    step, after = ppo.ppo_step, []
+
+    def until_the_fourth(*args):
+        after.append(len(log))
+        if len(after) == 4:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(ppo, "ppo_step", until_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        ppo.main(ppo_arguments)
+    monkeypatch.setattr(ppo, "ppo_step", step)
+    ppo.main(ppo_arguments)
+    check(log)  # 中断前后连起来，仍是一个倍数一路减下来
+    assert len(log) == 6 * 2 * 2

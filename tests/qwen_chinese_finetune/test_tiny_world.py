@@ -380,8 +380,16 @@ def test_small_talk_has_greeting_and_identity():
 
 
 def test_pairs_prefer_what_the_judge_scores_higher():
-    kinds = Counter()
+    kinds, small_talk = Counter(), 0
     for row in tiny_world.pairs(800, 0):
+        if row["kinds"] == ["small_talk", "unhelpful"]:
+            small_talk += 1
+            assert (
+                next(reply for asks, reply in SMALL_TALK if row["prompt"][0]["content"] in asks)
+                == (row["chosen"][0]["content"])
+            )
+            assert row["rejected"][0]["content"] in UNHELPFUL
+            continue
         slots, turns = parse_prompt(row["prompt"])
         question = question_for(slots, turns[-1])
         (chosen,), (rejected,) = row["chosen"], row["rejected"]
@@ -393,11 +401,14 @@ def test_pairs_prefer_what_the_judge_scores_higher():
         for kind, verdict in zip(row["kinds"], (better, worse), strict=True):
             assert verdict.right == (kind in STYLED)
     assert set(kinds) == set(itertools.combinations(QUALITY, 2))
+    assert 0.01 < small_talk / 800 < 0.12
 
 
 def test_wrong_answers_are_wrong_but_plausible():
     styles = set()
     for row in tiny_world.pairs(600, 1):
+        if "wrong" not in row["kinds"]:
+            continue
         slots, turns = parse_prompt(row["prompt"])
         slot = turns[-1]
         for kind, (reply,) in zip(row["kinds"], (row["chosen"], row["rejected"]), strict=True):
