@@ -83,9 +83,14 @@ def prepare_tiny(settings) -> str:
         return str(trained)
     folder = Path(settings.output_dir or HERE / "outputs" / "tiny-chinese").resolve()
     if not settings.retrain and (record := load_run(folder)):
-        if record["settings"]["seed"] != settings.seed:
+        made = record.get("settings", {})
+        if "mlm_epochs" not in made:
             raise UserError(
-                f"{folder} 里的模型是种子 {record['settings']['seed']} 训练的，这次要的是 {settings.seed}。"
+                f"{folder} 里的不是 bert_finetune_sentiment.py 训练的模型。用 --output_dir 换一个位置。"
+            )
+        if made["seed"] != settings.seed:
+            raise UserError(
+                f"{folder} 里的模型是种子 {made['seed']} 训练的，这次要的是 {settings.seed}。"
                 "加 --retrain 重新训练并替换它，或用 --output_dir 另存一份。"
             )
         print(f"已有训练结果，直接加载：{folder}（--retrain 重新训练）")

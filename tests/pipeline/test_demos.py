@@ -149,7 +149,7 @@ def small_bert(tmp_path_factory):
     )
     BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "run.json").write_text(json.dumps({"settings": {"seed": 0}}))
+    (folder / "run.json").write_text(json.dumps({"settings": {"seed": 0, "mlm_epochs": 0}}))
     return folder
 
 
@@ -198,3 +198,7 @@ def test_chinese_trains_when_there_is_no_model(small_bert, monkeypatch, tmp_path
     assert chinese.prepare_tiny(settings) == str(tmp_path / "out") and len(commands) == 2
     with pytest.raises(UserError, match="种子 0 训练的，这次要的是 1"):
         chinese.prepare_tiny(SimpleNamespace(output_dir=str(tmp_path / "out"), retrain=False, seed=1))
+    (tmp_path / "english").mkdir()
+    (tmp_path / "english" / "run.json").write_text('{"stage": "tiny_english"}')
+    with pytest.raises(UserError, match=r"english 里的不是 bert_finetune_sentiment\.py 训练的模型"):
+        chinese.prepare_tiny(SimpleNamespace(output_dir=str(tmp_path / "english"), retrain=False, seed=0))
