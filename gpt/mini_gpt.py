@@ -387,6 +387,7 @@ def run_file(s):
 def main(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.error = lambda message: fail(f"参数写错了：{message}。用法见 python mini_gpt.py --help。")
     for name, (default, toy, text) in (TRAINING | OTHER).items():
         kind, shown = {"type": type(default)}, f"（默认 {default}；玩具 {toy}）"
         if default is None or default is False:

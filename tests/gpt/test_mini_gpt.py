@@ -356,6 +356,8 @@ def test_a_checkpoint_that_cannot_be_written_is_said(text_file, monkeypatch):
         (["--block", "3"], ["--block 3 太小"]),
         (["--heads", "3"], ["--dim 64 不能平分给 --heads 3"]),
         (["--steps", "0"], ["--steps 要是正整数"]),
+        (["--steps", "abc"], ["参数写错了", "--steps", "'abc'", "--help"]),
+        (["--step", "5"], ["参数写错了", "--step 5"]),
         (["--attention", "flash"], ["--attention 只有 manual、sdpa（现在是 flash）"]),
         (["--optimizer", "sgd"], ["--optimizer 只有 muon、adamw"]),
         (["--clip", "0"], ["--clip 要大于 0"]),
