@@ -325,7 +325,7 @@ def test_changed_settings_and_data_are_named_and_refused(text_file, monkeypatch)
     changed = arguments(text_file, "--lr", "0.5", "--seed", "3")
     message = error_of(monkeypatch, *changed)
     assert (
-        "lr：已有 0.01，这次 0.5" in message and "seed：已有 0，这次 3" in message and "--retrain" in message
+        "lr：已有 0.014，这次 0.5" in message and "seed：已有 0，这次 3" in message and "--retrain" in message
     )
     text_file.write_text(TEXT + "a", encoding="utf-8")
     message = error_of(monkeypatch, *arguments(text_file))
