@@ -97,7 +97,8 @@ class RunFolder:
         if settings.exists():
             with contextlib.suppress(ValueError):
                 if differences(json.loads(settings.read_text(encoding="utf-8")), wanted):
-                    print("上次没有训练完，而这次的设置（或上一阶段的模型）不同：从头训练。")
+                    if self.latest_checkpoint():  # 数据有错等，还没开始训练就停下的，不必说
+                        print("上次没有训练完，而这次的设置（或上一阶段的模型）不同：从头训练。")
                     shutil.rmtree(self.work)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_json(settings, wanted)

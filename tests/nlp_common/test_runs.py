@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from nlp_common.cli import UserError, run_main
-from nlp_common.runs import open_run
+from nlp_common.runs import CHECKPOINT_DONE, open_run
 
 HOLD = """
 import sys, time
@@ -149,3 +149,16 @@ def test_the_reader_sees_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run_main(main)
     assert capsys.readouterr().err.startswith("错误：")
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_other_settings_start_afresh_and_say_so_only_if_work_is_lost(tmp_path, capsys, trained):
+    with open_run(tmp_path / "sft") as run:
+        run.start({"seed": 0})
+        if trained:
+            (run.checkpoints / "checkpoint-5").mkdir()
+            (run.checkpoints / "checkpoint-5" / CHECKPOINT_DONE).write_text("{}")
+    with open_run(tmp_path / "sft") as run:
+        run.start({"seed": 1})
+        assert run.latest_checkpoint() is None
+    assert ("从头训练" in capsys.readouterr().out) == trained
