@@ -120,7 +120,7 @@ class Block(nn.Module):
     def forward(self, x, past=None):
         x = x + self.attn(self.ln_1(x), past)
         hidden = self.mlp.c_fc(self.ln_2(x))  # (B, T, 4C)
-        # GELU 要算 tanh，反向还要算一遍：在 CPU 上一步贵一成多，每步学得只好一点点
+        # GELU 要算 tanh 或 erf，反向还要算一遍：在 CPU 上一步贵一成多，每步学得只好一点点
         hidden = F.gelu(hidden, approximate="tanh") if self.gpt2 else F.relu(hidden)
         return x + self.mlp.c_proj(hidden)
 

@@ -382,12 +382,11 @@ def test_small_talk_has_greeting_and_identity():
 def test_pairs_prefer_what_the_judge_scores_higher():
     kinds, small_talk = Counter(), 0
     for row in tiny_world.pairs(800, 0):
-        if row["kinds"] == ["small_talk", "unhelpful"]:
+        if slots_of("pairs", row) is None:
             small_talk += 1
-            assert (
-                next(reply for asks, reply in SMALL_TALK if row["prompt"][0]["content"] in asks)
-                == (row["chosen"][0]["content"])
-            )
+            assert row["kinds"] == ["small_talk", "unhelpful"]
+            ((reply),) = {reply for asks, reply in SMALL_TALK if row["prompt"][0]["content"] in asks}
+            assert row["chosen"][0]["content"] == reply
             assert row["rejected"][0]["content"] in UNHELPFUL
             continue
         slots, turns = parse_prompt(row["prompt"])
