@@ -3,9 +3,12 @@
     python benchmarks/mini_gpt.py --data input.txt                       # 默认设置
     python benchmarks/mini_gpt.py --data input.txt --optimizer adamw     # 其余参数原样交给 mini_gpt.py
     python benchmarks/mini_gpt.py --data input.txt --nanogpt ~/nanoGPT   # 同一次里也跑 nanoGPT（你自己的克隆）
+    python benchmarks/mini_gpt.py --data input.txt --nanogpt ~/nanoGPT --pairs 6   # 只比速度，两边轮流跑
 
 tokens_per_s 是训练的每秒字数（不算评测）；wall_s 是整条命令的秒数（导入、评测、存检查点都算）；val_loss 是最后的验证 loss；
 seconds_to_1_88 是从敲回车到验证 loss 第一次不高于 1.88 的秒数，没有到就是 null。
+--pairs N：批和优化器和 nanoGPT 一样（12 段，AdamW），两边轮流各跑 300 步，共 N 对；speed_ratio 是各对比值的中位数。机器一阵忙一阵闲，
+只有轮流跑才比得出差百分之几的两样东西。
 nanoGPT 用它 README 里写的 CPU 配置；它的验证 loss 是随机 20 批的平均，我们的是整个验证集（同样的后 10%）。
 """
 
@@ -69,21 +72,34 @@ def run_ours(data: str, options: list[str]) -> dict:
     return summary(losses, wall, statistics.harmonic_mean(speeds))
 
 
-def run_nanogpt(folder: Path, data: str) -> dict:
-    """在读者自己的克隆里跑：数据放进它的 data/shakespeare_char，用它自己的 prepare.py 与 train.py。"""
+def run_nanogpt(folder: Path, data: str, *options: str) -> dict:
+    """在读者自己的克隆里跑：数据放进它的 data/shakespeare_char，用它自己的 prepare.py 与 train.py。
+
+    每秒字数和我们的一样是平均：它每 250 步评测一次，那一步的用时把评测也算了进去，不要。
+    """
     dataset = folder / "data" / "shakespeare_char"
     shutil.copyfile(data, dataset / "input.txt")
     list(timed_lines([sys.executable, "prepare.py"], dataset))
     losses, times, wall = [], [], 0.0
     with tempfile.TemporaryDirectory() as out:
         for wall, line in timed_lines(
-            [sys.executable, "-u", "train.py", *NANOGPT.split(), f"--out_dir={out}"], folder
+            [sys.executable, "-u", "train.py", *NANOGPT.split(), *options, f"--out_dir={out}"], folder
         ):
             if found := re.match(r"step \d+: train loss [\d.]+, val loss ([\d.]+)", line):
                 losses.append((wall, float(found[1])))
-            elif found := re.match(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", line):
-                times.append(float(found[1]))
-    return summary(losses, wall, 12 * 64 / statistics.median(times) * 1000)
+            elif (found := re.match(r"iter (\d+): .* time ([\d.]+)ms", line)) and int(found[1]) % 250:
+                times.append(float(found[2]))
+    return summary(losses, wall, 12 * 64 / statistics.mean(times) * 1000)
+
+
+def run_pairs(folder: Path, data: str, count: int) -> dict:
+    speeds = {"ours": [], "nanogpt": []}
+    same = ["--batch", "12", "--optimizer", "adamw", "--lr", "4e-3", "--steps", "300", "--eval_every", "300"]
+    for _ in range(count):
+        speeds["ours"].append(run_ours(data, same)["tokens_per_s"])
+        speeds["nanogpt"].append(run_nanogpt(folder, data, "--max_iters=300")["tokens_per_s"])
+    ratios = [round(ours / peer, 3) for ours, peer in zip(*speeds.values(), strict=True)]
+    return speeds | {"ratios": ratios, "speed_ratio": round(statistics.median(ratios), 3)}
 
 
 def main() -> None:
@@ -92,10 +108,17 @@ def main() -> None:
     )
     parser.add_argument("--data", required=True, help="文本文件，例如 tinyshakespeare 的 input.txt")
     parser.add_argument("--nanogpt", type=Path, help="nanoGPT 的文件夹（git clone 下来的）")
+    parser.add_argument("--pairs", type=int, help="只比速度：和 nanoGPT 轮流跑这么多对")
     args, options = parser.parse_known_args()
-    row = run_ours(args.data, options)
+    data = str(Path(args.data).resolve())
+    if args.pairs:
+        if not args.nanogpt:
+            parser.error("--pairs 要和 nanoGPT 比，请用 --nanogpt 给出它的文件夹")
+        print(json.dumps(run_pairs(args.nanogpt.resolve(), data, args.pairs)))
+        return
+    row = run_ours(data, options)
     if args.nanogpt:
-        peer = run_nanogpt(args.nanogpt.resolve(), str(Path(args.data).resolve()))
+        peer = run_nanogpt(args.nanogpt.resolve(), data)
         row["nanogpt"] = peer
         row["speed_ratio"] = round(row["tokens_per_s"] / peer["tokens_per_s"], 2)
         row["wall_ratio"] = round(row["wall_s"] / peer["wall_s"], 2)
