@@ -335,6 +335,16 @@ def test_changed_settings_and_data_are_named_and_refused(text_file, monkeypatch)
     mg.main([*changed, "--retrain"])  # 照它说的做，就从头训练
 
 
+def test_a_checkpoint_of_older_code_is_said(text_file, monkeypatch):
+    mg.main(arguments(text_file))
+    out = text_file.with_name("out.pt")
+    state = torch.load(out, weights_only=True)
+    del state["settings"]["version"]
+    torch.save(state, out)
+    message = error_of(monkeypatch, *arguments(text_file))
+    assert "version：已有 None，这次 2" in message and "--retrain" in message
+
+
 def test_a_broken_checkpoint_is_said(text_file, monkeypatch):
     text_file.with_name("out.pt").write_bytes(b"half a file")
     message = error_of(monkeypatch, *arguments(text_file))
