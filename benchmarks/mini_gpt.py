@@ -72,14 +72,15 @@ def run_ours(data: str, options: list[str]) -> dict:
     return summary(losses, wall, statistics.harmonic_mean(speeds))
 
 
-def run_nanogpt(folder: Path, data: str, *options: str) -> dict:
-    """在读者自己的克隆里跑：数据放进它的 data/shakespeare_char，用它自己的 prepare.py 与 train.py。
-
-    每秒字数和我们的一样是平均：它每 250 步评测一次，那一步的用时把评测也算了进去，不要。
-    """
+def prepare_nanogpt(folder: Path, data: str) -> None:
+    """数据放进读者自己的克隆的 data/shakespeare_char，用它自己的 prepare.py。"""
     dataset = folder / "data" / "shakespeare_char"
     shutil.copyfile(data, dataset / "input.txt")
     list(timed_lines([sys.executable, "prepare.py"], dataset))
+
+
+def run_nanogpt(folder: Path, *options: str) -> dict:
+    """用它自己的 train.py。每秒字数和我们的一样是平均：它每 250 步评测一次，那一步的用时把评测也算了进去，不要。"""
     losses, times, wall = [], [], 0.0
     with tempfile.TemporaryDirectory() as out:
         for wall, line in timed_lines(
@@ -92,12 +93,12 @@ def run_nanogpt(folder: Path, data: str, *options: str) -> dict:
     return summary(losses, wall, 12 * 64 / statistics.mean(times) * 1000)
 
 
-def run_pairs(folder: Path, data: str, count: int) -> dict:
+def run_pairs(folder: Path, data: str, options: list[str], count: int) -> dict:
     speeds = {"ours": [], "nanogpt": []}
     same = ["--batch", "12", "--optimizer", "adamw", "--lr", "4e-3", "--steps", "300", "--eval_every", "300"]
     for _ in range(count):
-        speeds["ours"].append(run_ours(data, same)["tokens_per_s"])
-        speeds["nanogpt"].append(run_nanogpt(folder, data, "--max_iters=300")["tokens_per_s"])
+        speeds["ours"].append(run_ours(data, [*same, *options])["tokens_per_s"])
+        speeds["nanogpt"].append(run_nanogpt(folder, "--max_iters=300")["tokens_per_s"])
     ratios = [round(ours / peer, 3) for ours, peer in zip(*speeds.values(), strict=True)]
     return speeds | {"ratios": ratios, "speed_ratio": round(statistics.median(ratios), 3)}
 
@@ -110,15 +111,17 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, help="nanoGPT 的文件夹（git clone 下来的）")
     parser.add_argument("--pairs", type=int, help="只比速度：和 nanoGPT 轮流跑这么多对")
     args, options = parser.parse_known_args()
-    data = str(Path(args.data).resolve())
-    if args.pairs:
-        if not args.nanogpt:
-            parser.error("--pairs 要和 nanoGPT 比，请用 --nanogpt 给出它的文件夹")
-        print(json.dumps(run_pairs(args.nanogpt.resolve(), data, args.pairs)))
-        return
-    row = run_ours(data, options)
+    if args.pairs is not None and (args.pairs < 1 or not args.nanogpt):
+        parser.error("--pairs 要是正整数，并且要用 --nanogpt 给出 nanoGPT 的文件夹")
     if args.nanogpt:
-        peer = run_nanogpt(args.nanogpt.resolve(), data)
+        nanogpt = args.nanogpt.resolve()
+        prepare_nanogpt(nanogpt, args.data)
+    if args.pairs:
+        print(json.dumps(run_pairs(nanogpt, args.data, options, args.pairs)))
+        return
+    row = run_ours(args.data, options)
+    if args.nanogpt:
+        peer = run_nanogpt(nanogpt)
         row["nanogpt"] = peer
         row["speed_ratio"] = round(row["tokens_per_s"] / peer["tokens_per_s"], 2)
         row["wall_ratio"] = round(row["wall_s"] / peer["wall_s"], 2)

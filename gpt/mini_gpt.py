@@ -362,9 +362,9 @@ def run_file(s):
     vocab = {char: i for i, char in enumerate(chars)}
     start = text[0] if s.prompt is None else s.prompt
     prompt = encode(start, vocab, "字", s)
+    wanted = {name: getattr(s, name) for name in TRAINING}
     # version：模型或优化器的写法变了就加一，旧的检查点接不上，要说出来
-    same = {"data_sha256": hashlib.sha256(text.encode()).hexdigest(), "version": 2}
-    wanted = {name: getattr(s, name) for name in TRAINING} | same
+    wanted |= {"data_sha256": hashlib.sha256(text.encode()).hexdigest(), "version": 2}
     path = Path(s.out or Path(__file__).parent / "outputs" / f"mini_gpt-{Path(s.data).stem}.pt")
     state = load_checkpoint(path, wanted) if path.exists() and not s.retrain else None
 

@@ -92,12 +92,13 @@ def test_a_later_token_changes_no_earlier_logit(attention):
 @pytest.mark.parametrize("attention", ["manual", "sdpa"])
 @pytest.mark.parametrize("count", [10, 30], ids=["inside the context", "past the context"])
 def test_cached_generation_equals_uncached(attention, count):
-    model = make(replace(SMALL, attention=attention, gpt2=True))  # 偏置和增益也随机，写出来的才不总是一个词
+    # 偏置和增益也随机，又挑了种子：贪心写出来的才不总是一两个词
+    model = make(replace(SMALL, attention=attention, gpt2=True), seed=5)
     ids = torch.tensor([[1, 2, 3]])
     for how in ({"greedy": True}, {"temperature": 1.3, "seed": 4}):
         cached = take(mg.generate(model, ids, count, **how))
         assert cached == take(mg.generate(model, ids, count, use_cache=False, **how))
-        assert len(cached) == count and len(set(cached)) > 2
+        assert len(cached) == count and len(set(cached)) > 3
 
 
 def test_cache_feeds_one_token_at_a_time():
