@@ -5,7 +5,7 @@
 以及第二次运行从敲回车到打印预测的秒数是单单导入 BERT 类的几倍。进度写在 stderr。要空闲的机器，2 核上不到 4 分钟。
 dynamic_bf16 要 CPU 有 bf16 指令（没有的话反而慢得多），没有就不跑，记作 null。
 
-我们的和 transformers 的各在自己的进程里：我们的脚本一启动就让进程留住释放了的内存（nlp_common/memory.py），
+我们的和 transformers 的各在自己的进程里：我们的脚本一启动就让进程留住释放了的内存（nlp_common/fast/memory.py），
 这件事整个进程都受影响，放在一个进程里就不是原样的 Trainer 了。
 """
 
@@ -35,10 +35,14 @@ def progress(text: str) -> None:
 
 def has_bf16() -> bool:
     """有没有 bf16 指令（CUDA，或 CPU 的 AMX、AVX512_BF16）；问的就是脚本自己决定用不用 bf16 的那个函数。"""
-    from nlp_common.bert import BertSettings, mixed_precision
-    from nlp_common.device import pick_device
+    from nlp_common.base.device import pick_device, precision_flags
 
-    return mixed_precision(BertSettings(), pick_device())["bf16"]
+    return precision_flags(pick_device(), cpu_bf16=True)["bf16"]
+
+
+def give_memory_back() -> None:
+    """在这个进程里不留住释放了的内存：原样的 Trainer 就是这样。"""
+    os.environ["NLP_LEARNING_KEEP_MEMORY"] = "0"
 
 
 def train_once(name: str, args, folder: str, n_rows: int) -> float:
@@ -55,10 +59,11 @@ def train_once(name: str, args, folder: str, n_rows: int) -> float:
         TrainingArguments,
     )
 
-    from nlp_common.bert import BertRun, character_tokenizer, encode, training_kwargs
-    from nlp_common.bert_model import attention
-    from nlp_common.runs import RunFolder
-    from nlp_common.training import BucketTrainer
+    from nlp_common.base.runs import RunFolder
+    from nlp_common.lm.classifier import attention, encode
+    from nlp_common.tiny.bert import character_tokenizer
+    from nlp_common.train.bert import BertRun, training_kwargs
+    from nlp_common.train.trainer import BucketTrainer
 
     settings = script.SentimentSettings(**script.PRESETS["tiny"], warmup_steps=0.1, weight_decay=0.01)
     settings.dataset, settings.num_train_epochs = args.dataset, 1.0
@@ -102,7 +107,6 @@ def train_once(name: str, args, folder: str, n_rows: int) -> float:
 
 def training_speed(args, folder: str) -> dict[str, float | None]:
     """每种设置每秒几行；几种设置轮流跑。"""
-    from nlp_common.network import prepare_environment
 
     names = ["ours", "max_length", "dynamic"]
     speeds: dict[str, list[float]] = {name: [] for name in names}
@@ -110,8 +114,7 @@ def training_speed(args, folder: str) -> dict[str, float | None]:
         names.append("dynamic_bf16")
         speeds["dynamic_bf16"] = []
     context = multiprocessing.get_context("spawn")
-    # prepare_environment：我们的脚本启动时做的事
-    with context.Pool(1, prepare_environment) as own, context.Pool(1) as plain:
+    with context.Pool(1) as own, context.Pool(1, give_memory_back) as plain:
         for round_number in range(args.rounds + 1):
             for name in names:
                 n_rows = 64 if round_number == 0 else args.rows  # 第 0 轮热身，不算

@@ -34,10 +34,10 @@ from statistics import median
 from types import SimpleNamespace
 
 QWEN = Path(__file__).resolve().parent.parent / "qwen_chinese_finetune"
-sys.path.insert(0, str(QWEN))  # 基准不在脚本的文件夹里，要自己找到 qwen_common
+sys.path.insert(0, str(QWEN))  # 基准不在脚本的文件夹里，要自己找到 chain.py 等
 
-import dpo_chinese_qwen as dpo  # noqa: E402
-import ppo_alignment as ppo  # noqa: E402
+from nlp_common.base.cli import UserError, run_main  # noqa: E402
+
 import sft_chinese_qwen as sft  # noqa: E402
 import torch  # noqa: E402
 import trl  # noqa: E402
@@ -52,16 +52,19 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from nlp_common.cli import UserError, run_main  # noqa: E402
-from nlp_common.device import describe, peak_gpu_memory_mb, pick_device, precision  # noqa: E402
-from qwen_common import pretraining, tiny_model, tiny_world  # noqa: E402
-from qwen_common.chatml import prompt_ids  # noqa: E402
-from qwen_common.dry_run import qwen_0_5b  # noqa: E402
-from qwen_common.loading import end_chat_turns, load_tokenizer  # noqa: E402
-from qwen_common.packing import IGNORE, collate_blocks, pack_documents  # noqa: E402
-from qwen_common.preference import collate_pairs, pair_length  # noqa: E402
-from qwen_common.stage import COMMON  # noqa: E402
-from qwen_common.training import training_kwargs  # noqa: E402
+import dpo_chinese_qwen as dpo  # noqa: E402
+import ppo_alignment as ppo  # noqa: E402
+import pretrain_chinese  # noqa: E402
+from nlp_common.base.device import describe, peak_gpu_memory_mb, pick_device, precision  # noqa: E402
+from nlp_common.lm.chatml import prompt_ids  # noqa: E402
+from nlp_common.lm.loading import end_chat_turns, load_tokenizer  # noqa: E402
+from nlp_common.lm.losses import IGNORE  # noqa: E402
+from nlp_common.lm.packing import collate_blocks, pack_documents  # noqa: E402
+from nlp_common.lm.pairs import collate_pairs, pair_length  # noqa: E402
+from nlp_common.tiny import qwen, world  # noqa: E402
+from nlp_common.train.dry_run_qwen import qwen_0_5b  # noqa: E402
+from nlp_common.train.stage import COMMON  # noqa: E402
+from nlp_common.train.trainer_qwen import training_kwargs  # noqa: E402
 
 STAGES = ("pretrain", "sft", "dpo", "ppo")
 TRL_SIDES = {"trl_default": True, "trl_no_checkpointing": False}  # 值：用不用它的默认（重算激活）
@@ -149,15 +152,15 @@ def random_rows(stage: str, n: int, args, vocab_size: int) -> list:
 def text_rows(stage: str, n: int, args, tokenizer) -> list:
     """小世界的行，用真的分词器与各脚本自己的编码。"""
     if stage == "pretrain":
-        documents = tiny_world.documents(n * max(2, args.length // 20), seed=0)
-        rows = pack_documents(pretraining.encode_documents(tokenizer, documents), args.length)
+        documents = world.documents(n * max(2, args.length // 20), seed=0)
+        rows = pack_documents(pretrain_chinese.encode_documents(tokenizer, documents), args.length)
     elif stage == "ppo":
-        rows = [prompt_ids(tokenizer, q["messages"]) for q in tiny_world.questions(n, seed=0)]
+        rows = [prompt_ids(tokenizer, q["messages"]) for q in world.questions(n, seed=0)]
     elif stage == "sft":
-        rows = [sft.encode_row(tokenizer, row["messages"]) for row in tiny_world.chats(n, seed=0)]
+        rows = [sft.encode_row(tokenizer, row["messages"]) for row in world.chats(n, seed=0)]
         rows = [row for row in rows if len(row["input_ids"]) <= args.length]
     else:
-        rows = [dpo.encode(tokenizer, row) for row in tiny_world.pairs(n, seed=0)]
+        rows = [dpo.encode(tokenizer, row) for row in world.pairs(n, seed=0)]
         rows = [row for row in rows if pair_length(row) <= args.length]
     if len(rows) < n:
         raise UserError(
@@ -251,9 +254,9 @@ def make_trainer(stage: str, side: str, rows: list, model, tokenizer, args, fold
         return trainer, seconds
     common["args"] = TrainingArguments(**kwargs)
     if stage == "pretrain":
-        return pretraining.PretrainTrainer(
+        return pretrain_chinese.PretrainTrainer(
             **common,
-            train_dataset=pretraining.Blocks(rows),
+            train_dataset=pretrain_chinese.Blocks(rows),
             data_collator=lambda batch: collate_blocks(batch, args.length, pad_id),
         ), 0.0
     trainer = sft.SFTTrainer(
@@ -402,12 +405,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
         if torch.cuda.device_count() > 1:
             raise UserError("这个基准只用一块卡：先 export CUDA_VISIBLE_DEVICES=0，再运行同一条命令。")
         device = torch.device("cuda", 0)
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else tiny_model.build_tokenizer()
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else qwen.build_tokenizer()
     config = qwen_0_5b()
     if args.tiny:
-        config = tiny_model.build_model(
-            tiny_model.build_tokenizer() if args.tokenizer else tokenizer, seed=0
-        ).config
+        config = qwen.build_model(qwen.build_tokenizer() if args.tokenizer else tokenizer, seed=0).config
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"{args.tokenizer} 有 {len(tokenizer)} 个 token，模型的词表只有 {config.vocab_size}。"

@@ -26,25 +26,25 @@ from statistics import median
 from typing import ClassVar
 
 QWEN = Path(__file__).resolve().parent.parent / "qwen_chinese_finetune"
-sys.path.insert(0, str(QWEN))  # 基准不在脚本的文件夹里，要自己找到 qwen_common
+sys.path.insert(0, str(QWEN))  # 基准不在脚本的文件夹里，要自己找到 chain.py 等
 
 BATCH, NEW_TOKENS, EPOCHS, LEARNING_RATE, KL_COEF = 64, 24, 4, 1e-4, 0.1
 
 
 def prompts(tokenizer, rounds: int) -> list[list[int]]:
-    from qwen_common import tiny_world
-    from qwen_common.chatml import prompt_ids
+    from nlp_common.lm.chatml import prompt_ids
+    from nlp_common.tiny import world
 
-    return [prompt_ids(tokenizer, q["messages"]) for q in tiny_world.questions(BATCH * rounds, seed=6)]
+    return [prompt_ids(tokenizer, q["messages"]) for q in world.questions(BATCH * rounds, seed=6)]
 
 
 def ours(model: str, rounds: int) -> dict:
     """每一轮的秒数，以及其中采样、打分、更新各占多少（都取中位数）。"""
-    import ppo_alignment as ppo
     import torch
     from accelerate import Accelerator
 
-    from qwen_common.loading import end_chat_turns, load_causal_lm, load_reward_model, load_value_model
+    import ppo_alignment as ppo
+    from nlp_common.lm.loading import end_chat_turns, load_causal_lm, load_reward_model, load_value_model
 
     tokenizer, policy = load_causal_lm(model)
     _, reference = load_causal_lm(model)
@@ -78,7 +78,7 @@ def trl(model: str, rounds: int, mini_batches: int, checkpointing: bool, folder:
     from transformers import TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    from qwen_common.loading import end_chat_turns, load_causal_lm, load_reward_model
+    from nlp_common.lm.loading import end_chat_turns, load_causal_lm, load_reward_model
 
     class Clock(TrainerCallback):
         ticks: ClassVar[list[float]] = []
@@ -159,9 +159,9 @@ def main() -> None:
     if args.rounds < 3:
         sys.exit(f"--rounds 至少是 3（第一轮不算），给的是 {args.rounds}。")
     with tempfile.TemporaryDirectory() as folder:
-        from qwen_common import tiny_model
+        from nlp_common.tiny import qwen
 
-        tiny_model.save_tiny_base(Path(folder) / "model", seed=0)
+        qwen.save_tiny_base(Path(folder) / "model", seed=0)
         result = run("ours", args, folder)
         row = {"episodes_per_s": round(BATCH / result.pop("round_s"), 1), **result}
         if args.trl:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 QWEN = Path(__file__).resolve().parent.parent / "qwen_chinese_finetune"
-sys.path.insert(0, str(QWEN))  # 基准不在脚本的文件夹里，要自己找到 qwen_common
+sys.path.insert(0, str(QWEN))  # 基准不在脚本的文件夹里，要自己找到 chain.py 等
 
 OFF = 1e9  # 裁剪的范围取这么大，等于不裁剪
 FAST = {"learning_rate": 1e-3}  # 默认的 5 倍：步子太大时，才看得出哪个措施救了命

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN = ROOT / "qwen_chinese_finetune"
-sys.path.insert(0, str(QWEN))  # 基准不在脚本的文件夹里，要自己找到 qwen_common
+sys.path.insert(0, str(QWEN))  # 基准不在脚本的文件夹里，要自己找到 chain.py 等
 
 SCRIPTS = {"sft": "sft_chinese_qwen.py", "reward": "reward_model.py", "dpo": "dpo_chinese_qwen.py"}
 BATCH = 16
@@ -27,13 +27,13 @@ BATCH = 16
 
 def prepare(folder: Path, args) -> tuple[str, dict[str, str]]:
     """没给模型和数据时，用没训练过的小模型和小世界的行。"""
-    from qwen_common import tiny_model, tiny_world
+    from nlp_common.tiny import qwen, world
 
     model = args.model or str(folder / "model")
     if not args.model:
-        tiny_model.save_tiny_base(Path(model), seed=0)
+        qwen.save_tiny_base(Path(model), seed=0)
     files = {"chats": args.chats, "pairs": args.pairs}
-    for kind, rows in (("chats", tiny_world.chats(3000, seed=0)), ("pairs", tiny_world.pairs(2000, seed=0))):
+    for kind, rows in (("chats", world.chats(3000, seed=0)), ("pairs", world.pairs(2000, seed=0))):
         if not files[kind]:
             files[kind] = str(folder / f"{kind}.jsonl")
             text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)

@@ -15,11 +15,7 @@
 参考：Radford et al. 2019（GPT-2，top-k）；Holtzman et al. 2020（top-p）；Keskar et al. 2019（重复惩罚）。
 """
 
-# ruff: noqa: E402
-from nlp_common.cli import UserError, run_main
-from nlp_common.hub import prepare_environment
-
-prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
+from nlp_common.base.cli import run_main
 
 import math
 import re
@@ -31,11 +27,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
 from transformers.utils import logging
 
-from nlp_common.arguments import option, parse_arguments
-from nlp_common.device import describe, pick_device
-from nlp_common.figures import render
-from nlp_common.hub import BUILT_IN, announce, choose_preset, find_model, require_model
-from nlp_common.plots import COLORS
+from nlp_common.base.arguments import option, parse_arguments
+from nlp_common.base.device import describe, pick_device
+from nlp_common.base.errors import UserError
+from nlp_common.draw.figures import render
+from nlp_common.draw.plots import COLORS
+from nlp_common.hub.models import BUILT_IN, find_model, require_model
+from nlp_common.hub.preset import announce, choose_preset
 
 HERE = Path(__file__).resolve().parent
 FULL_MODEL = "openai-community/gpt2"

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from nlp_common.device import describe, library_versions, pick_device, seed_everything
-from nlp_common.runs import file_sha256, open_run
+from nlp_common.base.device import describe, library_versions, pick_device, seed_everything
+from nlp_common.base.runs import file_sha256, open_run
 
 END = "<|endoftext|>"
 SEED, STORIES, HELD_OUT, STEPS, BATCH, LENGTH = 0, 3000, 100, 280, 8, 128

@@ -20,6 +20,8 @@
   Devlin et al. 2019（BERT）第 3.2 节；Xu et al. 2020（CLUE，tnews）。
 """
 
+from nlp_common.base.cli import run_main
+
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,28 +30,18 @@ import numpy as np
 from confusion import confident_mistakes, confusion_matrix, draw_confusion, print_report
 from headlines import LABELS, bayes_accuracy, headlines, posterior
 
-from nlp_common.arguments import option
-from nlp_common.bert import (
-    FULL_MODEL,
-    BertRun,
-    BertSettings,
-    character_tokenizer,
-    encode,
-    fingerprint,
-    learning_curve,
-    load_classifier,
-    open_bert_run,
-    parse_settings,
-    predict,
-    small_config,
-    texts_to_predict,
-    training_kwargs,
-)
-from nlp_common.cli import UserError, run_main
-from nlp_common.hub import require_model
-from nlp_common.labelled import check_enough, labelled, text_key
-from nlp_common.rows import Rows, has_split, read_rows
-from nlp_common.runs import file_sha256
+from nlp_common.base.arguments import option
+from nlp_common.base.device import precision_flags
+from nlp_common.base.errors import UserError
+from nlp_common.base.runs import file_sha256
+from nlp_common.data.labels import check_enough, labelled, text_key, texts_to_predict
+from nlp_common.data.rows import Rows, has_split, read_rows
+from nlp_common.draw.plots import learning_curve
+from nlp_common.hub.models import require_model
+from nlp_common.lm.classifier import encode, load_classifier, predict
+from nlp_common.tiny.bert import character_tokenizer, small_config
+from nlp_common.train.bert import FULL_MODEL, BertSettings
+from nlp_common.train.stage import Stage, fingerprint, open_result, parse_settings
 
 HOME = Path(__file__).resolve().parent
 TINY_DATASET = "headlines"  # 自带的标题语法，见 headlines.py
@@ -162,12 +154,12 @@ def small_bert(settings: NewsSettings, texts: list[str]):
 # ---------------------------------------------------------------- 3. 微调
 
 
-def finetune(run: BertRun) -> dict:
+def finetune(run: Stage) -> dict:
     """读数据 → 模型接上 15 类的分类层 → 训练，验证集上挑检查点 → 测试集上报数。返回运行记录。"""
     from transformers import DataCollatorWithPadding, TrainingArguments
 
-    from nlp_common.metrics import classification_metrics
-    from nlp_common.training import BucketTrainer, Progress, curves, run_trainer
+    from nlp_common.train.metrics import classification_metrics
+    from nlp_common.train.trainer import BucketTrainer, Progress, curves, run_trainer, trainer_arguments
 
     settings = run.settings
     splits, sources = load_data(settings)
@@ -185,7 +177,7 @@ def finetune(run: BertRun) -> dict:
     rows["validation"].sort(key=lambda row: len(row["input_ids"]))  # 评测不打乱；长度相近的在一起，少算填充
 
     args = TrainingArguments(
-        **training_kwargs(run),
+        **trainer_arguments(run, **precision_flags(run.device, settings.bf16, cpu_bf16=True)),
         eval_strategy="steps",
         eval_steps=settings.eval_steps,
         save_steps=settings.eval_steps,
@@ -228,7 +220,7 @@ def evaluate(model, tokenizer, rows: list[dict], settings: NewsSettings) -> tupl
 
     正确率里条数多的类说了算；macro F1 先算每一类的 F1 再平均，几条的小类和几百条的大类一样重。
     """
-    from nlp_common.metrics import ClassificationMetric
+    from nlp_common.train.metrics import ClassificationMetric
 
     texts, labels = [row["text"] for row in rows], np.array([row["label"] for row in rows])
     probs = predict(model, tokenizer, texts, settings.max_length).numpy()  # (N, 15)
@@ -250,7 +242,7 @@ def tfidf_baseline(train: list[dict], test: list[dict]) -> dict:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    from nlp_common.metrics import ClassificationMetric
+    from nlp_common.train.metrics import ClassificationMetric
 
     vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 2), sublinear_tf=True)
     features = vectorizer.fit_transform([row["text"] for row in train])
@@ -301,7 +293,7 @@ def show_predictions(path: Path, texts: list[str], max_length: int) -> None:
 
 def dry_run(settings: NewsSettings) -> dict:
     """--dry_run：训练数据有几行、每行多长、读几遍，估算要多少内存、多久。"""
-    from nlp_common import bert_dry_run
+    from nlp_common.train import dry_run_bert as bert_dry_run
 
     large = settings.model or settings.preset == "full"
     if large and settings.dataset in FULL_DATASETS:
@@ -314,7 +306,7 @@ def dry_run(settings: NewsSettings) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    settings = parse_settings(NewsSettings, PRESETS, argv)
+    settings = parse_settings(NewsSettings, PRESETS, argv, FULL_MODEL)
     texts = texts_to_predict(settings, TEXT_FIELDS)  # 写错了，训练前就说
     if settings.dry_run:
         return dry_run(settings)
@@ -322,10 +314,8 @@ def main(argv: list[str] | None = None) -> dict:
     path = Path(settings.output_dir or HOME / name)
     own = settings.dataset == TINY_DATASET
     grammar = {"headlines.py": file_sha256(HOME / "headlines.py")[:16]} if own else {}  # 改了语法就要重新训练
-    with open_bert_run(path, settings, fingerprint(settings, **grammar)) as run:
-        if run.record:
-            print(f"已有训练结果，直接加载：{run.path}（--retrain 重新训练）")
-        else:
+    with open_result(path, "news", settings, fingerprint(settings, **grammar), reuse=settings.reuse()) as run:
+        if run.record is None:
             finetune(run)
         show_record(run.record, run.path)
     show_predictions(run.path, texts, run.record["settings"]["max_length"])

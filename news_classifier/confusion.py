@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nlp_common.figures import render
+from nlp_common.draw.figures import render
 
 
 def confusion_matrix(labels: np.ndarray, guesses: np.ndarray, classes: int) -> np.ndarray:

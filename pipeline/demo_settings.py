@@ -6,9 +6,10 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nlp_common.arguments import option, parse_arguments
-from nlp_common.cli import UserError
-from nlp_common.hub import announce, choose_preset, prepare_environment, require_model
+from nlp_common.base.arguments import option, parse_arguments
+from nlp_common.base.errors import UserError
+from nlp_common.hub.models import require_model
+from nlp_common.hub.preset import announce, choose_preset
 
 
 @dataclass
@@ -29,7 +30,6 @@ class DemoSettings:
 
 def parse_demo(settings_class, full_model: str, argv: list[str] | None):
     """→ (设置, 模型的路径或 hub 名字)；选了 tiny 时后者是 None。第一行打印选了哪个、为什么。"""
-    prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
     settings = parse_arguments(settings_class, argv)
     if settings.batch_size < 1:
         raise UserError(f"--batch_size 要是正整数，给的是 {settings.batch_size}。")

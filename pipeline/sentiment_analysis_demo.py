@@ -19,6 +19,8 @@
   Sanh et al. 2019（DistilBERT）；Socher et al. 2013（SST-2）；transformers 文档 “Pipelines”。
 """
 
+from nlp_common.base.cli import run_main
+
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +28,7 @@ from pathlib import Path
 import torch
 from demo_settings import DemoSettings, parse_demo, read_sentences
 
-from nlp_common.cli import run_main
-from nlp_common.device import describe, pick_device
+from nlp_common.base.device import describe, pick_device
 
 HERE = Path(__file__).resolve().parent
 FULL_MODEL = "distilbert/distilbert-base-uncased-finetuned-sst-2-english"

@@ -25,6 +25,8 @@
   Zhao et al. 2019（UER），uer/roberta-base-finetuned-jd-binary-chinese 的说明页。
 """
 
+from nlp_common.base.cli import run_main
+
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -33,9 +35,9 @@ from pathlib import Path
 from demo_settings import DemoSettings, parse_demo, read_sentences
 from sentiment_analysis_demo import load_classifier, show_scores, tour
 
-from nlp_common.cli import UserError, run_main
-from nlp_common.device import describe, pick_device
-from nlp_common.runs import RUN_FILE, load_run
+from nlp_common.base.device import describe, pick_device
+from nlp_common.base.errors import UserError
+from nlp_common.base.runs import RUN_FILE, load_run
 
 HERE = Path(__file__).resolve().parent
 FULL_MODEL = "uer/roberta-base-finetuned-jd-binary-chinese"

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from nlp_common.device import describe, library_versions, pick_device, seed_everything
-from nlp_common.runs import file_sha256, open_run
+from nlp_common.base.device import describe, library_versions, pick_device, seed_everything
+from nlp_common.base.runs import file_sha256, open_run
 
 LABELS = ["NEGATIVE", "POSITIVE"]
 # 每一种词都写成一行用空格隔开的字；下面的 pick 从里面挑一个。

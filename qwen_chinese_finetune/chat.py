@@ -20,10 +20,7 @@ switch base 之后就答非所问了。
 要先训练好：python run_all.py --preset tiny。
 """
 
-from nlp_common.cli import UserError, run_main
-from nlp_common.hub import prepare_environment
-
-prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
+from nlp_common.base.cli import run_main
 
 from collections import deque
 from collections.abc import Callable
@@ -31,25 +28,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from nlp_common.arguments import option
-from qwen_common import tiny_world
-from qwen_common.asking import FULL_QUESTIONS, Reply, printable, room, say, story_then_question
-from qwen_common.chat_log import save_talks
-from qwen_common.chat_web import open_page
-from qwen_common.chatml import prompt_ids
-from qwen_common.names import FOLDERS, MODELS
-from qwen_common.stage import SCRIPTS
-from qwen_common.trying import (
-    Results,
-    Speaker,
-    SpeakSettings,
-    describe_sampling,
-    find_results,
-    load_speaker,
-    parse_settings,
-    read_line,
-    show_speaker,
-)
+from chain import FOLDERS, MODELS, SCRIPTS
+from chat_app.asking import FULL_QUESTIONS, story_then_question
+from chat_app.log import save_talks
+from chat_app.trying import Results, SpeakSettings, describe_sampling, find_results, read_line, show_speaker
+from chat_app.web import open_page
+from nlp_common.base.arguments import option, parse_arguments
+from nlp_common.base.console import printable
+from nlp_common.base.errors import UserError
+from nlp_common.lm.chatml import prompt_ids
+from nlp_common.lm.speaker import Reply, Speaker, load_speaker, room, say
+from nlp_common.tiny import world
 
 DEFAULTS = {
     "tiny": {"max_new_tokens": 48, "temperature": 0.0, "top_p": 1.0},
@@ -272,7 +261,7 @@ class Chat:
 
 def tiny_example(seed: int) -> list[str]:
     """小世界里可以照着问的两句：一个故事带一个问题，再加一个要靠记性的追问。"""
-    asked = tiny_world.heldout_questions(50, seed)
+    asked = world.heldout_questions(50, seed)
     messages = next(q["messages"] for q in asked if len(q["messages"]) == 3)
     return [messages[0]["content"].replace("\n", ""), messages[2]["content"]]
 
@@ -297,7 +286,7 @@ def welcome(chat: Chat) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = parse_settings(ChatSettings, argv)
+    settings = parse_arguments(ChatSettings, argv)
     if settings.model and settings.start != "auto":
         raise UserError("--model 和 --start 只能给一个：--start 是从训练结果里选。")
     names = ["model"] if settings.model else ["base", "sft", "dpo", "ppo"]

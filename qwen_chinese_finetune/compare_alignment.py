@@ -15,10 +15,7 @@ DPO 和 PPO 差不多一样准，又对、又完整、又有礼的回答到九�
 参考：Li et al. 2016（distinct-n）；Ouyang et al. 2022 第 4 节；Gao et al. 2023（奖励模型的过度优化）。
 """
 
-from nlp_common.cli import UserError, run_main
-from nlp_common.hub import prepare_environment
-
-prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
+from nlp_common.base.cli import run_main
 
 import json
 import time
@@ -28,29 +25,18 @@ from typing import Literal
 
 from rich.console import Console
 
-from nlp_common.arguments import option, parse_arguments
-from nlp_common.device import describe, library_versions, peak_memory_mb, pick_device
-from nlp_common.runs import RunFolder, differences, load_run, open_run
-from qwen_common.chatml import prompt_ids
-from qwen_common.compare_inputs import (
-    check_same_vocab,
-    find_models,
-    find_root,
-    load_questions,
-    parse_models,
-)
-from qwen_common.comparison import show_lengths, show_metrics, show_samples
-from qwen_common.data import drop_long
-from qwen_common.judging import (
-    distinct_n,
-    judge,
-    measure_chat,
-    reply_to,
-    score_replies,
-    token_kl,
-)
-from qwen_common.loading import load_causal_lm, load_reward_model, load_tokenizer
-from qwen_common.names import MODELS
+from chain import MODELS
+from nlp_common.base.arguments import option, parse_arguments
+from nlp_common.base.device import describe, library_versions, peak_memory_mb, pick_device
+from nlp_common.base.errors import UserError
+from nlp_common.base.runs import RunFolder, differences, load_run, open_run
+from nlp_common.lm.chatml import prompt_ids
+from nlp_common.lm.loading import load_causal_lm, load_reward_model, load_tokenizer
+from nlp_common.lm.replies import distinct_n, reply_to, score_replies, token_kl
+from nlp_common.tiny.judge import judge, measure_chat
+from nlp_common.train.splits import drop_long
+from report.compare_inputs import check_same_vocab, find_models, find_root, load_questions, parse_models
+from report.comparison import show_lengths, show_metrics, show_samples
 
 MODES = {
     "all": ("base", "sft", "dpo", "ppo"),

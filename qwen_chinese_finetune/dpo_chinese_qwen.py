@@ -13,10 +13,7 @@
 参考：Rafailov et al. 2023（DPO）式 7；Pang et al. 2024（好回答上的 SFT 项）；训练器用 TRL 的 DPOTrainer。
 """
 
-from nlp_common.cli import run_main
-from nlp_common.hub import prepare_environment
-
-prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
+from nlp_common.base.cli import run_main
 
 import time
 from dataclasses import dataclass
@@ -26,20 +23,21 @@ import torch.nn.functional as F
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from nlp_common.arguments import option
-from nlp_common.processes import gather, my_share
-from nlp_common.training import full_state, run_trainer
-from qwen_common import tiny_world
-from qwen_common.columns import only_columns
-from qwen_common.data import EVAL_SEED, drop_long, load_train_and_eval
-from qwen_common.generation import batches_by_length
-from qwen_common.judging import measure_chat
-from qwen_common.loading import end_chat_turns, load_causal_lm
-from qwen_common.packing import IGNORE
-from qwen_common.preference import collate_pairs, encode_pair, pair_length, pair_tokens
-from qwen_common.schemas import to_pairs
-from qwen_common.stage import Stage, StageSettings, open_stage, parse_settings
-from qwen_common.training import PairTrainer, Progress, loss_curve, training_kwargs
+from chain import CHAIN
+from nlp_common.base.arguments import option
+from nlp_common.base.processes import gather, my_share
+from nlp_common.data.chats import to_pairs
+from nlp_common.fast.columns import only_columns
+from nlp_common.lm.generation import batches_by_length
+from nlp_common.lm.loading import end_chat_turns, load_causal_lm
+from nlp_common.lm.losses import IGNORE
+from nlp_common.lm.pairs import collate_pairs, encode_pair, pair_length, pair_tokens
+from nlp_common.tiny import world
+from nlp_common.tiny.judge import measure_chat
+from nlp_common.train.splits import EVAL_SEED, drop_long, load_train_and_eval
+from nlp_common.train.stage import Stage, StageSettings, parse_settings, run_stage
+from nlp_common.train.trainer import full_state, run_trainer, trainer_arguments
+from nlp_common.train.trainer_qwen import PairTrainer, Progress, loss_curve
 
 PRESETS = {
     "tiny": {
@@ -199,7 +197,7 @@ def train(stage: Stage) -> dict:
     trainer = PairDPOTrainer(
         model=model,
         ref_model=reference,
-        args=DPOConfig(**training_kwargs(stage), beta=settings.beta, max_length=None),
+        args=DPOConfig(**trainer_arguments(stage), beta=settings.beta, max_length=None),
         train_dataset=Dataset.from_list(rows),
         data_collator=collate,
         processing_class=tokenizer,
@@ -210,7 +208,7 @@ def train(stage: Stage) -> dict:
     metrics = heldout_metrics(model, heldout, heldout_ref, pad_id, settings) | progress.metrics
     metrics["reference_seconds"] = reference_seconds  # 不在 train_seconds 里
     if settings.dataset == "tiny_world":
-        questions = tiny_world.heldout_questions(settings.max_eval_samples, EVAL_SEED)
+        questions = world.heldout_questions(settings.max_eval_samples, EVAL_SEED)
         before = measure_chat(reference, tokenizer, questions)[0]
         metrics |= {f"{k}_before": before[k] for k in ("qa_accuracy", "preferred_rate")}
         metrics |= measure_chat(model, tokenizer, questions)[0]
@@ -220,9 +218,8 @@ def train(stage: Stage) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    settings = parse_settings(DPOSettings, PRESETS, argv)
-    with open_stage("dpo", settings, {"model": "sft"}) as stage:
-        return stage.record or train(stage)
+    settings = parse_settings(DPOSettings, PRESETS, argv, CHAIN.full_model)
+    return run_stage("dpo", settings, {"model": "sft"}, train, CHAIN)
 
 
 if __name__ == "__main__":

@@ -13,30 +13,29 @@ best-of-n 不训练：采样 n 个回答，取奖励模型给分最高的。它�
 预期输出：实测的表和图见本文件夹的 README.md。
 """
 
-from nlp_common.cli import UserError, run_main
-from nlp_common.hub import prepare_environment
-
-prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
+from nlp_common.base.cli import run_main
 
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import dpo_chinese_qwen
-import ppo_alignment
 import torch
 
-from nlp_common.arguments import option, parse_arguments
-from nlp_common.plots import line_chart
-from nlp_common.runs import load_run, write_json
-from qwen_common import tiny_world
-from qwen_common.chatml import prompt_ids
-from qwen_common.data import EVAL_SEED
-from qwen_common.generation import generate
-from qwen_common.judging import judge, measure_chat, reply_of, score_replies, token_kl
-from qwen_common.loading import end_chat_turns, load_causal_lm, load_reward_model
-from qwen_common.stage import HOME
+import dpo_chinese_qwen
+import ppo_alignment
+from chain import HOME
+from nlp_common.base.arguments import option, parse_arguments
+from nlp_common.base.errors import UserError
+from nlp_common.base.runs import load_run, write_json
+from nlp_common.draw.plots import line_chart
+from nlp_common.lm.chatml import prompt_ids
+from nlp_common.lm.generation import generate
+from nlp_common.lm.loading import end_chat_turns, load_causal_lm, load_reward_model
+from nlp_common.lm.replies import reply_of, score_replies, token_kl
+from nlp_common.tiny import world
+from nlp_common.tiny.judge import judge, measure_chat
+from nlp_common.train.splits import EVAL_SEED
 
 PARTS = ("best_of_n", "ppo", "dpo", "hacking")
 NS = (1, 2, 4, 8, 16)
@@ -201,7 +200,7 @@ def main(argv: list[str] | None = None) -> dict:
     tokenizer, sft = load_causal_lm(f"{settings.chain}/sft")
     end_chat_turns(sft, tokenizer)
     reward = load_reward_model(f"{settings.chain}/reward", tokenizer).eval()
-    questions = tiny_world.heldout_questions(settings.n, EVAL_SEED)
+    questions = world.heldout_questions(settings.n, EVAL_SEED)
     variants = {
         "ppo": (ppo_alignment, "kl_coef", KL_COEFS, "β"),
         "dpo": (dpo_chinese_qwen, "beta", BETAS, "β"),

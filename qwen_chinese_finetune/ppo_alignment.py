@@ -18,10 +18,7 @@
 参考：Schulman et al. 2017（PPO）；Schulman et al. 2016（GAE）；Ziegler et al. 2019；Ouyang et al. 2022。
 """
 
-from nlp_common.cli import UserError, run_main
-from nlp_common.hub import prepare_environment
-
-prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
+from nlp_common.base.cli import run_main
 
 import random
 import time
@@ -34,24 +31,23 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType
 
-from nlp_common.arguments import option
-from nlp_common.device import precision
-from nlp_common.processes import gather, is_main, num_processes
-from nlp_common.together import together
-from nlp_common.training import progress_bar
-from qwen_common.chatml import prompt_ids
-from qwen_common.checkpoints import load_training_state, save_training_state
-from qwen_common.columns import only_columns
-from qwen_common.data import drop_long, load_train_and_eval, to_questions
-from qwen_common.generation import pad_left, padded_positions, stop_tokens, stream_tokens
-from qwen_common.judging import judge, measure_chat, reply_of, reply_to, score_replies, token_kl
-from qwen_common.loading import (
-    end_chat_turns,
-    load_causal_lm,
-    load_reward_model,
-    load_value_model,
-)
-from qwen_common.stage import COMMON, Stage, StageSettings, open_stage, parse_settings
+from chain import CHAIN
+from nlp_common.base.arguments import option
+from nlp_common.base.device import precision
+from nlp_common.base.errors import UserError
+from nlp_common.base.processes import gather, is_main, num_processes
+from nlp_common.data.chats import to_questions
+from nlp_common.fast.columns import only_columns
+from nlp_common.fast.together import together
+from nlp_common.lm.chatml import prompt_ids
+from nlp_common.lm.generation import pad_left, padded_positions, stop_tokens, stream_tokens
+from nlp_common.lm.loading import end_chat_turns, load_causal_lm, load_reward_model, load_value_model
+from nlp_common.lm.replies import reply_of, reply_to, score_replies, token_kl
+from nlp_common.tiny.judge import judge, measure_chat
+from nlp_common.train.checkpoints import load_training_state, save_training_state
+from nlp_common.train.splits import drop_long, load_train_and_eval
+from nlp_common.train.stage import Stage, StageSettings, parse_settings, run_stage
+from nlp_common.train.trainer import progress_bar
 
 PRESETS = {
     "tiny": {
@@ -625,12 +621,11 @@ def speed(history: list[dict], batch: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    settings = parse_settings(PPOSettings, PRESETS, argv)
+    settings = parse_settings(PPOSettings, PRESETS, argv, CHAIN.full_model)
     for name, instead in INSTEAD.items():
-        if getattr(settings, name) != COMMON[name]:
+        if getattr(settings, name) != settings.COMMON[name]:
             raise UserError(f"PPO 用不着 --{name}，改用 {instead}。")
-    with open_stage("ppo", settings, {"model": "sft", "reward_model": "reward"}) as stage:
-        return stage.record or train(stage)
+    return run_stage("ppo", settings, {"model": "sft", "reward_model": "reward"}, train, CHAIN)
 
 
 if __name__ == "__main__":

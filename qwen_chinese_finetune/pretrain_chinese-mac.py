@@ -10,19 +10,15 @@
     python pretrain_chinese-mac.py --preset tiny           # 离线小世界，约一分钟
     python pretrain_chinese-mac.py --preset full           # Qwen1.5-0.5B + 中文维基，MPS
 
-预期输出与算法：见 pretrain_chinese-nvidia.py 和 qwen_common/pretraining.py。
+预期输出与算法：见 pretrain_chinese-nvidia.py 和 pretrain_chinese.py。
 """
 
-from nlp_common.cli import run_main
-from nlp_common.hub import prepare_environment
+from nlp_common.base.cli import run_main
 
-prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
-
-from qwen_common import pretraining
-from qwen_common.stage import StageSettings, parse_settings
+import pretrain_chinese
 
 PRESETS = {
-    "tiny": pretraining.TINY,
+    "tiny": pretrain_chinese.TINY,
     "full": {
         "dataset": "pleisto/wikipedia-cn-20230720-filtered",
         "max_train_samples": 3000,
@@ -36,9 +32,7 @@ PRESETS = {
 
 
 def main(argv: list[str] | None = None) -> dict:
-    settings = parse_settings(StageSettings, PRESETS, argv)
-    pretraining.check_hardware("mps", other="pretrain_chinese-nvidia.py")
-    return pretraining.run(settings)
+    return pretrain_chinese.main(argv, PRESETS, "mps", other="pretrain_chinese-nvidia.py")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """中文预训练（NVIDIA 显卡的配置）：在文档上继续训练 Qwen，量训练前后的留出困惑度。
 
 学到什么：文档怎样打包成块而不互相偷看；因果语言模型的损失；怎样知道预训练已经到头。
-算法在 qwen_common/pretraining.py（与 pretrain_chinese-mac.py 共用），这里是硬件配置。
+算法在 pretrain_chinese.py（与 pretrain_chinese-mac.py 共用），这里是硬件配置。
 
 运行：
     python pretrain_chinese-nvidia.py                      # 自动选预设
@@ -15,16 +15,12 @@
 参考：Radford et al. 2018（GPT）；Krell et al. 2021（无跨文档污染的打包）。
 """
 
-from nlp_common.cli import run_main
-from nlp_common.hub import prepare_environment
+from nlp_common.base.cli import run_main
 
-prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
-
-from qwen_common import pretraining
-from qwen_common.stage import StageSettings, parse_settings
+import pretrain_chinese
 
 PRESETS = {
-    "tiny": pretraining.TINY,
+    "tiny": pretrain_chinese.TINY,
     "full": {
         "dataset": "pleisto/wikipedia-cn-20230720-filtered",
         "max_train_samples": 3000,
@@ -37,9 +33,7 @@ PRESETS = {
 
 
 def main(argv: list[str] | None = None) -> dict:
-    settings = parse_settings(StageSettings, PRESETS, argv)
-    pretraining.check_hardware("cuda", other="pretrain_chinese-mac.py")
-    return pretraining.run(settings)
+    return pretrain_chinese.main(argv, PRESETS, "cuda", other="pretrain_chinese-mac.py")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,7 @@
 参考：Ouyang et al. 2022（InstructGPT）式 1；Stiennon et al. 2020。
 """
 
-from nlp_common.cli import run_main
-from nlp_common.hub import prepare_environment
-
-prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
+from nlp_common.base.cli import run_main
 
 from statistics import mean
 
@@ -26,14 +23,15 @@ import torch.nn.functional as F
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
-from nlp_common.training import full_state, run_trainer
-from qwen_common.columns import only_columns
-from qwen_common.data import drop_long, load_train_and_eval
-from qwen_common.loading import load_reward_model, load_tokenizer
-from qwen_common.preference import collate_pairs, encode_pair, pair_length, pair_tokens
-from qwen_common.schemas import to_pairs
-from qwen_common.stage import Stage, StageSettings, open_stage, parse_settings
-from qwen_common.training import PairTrainer, Progress, loss_curve, training_kwargs
+from chain import CHAIN
+from nlp_common.data.chats import to_pairs
+from nlp_common.fast.columns import only_columns
+from nlp_common.lm.loading import load_reward_model, load_tokenizer
+from nlp_common.lm.pairs import collate_pairs, encode_pair, pair_length, pair_tokens
+from nlp_common.train.splits import drop_long, load_train_and_eval
+from nlp_common.train.stage import Stage, StageSettings, parse_settings, run_stage
+from nlp_common.train.trainer import full_state, run_trainer, trainer_arguments
+from nlp_common.train.trainer_qwen import PairTrainer, Progress, loss_curve
 
 PRESETS = {
     "tiny": {
@@ -133,7 +131,7 @@ def train(stage: Stage) -> dict:
     progress = Progress(stage, "奖励模型", [pair_tokens(row) for row in rows])
     trainer = PairwiseRewardTrainer(
         model=model,
-        args=RewardConfig(**training_kwargs(stage), max_length=None),
+        args=RewardConfig(**trainer_arguments(stage), max_length=None),
         train_dataset=Dataset.from_list(rows),
         data_collator=lambda batch: collate_pairs(batch, tokenizer.pad_token_id),
         processing_class=tokenizer,
@@ -152,9 +150,8 @@ def train(stage: Stage) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    settings = parse_settings(StageSettings, PRESETS, argv)
-    with open_stage("reward", settings, {"model": "sft"}) as stage:
-        return stage.record or train(stage)
+    settings = parse_settings(StageSettings, PRESETS, argv, CHAIN.full_model)
+    return run_stage("reward", settings, {"model": "sft"}, train, CHAIN)
 
 
 if __name__ == "__main__":

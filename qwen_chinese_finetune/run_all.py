@@ -15,18 +15,12 @@
 outputs/tiny/report.html 里有损失与奖励曲线、各模型的正确率、长度分布和并排的回答。
 """
 
-import time
-
-STARTED = time.perf_counter()  # 用时从这里算起：导入几个大库也要几秒
-
-from nlp_common.cli import UserError, run_main
-from nlp_common.hub import prepare_environment
-
-prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
+from nlp_common.base.cli import run_main
 
 import gc
 import importlib.util
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -36,12 +30,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nlp_common.arguments import option, parse_arguments
-from nlp_common.device import accelerator_available, describe, peak_memory_mb, pick_device
-from nlp_common.hub import announce, choose_preset
-from qwen_common.names import STAGES, highlights
-from qwen_common.report import write_report
-from qwen_common.stage import FULL_MODEL, HOME, SCRIPTS, preset_announced
+from chain import FULL_MODEL, HOME, SCRIPTS, STAGES
+from nlp_common.base.arguments import option, parse_arguments
+from nlp_common.base.device import accelerator_available, describe, peak_memory_mb, pick_device
+from nlp_common.base.environment import STARTED
+from nlp_common.base.errors import UserError
+from nlp_common.hub.preset import announce, choose_preset
+from nlp_common.train.stage import preset_announced
+from report.metrics import highlights
+from report.write import write_report
 
 WHAT = {
     "pretrain": "在文档上学续写",

@@ -15,10 +15,7 @@
 参考：Ouyang et al. 2022（InstructGPT）第 3.5 节；ChatML（Qwen 的对话格式）。
 """
 
-from nlp_common.cli import run_main
-from nlp_common.hub import prepare_environment
-
-prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
+from nlp_common.base.cli import run_main
 
 from dataclasses import dataclass
 from itertools import chain
@@ -29,18 +26,21 @@ from rich.console import Console
 from rich.text import Text
 from transformers import Trainer, TrainingArguments
 
-from nlp_common.arguments import option
-from nlp_common.training import full_state, run_trainer
-from qwen_common import tiny_world
-from qwen_common.chatml import encode_chat
-from qwen_common.columns import only_columns
-from qwen_common.data import EVAL_SEED, drop_long, load_train_and_eval
-from qwen_common.judging import measure_chat, reply_to
-from qwen_common.loading import end_chat_turns, load_causal_lm
-from qwen_common.packing import IGNORE, pack_documents
-from qwen_common.schemas import to_chats
-from qwen_common.stage import Stage, StageSettings, open_stage, parse_settings
-from qwen_common.training import Bucketed, Progress, loss_curve, training_kwargs
+from chain import CHAIN
+from nlp_common.base.arguments import option
+from nlp_common.data.chats import to_chats
+from nlp_common.fast.columns import only_columns
+from nlp_common.lm.chatml import encode_chat
+from nlp_common.lm.loading import end_chat_turns, load_causal_lm
+from nlp_common.lm.losses import IGNORE
+from nlp_common.lm.packing import pack_documents
+from nlp_common.lm.replies import reply_to
+from nlp_common.tiny import world
+from nlp_common.tiny.judge import measure_chat
+from nlp_common.train.splits import EVAL_SEED, drop_long, load_train_and_eval
+from nlp_common.train.stage import Stage, StageSettings, parse_settings, run_stage
+from nlp_common.train.trainer import full_state, run_trainer, trainer_arguments
+from nlp_common.train.trainer_qwen import Bucketed, Progress, loss_curve
 
 PRESETS = {
     "tiny": {
@@ -209,7 +209,7 @@ def train(stage: Stage) -> dict:
             )
         }
         if settings.dataset == "tiny_world":
-            questions = tiny_world.heldout_questions(settings.max_eval_samples, EVAL_SEED)
+            questions = world.heldout_questions(settings.max_eval_samples, EVAL_SEED)
             metrics |= measure_chat(model, tokenizer, questions)[0]
         return metrics
 
@@ -221,7 +221,7 @@ def train(stage: Stage) -> dict:
     progress = Progress(stage, "SFT", lengths)
     trainer = SFTTrainer(
         model=model,
-        args=TrainingArguments(**training_kwargs(stage)),
+        args=TrainingArguments(**trainer_arguments(stage)),
         train_dataset=rows,
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
         processing_class=tokenizer,
@@ -236,9 +236,8 @@ def train(stage: Stage) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    settings = parse_settings(SFTSettings, PRESETS, argv)
-    with open_stage("sft", settings, {"model": "pretrain"}) as stage:
-        return stage.record or train(stage)
+    settings = parse_settings(SFTSettings, PRESETS, argv, CHAIN.full_model)
+    return run_stage("sft", settings, {"model": "pretrain"}, train, CHAIN)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,13 @@ DPO 之后几乎总是完整又有礼，而故事里的事仍然答得对。
 要先训练好：python run_all.py --preset tiny，或 python dpo_chinese_qwen.py --preset tiny。
 """
 
-from nlp_common.cli import UserError, run_main
-from nlp_common.hub import prepare_environment
-
-prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
+from nlp_common.base.cli import run_main
 
 from dataclasses import dataclass
 from typing import Literal
 
-from nlp_common.arguments import option
-from nlp_common.hub import require_model
-from qwen_common.asking import (
+from chain import MODELS
+from chat_app.asking import (
     answer,
     ask_all,
     load_questions,
@@ -34,18 +30,12 @@ from qwen_common.asking import (
     story_then_question,
     user_question,
 )
-from qwen_common.chatml import prompt_ids
-from qwen_common.names import MODELS
-from qwen_common.trying import (
-    AskSettings,
-    Results,
-    Speaker,
-    find_results,
-    load_speaker,
-    parse_settings,
-    read_line,
-    run_record,
-)
+from chat_app.trying import AskSettings, Results, find_results, read_line, run_record
+from nlp_common.base.arguments import option, parse_arguments
+from nlp_common.base.errors import UserError
+from nlp_common.hub.models import require_model
+from nlp_common.lm.chatml import prompt_ids
+from nlp_common.lm.speaker import Speaker, load_speaker
 
 DEFAULTS = {
     # 小世界里用温度 1：口气改了没有，采样才看得出来，preferred_rate 也是这样量的。
@@ -99,7 +89,7 @@ def interact(speaker: Speaker, settings: DPOSettings, tiny: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> list[list[float]] | None:
-    settings = parse_settings(DPOSettings, argv)
+    settings = parse_arguments(DPOSettings, argv)
     names = ["sft", "dpo"] if settings.mode == "compare" and not settings.sft_model else ["dpo"]
     results = find_results(settings, names, DEFAULTS)
     dpo = load_speaker(results.title("dpo"), results.paths["dpo"], settings.seed)

@@ -14,15 +14,14 @@
 要先训练好：python run_all.py --preset tiny，或 python pretrain_chinese-nvidia.py --preset tiny。
 """
 
-from nlp_common.cli import run_main
-from nlp_common.hub import prepare_environment
+from nlp_common.base.cli import run_main
 
-prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
-
-from qwen_common import tiny_world
-from qwen_common.asking import answer, read_lines, show_speakers
-from qwen_common.chatml import encode_text
-from qwen_common.trying import AskSettings, Speaker, find_results, load_speaker, parse_settings
+from chat_app.asking import answer, read_lines, show_speakers
+from chat_app.trying import AskSettings, find_results
+from nlp_common.base.arguments import parse_arguments
+from nlp_common.lm.chatml import encode_text
+from nlp_common.lm.speaker import Speaker, load_speaker
+from nlp_common.tiny import world
 
 DEFAULTS = {
     "tiny": {"max_new_tokens": 160, "temperature": 0.0, "top_p": 1.0},
@@ -41,9 +40,9 @@ def load_openings(settings: GenSettings, preset: str) -> list[dict]:
         return [{"prompt": line} for line in lines]
     if preset == "full":
         return [{"prompt": text} for text in FULL_OPENINGS]
-    story = tiny_world.documents(1, settings.seed, heldout=True)[0]["text"]
+    story = world.documents(1, settings.seed, heldout=True)[0]["text"]
     free = [{"prompt": "那天"}, {"prompt": story[: story.index("。") + 1]}]
-    return tiny_world.recap_prompts(3, settings.seed) + free
+    return world.recap_prompts(3, settings.seed) + free
 
 
 def continue_all(speaker: Speaker, openings: list[dict], settings: GenSettings) -> list[str]:
@@ -67,7 +66,7 @@ def continue_all(speaker: Speaker, openings: list[dict], settings: GenSettings) 
 
 
 def main(argv: list[str] | None = None) -> list[str]:
-    settings = parse_settings(GenSettings, argv)
+    settings = parse_arguments(GenSettings, argv)
     results = find_results(settings, ["base"], DEFAULTS)
     openings = load_openings(settings, results.preset)
     speaker = load_speaker(results.title("base"), results.paths["base"], settings.seed)

@@ -14,13 +14,12 @@
 要先训练好：python run_all.py --preset tiny，或 python ppo_alignment.py --preset tiny。
 """
 
-from nlp_common.cli import run_main
-from nlp_common.hub import prepare_environment
+from nlp_common.base.cli import run_main
 
-prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
-
-from qwen_common.asking import ask_all, load_questions
-from qwen_common.trying import AskSettings, find_results, load_speaker, parse_settings
+from chat_app.asking import ask_all, load_questions
+from chat_app.trying import AskSettings, find_results
+from nlp_common.base.arguments import parse_arguments
+from nlp_common.lm.speaker import load_speaker
 
 DEFAULTS = {
     # 小世界里用温度 1：口气改了没有，采样才看得出来，preferred_rate 也是这样量的。
@@ -34,7 +33,7 @@ class PPOSettings(AskSettings):
 
 
 def main(argv: list[str] | None = None) -> list[list[float]]:
-    settings = parse_settings(PPOSettings, argv)
+    settings = parse_arguments(PPOSettings, argv)
     results = find_results(settings, ["ppo"], DEFAULTS)
     questions = load_questions(settings, results.preset)
     speaker = load_speaker(results.title("ppo"), results.paths["ppo"], settings.seed)

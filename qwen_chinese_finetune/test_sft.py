@@ -14,13 +14,12 @@
 要先训练好：python run_all.py --preset tiny，或 python sft_chinese_qwen.py --preset tiny。
 """
 
-from nlp_common.cli import run_main
-from nlp_common.hub import prepare_environment
+from nlp_common.base.cli import run_main
 
-prepare_environment()  # HF_ENDPOINT 等要在导入 Hugging Face 的库之前设好
-
-from qwen_common.asking import ask_all, load_questions
-from qwen_common.trying import AskSettings, find_results, load_speaker, parse_settings
+from chat_app.asking import ask_all, load_questions
+from chat_app.trying import AskSettings, find_results
+from nlp_common.base.arguments import parse_arguments
+from nlp_common.lm.speaker import load_speaker
 
 DEFAULTS = {
     "tiny": {"max_new_tokens": 48, "temperature": 0.0, "top_p": 1.0},
@@ -33,7 +32,7 @@ class SFTSettings(AskSettings):
 
 
 def main(argv: list[str] | None = None) -> list[list[float]]:
-    settings = parse_settings(SFTSettings, argv)
+    settings = parse_arguments(SFTSettings, argv)
     results = find_results(settings, ["sft"], DEFAULTS)
     questions = load_questions(settings, results.preset)
     speaker = load_speaker(results.title("sft"), results.paths["sft"], settings.seed)

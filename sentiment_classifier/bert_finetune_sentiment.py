@@ -17,6 +17,8 @@
 参考：Devlin et al. 2019（BERT）第 3 节；Cui et al. 2019（Chinese-BERT-wwm）的 ChnSentiCorp 一节。
 """
 
+from nlp_common.base.cli import run_main
+
 import hashlib
 import random
 from dataclasses import dataclass
@@ -25,30 +27,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from nlp_common.arguments import option
-from nlp_common.bert import (
-    FULL_MODEL,
-    BertRun,
-    BertSettings,
-    character_tokenizer,
-    encode,
-    fingerprint,
-    learning_curve,
-    load_classifier,
-    open_bert_run,
-    parse_settings,
-    predict,
-    small_config,
-    texts_to_predict,
-    training_kwargs,
-)
-from nlp_common.cli import run_main
-from nlp_common.device import seed_everything
-from nlp_common.hub import require_model
-from nlp_common.labelled import check_enough, labelled, text_key, unique
-from nlp_common.people_daily import people_daily
-from nlp_common.reviews import raw_reviews, reviews
-from nlp_common.rows import has_split, read_rows
+from nlp_common.base.arguments import option
+from nlp_common.base.device import precision_flags, seed_everything
+from nlp_common.data.labels import check_enough, labelled, text_key, texts_to_predict, unique
+from nlp_common.data.people_daily import people_daily
+from nlp_common.data.reviews import raw_reviews, reviews
+from nlp_common.data.rows import has_split, read_rows
+from nlp_common.draw.plots import learning_curve
+from nlp_common.hub.models import require_model
+from nlp_common.lm.classifier import encode, load_classifier, predict
+from nlp_common.lm.losses import IGNORE
+from nlp_common.tiny.bert import character_tokenizer, small_config
+from nlp_common.train.bert import FULL_MODEL, BertSettings
+from nlp_common.train.stage import Stage, fingerprint, open_result, parse_settings
 
 HOME = Path(__file__).resolve().parent
 NAMES = ["负面", "正面"]  # 编号 0、1
@@ -56,7 +47,6 @@ FACES = ["😞", "😊"]
 TEXT_FIELDS = ("text", "sentence", "review")
 EXAMPLE = "这个电影非常好看，我很喜欢！"
 FULL_ROWS = 9600  # ChnSentiCorp 的训练集；--dry_run 用它，不去下载数据
-IGNORE = -100  # 交叉熵不算这个标签
 # 随机权重的标准差。BERT 的 0.02 是给 768 维的；128 维还用它，各层的输出太小，预训练很久才有起色。
 INITIALIZER_RANGE = 0.08
 
@@ -174,13 +164,13 @@ def pretrain(settings: SentimentSettings, splits: dict[str, list[dict]], folder:
     """搭一个小 BERT，用没有标签的文字预训练，存成和 bert-base-chinese 一样布局的文件夹；已有就直接用。"""
     from transformers import BertForMaskedLM, DataCollatorWithPadding, TrainingArguments
 
-    from nlp_common.training import BucketTrainer, Progress, curves, run_trainer
+    from nlp_common.train.trainer import BucketTrainer, Progress, curves, run_trainer, trainer_arguments
 
     texts = unlabelled_texts(splits, settings.mlm_news)
     names = ("seed", "max_length", "hidden_size", "num_layers", "mlm_epochs", "mlm_learning_rate")
     wanted = {name: getattr(settings, name) for name in names}
     wanted["texts_sha256"] = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
-    with open_bert_run(folder, settings, wanted, derived=True) as run:
+    with open_result(folder, "mlm", settings, wanted, reuse="derived") as run:
         if run.record:
             print(f"用已有的预训练结果 {folder.name}")
             return str(folder)
@@ -202,7 +192,7 @@ def pretrain(settings: SentimentSettings, splits: dict[str, list[dict]], folder:
         print(
             f"预训练：{len(texts):,} 段没有标签的文字，切成 {len(rows):,} 行，读 {settings.mlm_epochs:g} 遍"
         )
-        kwargs = training_kwargs(run) | {
+        kwargs = trainer_arguments(run, **precision_flags(run.device, settings.bf16, cpu_bf16=True)) | {
             "learning_rate": settings.mlm_learning_rate,
             "num_train_epochs": settings.mlm_epochs,
             "save_steps": 0.2,
@@ -238,12 +228,12 @@ def show_guesses(model, tokenizer, text: str) -> None:
 # ---------------------------------------------------------------- 3. 微调
 
 
-def finetune(run: BertRun) -> dict:
+def finetune(run: Stage) -> dict:
     """读数据 → 得到预训练模型 → 换上分类层继续训练 → 测试集上的结果。返回运行记录。"""
     from transformers import DataCollatorWithPadding, TrainingArguments
 
-    from nlp_common.metrics import classification_metrics
-    from nlp_common.training import BucketTrainer, Progress, curves, run_trainer
+    from nlp_common.train.metrics import classification_metrics
+    from nlp_common.train.trainer import BucketTrainer, Progress, curves, run_trainer, trainer_arguments
 
     settings = run.settings
     splits, sources = load_data(settings)
@@ -262,7 +252,7 @@ def finetune(run: BertRun) -> dict:
         rows[name], splits[name] = [rows[name][i] for i in order], [splits[name][i] for i in order]
 
     args = TrainingArguments(
-        **training_kwargs(run),
+        **trainer_arguments(run, **precision_flags(run.device, settings.bf16, cpu_bf16=True)),
         eval_strategy="steps",
         eval_steps=settings.eval_steps,
         save_steps=settings.eval_steps,
@@ -351,7 +341,7 @@ def show_predictions(path: Path, texts: list[str], max_length: int) -> None:
 
 def dry_run(settings: SentimentSettings) -> dict:
     """--dry_run：各阶段有几行、每行多长、读几遍，估算要多少内存、多久。"""
-    from nlp_common import bert_dry_run
+    from nlp_common.train import dry_run_bert as bert_dry_run
 
     large = settings.model or settings.preset == "full"
     if large and settings.dataset == PRESETS["full"]["dataset"]:
@@ -370,16 +360,14 @@ def dry_run(settings: SentimentSettings) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    settings = parse_settings(SentimentSettings, PRESETS, argv)
+    settings = parse_settings(SentimentSettings, PRESETS, argv, FULL_MODEL)
     texts = texts_to_predict(settings, TEXT_FIELDS)  # 写错了，训练前就说
     if settings.dry_run:
         return dry_run(settings)
     name = "my_bert_model-tiny" if settings.preset == "tiny" else "my_bert_model"
     path = Path(settings.output_dir or HOME / name)
-    with open_bert_run(path, settings, fingerprint(settings)) as run:
-        if run.record:
-            print(f"已有训练结果，直接加载：{run.path}（--retrain 重新训练）")
-        else:
+    with open_result(path, "sentiment", settings, fingerprint(settings), reuse=settings.reuse()) as run:
+        if run.record is None:
             finetune(run)
         show_record(run.record, run.path)
     show_predictions(run.path, texts, run.record["settings"]["max_length"])

@@ -1,13 +1,195 @@
-"""让测试能导入 qwen_chinese_finetune 里的 qwen_common；并行时一个进程只用一个核。"""
+"""各测试文件共用：能导入 qwen_chinese_finetune 里的模块；并行时一个进程只用一个核；整个会话只造一次的小模型。"""
 
+import nlp_common  # noqa: F401, I001  要在导入任何 Hugging Face 库之前
+
+import copy
+import functools
+import importlib.util
 import os
 import sys
 from pathlib import Path
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "qwen_chinese_finetune"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # 要在导入 torch 之前；测试启动的脚本也继承它
     os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+from nlp_common.lm.loading import end_chat_turns, load_causal_lm, load_reward_model, load_tokenizer
+from nlp_common.tiny import qwen
+
+QWEN = Path(__file__).resolve().parents[1] / "qwen_chinese_finetune"
+
+
+@functools.cache
+def _load(name: str):
+    spec = importlib.util.spec_from_file_location("script_" + name.replace("-", "_"), QWEN / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclass 与参数解析要按名字找到它
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def load_script():
+    """``load_script("pretrain_chinese-mac")`` → 模块；文件名有连字符，不能 import。"""
+    return _load
+
+
+@pytest.fixture(scope="session")
+def sft(load_script):
+    return load_script("sft_chinese_qwen")
+
+
+@pytest.fixture(scope="session")
+def dpo(load_script):
+    return load_script("dpo_chinese_qwen")
+
+
+@pytest.fixture(scope="session")
+def reward(load_script):
+    return load_script("reward_model")
+
+
+@pytest.fixture(scope="session")
+def ppo(load_script):
+    return load_script("ppo_alignment")
+
+
+@pytest.fixture
+def trainer_args(tmp_path):
+    """``trainer_args(DPOConfig, **更改)`` → 各种训练器的最简设置：CPU、float32、不存盘、不联网、SGD。
+
+    SGD 的一步就是梯度乘学习率，两个训练器的梯度差多少一看便知；Adam 会把极小的差放大成正负号。
+    """
+
+    def make(config_class, recompute: bool = False, **changes) -> dict:
+        fields = config_class.__dataclass_fields__
+        # transformers 5.23 起改名；TRL 的配置默认开着它
+        checkpointing = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in fields)
+        return {
+            "output_dir": str(tmp_path),
+            "per_device_train_batch_size": 8,
+            "max_steps": 1,
+            "optim": "sgd",
+            "learning_rate": 0.5,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            checkpointing: recompute,
+            **changes,
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory) -> Path:
+    """没训练过的小模型，hub 布局的文件夹。"""
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    qwen.save_tiny_base(folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base_folder):
+    """基座的分词器（eos 是 <|endoftext|>）；只读。"""
+    return load_tokenizer(str(base_folder))
+
+
+@pytest.fixture(scope="session")
+def _chat(base_folder):
+    tokenizer, model = load_causal_lm(str(base_folder))
+    end_chat_turns(model, tokenizer)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # 矩阵放大，贪心输出才各不相同、有时自己结束；偏置和归一化也打乱，写漏了它们才看得出来
+            if parameter.dim() > 1:
+                parameter.mul_(1.8)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        # <|im_end|> 的得分起伏更大：有的回答早早说完，有的说不完
+        model.get_input_embeddings().weight[tokenizer.eos_token_id] *= 2
+    return tokenizer, model.eval()
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(_chat):
+    """聊天阶段的分词器（eos 是 <|im_end|>）；只读。"""
+    return _chat[0]
+
+
+@pytest.fixture(scope="session")
+def model(_chat):
+    """随机但不呆板的小模型，eval 状态；只读，要改就 copy.deepcopy。"""
+    return _chat[1]
+
+
+@pytest.fixture(scope="session")
+def reference(model):
+    """与 model 略有不同的另一个模型；只读。"""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return other.eval()
+
+
+@pytest.fixture(scope="session")
+def chat_folder(_chat, tmp_path_factory) -> Path:
+    """model 存成的文件夹。"""
+    folder = tmp_path_factory.mktemp("tiny") / "chat"
+    for each in _chat:
+        each.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reward_folder(chat_folder, chat_tokenizer, tmp_path_factory) -> Path:
+    """以 model 为骨干、打分头随机的奖励模型存成的文件夹。"""
+    torch.manual_seed(2)
+    scorer = load_reward_model(str(chat_folder), chat_tokenizer)
+    with torch.no_grad():
+        scorer.score.weight.normal_(std=0.5)
+    folder = tmp_path_factory.mktemp("tiny") / "reward"
+    scorer.save_pretrained(folder)
+    chat_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reward_net(reward_folder, chat_tokenizer):
+    """奖励模型，eval 状态；只读。"""
+    return load_reward_model(str(reward_folder), chat_tokenizer).eval()
+
+
+# float64 的副本：两种算法若只差舍入，差别在 1e-7 以下，1e-5 的界就不靠运气
+
+
+@pytest.fixture(scope="session")
+def model64(model):
+    return copy.deepcopy(model).double()
+
+
+@pytest.fixture(scope="session")
+def reference64(reference):
+    return copy.deepcopy(reference).double()
+
+
+@pytest.fixture(scope="session")
+def reward64(reward_net):
+    return copy.deepcopy(reward_net).double()
 
 
 def pytest_collection_modifyitems(items):

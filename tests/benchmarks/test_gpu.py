@@ -1,25 +1,21 @@
 """benchmarks/gpu.py：没有 GPU 也跑得通；必须做的浮点运算，与 torch 数出来的一样多。"""
 
+from nlp_common.base.cli import UserError
+
 import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from nlp_common.hub import prepare_environment
-
-prepare_environment()  # 要在导入任何 Hugging Face 库之前
-
-import torch  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
-
-from nlp_common.cli import UserError  # noqa: E402
-from qwen_common import tiny_model  # noqa: E402
-from qwen_common.packing import collate_blocks  # noqa: E402
-from qwen_common.preference import collate_pairs  # noqa: E402
+from nlp_common.lm.packing import collate_blocks
+from nlp_common.lm.pairs import collate_pairs
+from nlp_common.tiny import qwen
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
 
@@ -98,7 +94,7 @@ def test_tiny_runs_every_row(gpu, capsys):
 
 
 def test_a_tokenizer_gives_text_rows(gpu):
-    tokenizer = tiny_model.build_tokenizer()
+    tokenizer = qwen.build_tokenizer()
     for stage in gpu.STAGES:
         rows = gpu.text_rows(stage, 6, SimpleNamespace(length=256), tokenizer)
         assert len(rows) == 6

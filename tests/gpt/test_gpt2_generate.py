@@ -14,7 +14,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from nlp_common.cli import UserError
+from nlp_common.base.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from headlines import LABELS, headlines
 
-from nlp_common.cli import UserError
-from nlp_common.runs import load_run
+from nlp_common.base.errors import UserError
+from nlp_common.base.runs import load_run
 
 SMALL = ["--preset", "tiny", "--num_layers", "1", "--hidden_size", "32", "--max_length", "40"]
 SMALL += ["--per_device_train_batch_size", "8", "--num_train_epochs", "1", "--eval_steps", "4"]
@@ -89,7 +89,7 @@ def test_padding_changes_no_prediction(trained):
 
 def test_continues_after_an_interruption_to_the_same_weights(trained, tmp_path, monkeypatch, capsys):
     """第 8 步存了检查点，第 10 步被打断；再运行一次，和没被打断的一模一样。"""
-    from nlp_common import training
+    from nlp_common.train import trainer as training
 
     on_step_end = training.Progress.on_step_end
 

@@ -12,7 +12,7 @@ import sentiment_pipeline_chinese as chinese
 import torch
 from demo_settings import read_sentences
 
-from nlp_common.cli import UserError
+from nlp_common.base.errors import UserError
 
 CPU = torch.device("cpu")
 MIXED = ["this movie is very boring!", "nice", "to be honest the plot is not really good but i love it" * 3]
@@ -133,7 +133,7 @@ def small_bert(tmp_path_factory):
     """没训练过的 1 层小 BERT，存成 sentiment_classifier 的结果文件夹的样子。"""
     from transformers import BertConfig, BertForSequenceClassification
 
-    from nlp_common.bert import character_tokenizer
+    from nlp_common.tiny.bert import character_tokenizer
 
     folder = tmp_path_factory.mktemp("sentiment_classifier") / "my_bert_model-tiny"
     tokenizer = character_tokenizer(chinese.SENTENCES + chinese.HARD_SENTENCES, min_count=1)

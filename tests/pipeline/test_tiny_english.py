@@ -6,8 +6,8 @@ import pytest
 import tiny_english as tiny
 from tiny_english import ADJECTIVES, KINDS, LABELS, VERBS, build_tokenizer, reviews, write_review
 
-from nlp_common.cli import UserError
-from nlp_common.runs import load_run
+from nlp_common.base.errors import UserError
+from nlp_common.base.runs import load_run
 
 
 def meaning(sentence: str) -> int:

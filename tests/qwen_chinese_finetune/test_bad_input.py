@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_common import tiny_model, tiny_world
+from nlp_common.tiny import qwen, world
 
 HOME = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"
 STAGES = [
@@ -45,7 +45,7 @@ def run_script(script: str, *arguments: str, cwd: Path | None = None) -> subproc
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("models") / "base"
-    tiny_model.save_tiny_base(folder, seed=0)
+    qwen.save_tiny_base(folder, seed=0)
     return str(folder)
 
 
@@ -76,10 +76,10 @@ def small(base: str, out: Path, dataset: str, *more: str) -> list[str]:
 
 
 def test_bad_data_files_are_named_with_line_and_field(base, tmp_path, main_of):
-    from nlp_common.cli import UserError
+    from nlp_common.base.errors import UserError
 
     sft, dpo = main_of("sft_chinese_qwen.py"), main_of("dpo_chinese_qwen.py")
-    good = tiny_world.chats(3, seed=0)
+    good = world.chats(3, seed=0)
 
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
@@ -103,10 +103,10 @@ def test_bad_data_files_are_named_with_line_and_field(base, tmp_path, main_of):
 
 
 def test_long_rows_are_counted_and_never_cut(base, tmp_path, main_of, capsys):
-    from nlp_common.cli import UserError
+    from nlp_common.base.errors import UserError
 
     long = [{"messages": [{"role": "user", "content": "长" * 400}, {"role": "assistant", "content": "好"}]}]
-    data = write(tmp_path / "long.jsonl", [*tiny_world.chats(40, seed=0), *long, *long])
+    data = write(tmp_path / "long.jsonl", [*world.chats(40, seed=0), *long, *long])
     main_of("sft_chinese_qwen.py")(small(base, tmp_path / "sft", data, "--eval_dataset", data))
     assert "训练数据：2 行超过 --max_length 256" in capsys.readouterr().out
     with pytest.raises(UserError, match="--max_length"):
@@ -114,7 +114,7 @@ def test_long_rows_are_counted_and_never_cut(base, tmp_path, main_of, capsys):
 
 
 def test_bad_model_folders(base, tmp_path, main_of):
-    from nlp_common.cli import UserError
+    from nlp_common.base.errors import UserError
 
     sft = main_of("sft_chinese_qwen.py")
     with pytest.raises(UserError, match="nowhere"):
@@ -131,8 +131,8 @@ def test_bad_model_folders(base, tmp_path, main_of):
 
 
 def test_damaged_earlier_stage(base, tmp_path, main_of):
-    from nlp_common.cli import UserError
-    from nlp_common.runs import RunFolder
+    from nlp_common.base.errors import UserError
+    from nlp_common.base.runs import RunFolder
 
     RunFolder(tmp_path / "pretrain").finish(
         lambda folder: shutil.copytree(base, folder, dirs_exist_ok=True), {"stage": "pretrain"}
@@ -151,7 +151,7 @@ def test_damaged_earlier_stage(base, tmp_path, main_of):
 
 
 def test_missing_earlier_stage_full_names_the_command(tmp_path, main_of):
-    from nlp_common.cli import UserError
+    from nlp_common.base.errors import UserError
 
     with pytest.raises(UserError, match=r"sft_chinese_qwen\.py --preset full"):
         main_of("dpo_chinese_qwen.py")(["--preset", "full", "--output_dir", str(tmp_path / "dpo")])
@@ -182,7 +182,7 @@ def test_missing_earlier_stage_tiny_builds_it(tmp_path):
     ],
 )
 def test_bad_arguments(arguments, main_of):
-    from nlp_common.cli import UserError
+    from nlp_common.base.errors import UserError
 
     with pytest.raises(UserError, match="--") as error:
         main_of("sft_chinese_qwen.py")(arguments)
@@ -199,7 +199,7 @@ def test_bad_arguments(arguments, main_of):
     ],
 )
 def test_ppo_refuses_what_it_does_not_use(arguments, main_of, tmp_path):
-    from nlp_common.cli import UserError
+    from nlp_common.base.errors import UserError
 
     with pytest.raises(UserError, match=f"PPO 用不着 {arguments[0]}，改用 --"):
         main_of("ppo_alignment.py")(["--preset", "tiny", "--output_dir", str(tmp_path / "ppo"), *arguments])
@@ -214,8 +214,8 @@ def test_reader_sees_a_message_not_a_traceback(tmp_path):
 def test_two_runs_in_one_folder(base, tmp_path, main_of):
     from filelock import FileLock
 
-    from nlp_common.cli import UserError
-    from nlp_common.runs import write_json
+    from nlp_common.base.errors import UserError
+    from nlp_common.base.runs import write_json
 
     with FileLock(tmp_path / ".sft.lock"):
         write_json(

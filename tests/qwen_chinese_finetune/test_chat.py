@@ -16,14 +16,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nlp_common.cli import UserError
-from nlp_common.rows import read_rows
-from nlp_common.runs import RunFolder
-from qwen_common import asking, tiny_world, trying
-from qwen_common.chatml import encode_chat, encode_text
-from qwen_common.generation import stop_tokens
-from qwen_common.loading import end_chat_turns, load_causal_lm
-from qwen_common.schemas import to_chats
+from chat_app import asking, trying
+from nlp_common.base.errors import UserError
+from nlp_common.base.runs import RunFolder
+from nlp_common.data.chats import to_chats
+from nlp_common.data.rows import read_rows
+from nlp_common.lm.chatml import encode_chat, encode_text
+from nlp_common.lm.generation import stop_tokens
+from nlp_common.lm.loading import end_chat_turns, load_causal_lm
+from nlp_common.tiny import world
 
 QWEN = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"
 STYLES = ("", "好的，")  # sft 直接答，dpo 先说一句客气话
@@ -41,9 +42,9 @@ def chat(load_script):
 def two_stories() -> list[tuple[str, dict]]:
     """两个动物和颜色都不同的留出故事。"""
     chosen = []
-    for question in tiny_world.questions(200, 3, heldout=True):
+    for question in world.questions(200, 3, heldout=True):
         story = question["messages"][0]["content"].split("\n")[0]
-        facts = {s: next(v for v in tiny_world.WORLD[s] if v in story) for s in ("animal", "color")}
+        facts = {s: next(v for v in world.WORLD[s] if v in story) for s in ("animal", "color")}
         if all(facts[slot] != other[slot] for _, other in chosen for slot in facts):
             chosen.append((story, facts))
         if len(chosen) == 2:

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nlp_common.cli import UserError
-from qwen_common import chat_web, trying
-from qwen_common.chatml import encode_text
+from chat_app import trying
+from chat_app import web as chat_web
+from nlp_common.base.errors import UserError
+from nlp_common.lm.chatml import encode_text
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ANSWERS = {"sft": "小刚去了花园", "dpo": "您好，小刚去了花园，还想知道什么？", "ppo": "好的，小刚去了花园"}

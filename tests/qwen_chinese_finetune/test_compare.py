@@ -4,14 +4,15 @@ import json
 import shutil
 
 import pytest
-import torch
 
-from nlp_common.cli import UserError
-from nlp_common.runs import load_run
-from qwen_common import judging, tiny_world
-from qwen_common.comparison import length_bins, mark_of, printable
-from qwen_common.judging import distinct_n, judge, measure_chat, reply_to, score_replies, token_kl
-from qwen_common.loading import load_causal_lm
+from nlp_common.base.console import printable
+from nlp_common.base.errors import UserError
+from nlp_common.base.runs import load_run
+from nlp_common.lm.loading import load_causal_lm
+from nlp_common.lm.replies import distinct_n, reply_to, score_replies, token_kl
+from nlp_common.tiny import world
+from nlp_common.tiny.judge import judge, measure_chat
+from report.comparison import length_bins, mark_of
 
 SETTINGS = {"dataset": "tiny_world", "eval_dataset": None, "max_new_tokens": 24}
 
@@ -47,7 +48,7 @@ def run(compare, root, tmp_path):
 
 def test_metrics_equal_the_shared_definitions(run, root, reward_net, tmp_path):
     record = run()
-    questions = tiny_world.heldout_questions(12, 0)
+    questions = world.heldout_questions(12, 0)
     assert list(record["metrics"]) == ["base", "sft", "dpo", "ppo"]
     reference = load_causal_lm(str(root / "sft"))[1].eval()
     for name, folder in {"base": "pretrain", "sft": "sft", "dpo": "dpo"}.items():
@@ -162,33 +163,6 @@ def test_another_vocabulary_is_refused(run, root, base_folder, tmp_path):
     assert "词表不同" in error_of(run, "--models", f"dpo={tmp_path / 'other'}")
 
 
-def test_a_model_is_asked_once(model, chat_tokenizer, monkeypatch):
-    """同一个进程里，同样的模型、同样的题不再问；权重差一点就要重新问。"""
-    questions = tiny_world.heldout_questions(4, 7)
-    first = measure_chat(model, chat_tokenizer, questions)
-    first[2][0]["text"] = "改了拿到的，不影响下一次"
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("又问了一遍")
-
-    monkeypatch.setattr(judging, "reply_to", refuse)
-    metrics, greedy, sampled = measure_chat(model, chat_tokenizer, questions)
-    assert metrics == first[0] and greedy == first[1] and sampled[0]["text"] != first[2][0]["text"]
-    for changed in (questions[:3], tiny_world.heldout_questions(4, 8)):
-        with pytest.raises(AssertionError, match="又问"):
-            measure_chat(model, chat_tokenizer, changed)
-    weight = next(model.parameters())
-    kept = weight.detach().clone()
-    with torch.no_grad():
-        weight[0, 0] += 1
-    try:
-        with pytest.raises(AssertionError, match="又问"):
-            measure_chat(model, chat_tokenizer, questions)
-    finally:
-        with torch.no_grad():
-            weight.copy_(kept)
-
-
 def test_small_parts(model, chat_tokenizer):
     assert distinct_n(["一二三", "一二"]) == pytest.approx(2 / 3)
     assert length_bins({"a": [0, 1, 7], "b": [3]}, bins=4) == (2, {"a": [2, 0, 0, 1], "b": [0, 1, 0, 0]})
@@ -197,5 +171,5 @@ def test_small_parts(model, chat_tokenizer):
     assert mark_of({"verdict": verdict}) == "good" and mark_of({}) is None
     assert mark_of({"verdict": verdict | {"courteous": False}}) == "right"
     assert mark_of({"verdict": verdict | {"right": False}}) == "wrong"
-    (reply,) = reply_to(model, chat_tokenizer, tiny_world.heldout_questions(1, 0))
+    (reply,) = reply_to(model, chat_tokenizer, world.heldout_questions(1, 0))
     assert set(reply) == {"text", "ids", "ended"}

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from qwen_common import training
+from nlp_common.train import trainer_qwen as training
 
 SCRIPTS = {
     "pretrain": "pretrain_chinese-nvidia",

@@ -14,13 +14,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fake_hub import FakeHub
 
-from qwen_common import tiny_world
+from nlp_common.tiny import world
 
 HOME = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"
 # 一个进程依次运行几个脚本的 main：省去每次导入 torch。
 RUN = """
 import importlib.util, json, sys
-from nlp_common.cli import run_main
+from nlp_common.base.cli import run_main
 sys.path.insert(0, sys.argv[1])
 for number, (script, arguments) in enumerate(json.loads(sys.argv[2])):
     spec = importlib.util.spec_from_file_location(f"script_{number}", f"{sys.argv[1]}/{script}")
@@ -49,7 +49,7 @@ def lines(rows: list[dict]) -> bytes:
 
 
 def hub_contents(base: Path) -> dict:
-    texts = [row["text"] for row in tiny_world.documents(40, seed=0)]
+    texts = [row["text"] for row in world.documents(40, seed=0)]
     pairs = [
         {
             "system": "",
@@ -58,9 +58,9 @@ def hub_contents(base: Path) -> dict:
             "response_chosen": row["chosen"][-1]["content"],
             "response_rejected": row["rejected"][-1]["content"],
         }
-        for row in tiny_world.pairs(40, seed=0)
+        for row in world.pairs(40, seed=0)
     ]
-    talks = [row["messages"] for row in tiny_world.chats(40, seed=0)]
+    talks = [row["messages"] for row in world.chats(40, seed=0)]
     card = "---\nconfigs:\n- config_name: en\n  data_files: dpo_en.json\n- config_name: zh\n  data_files: dpo_zh.json\n---\n"
     return {
         "models/Qwen/Qwen1.5-0.5B": {path.name: path.read_bytes() for path in base.iterdir()},

@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 
-from qwen_common import tiny_world
-from qwen_common.judging import judge, reply_to, score_replies
+from nlp_common.lm.replies import reply_to, score_replies
+from nlp_common.tiny import world
+from nlp_common.tiny.judge import judge
 
 SETTINGS = {"preset": "tiny", "seed": 0}
 
@@ -32,7 +33,7 @@ def test_best_of_n_picks_the_best_scored_of_the_first_n(
     tradeoff, model, reward_net, chat_tokenizer, monkeypatch
 ):
     monkeypatch.setattr(tradeoff, "NS", (1, 2, 3))
-    questions = tiny_world.heldout_questions(5, 0)
+    questions = world.heldout_questions(5, 0)
     points = tradeoff.best_of_n(model, reward_net, chat_tokenizer, questions, seed=7)
     samples = [
         reply_to(model, chat_tokenizer, questions, temperature=1.0, seed=7000 + k) for k in range(3)
@@ -90,7 +91,7 @@ def test_the_whole_script(tradeoff, chain, monkeypatch, capsys):
 
 
 def test_bad_settings_are_refused(tradeoff, tmp_path):
-    from nlp_common.cli import UserError
+    from nlp_common.base.errors import UserError
 
     with pytest.raises(UserError, match="没有训练好的 sft"):
         tradeoff.main(["--chain", str(tmp_path)])

@@ -11,11 +11,12 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference as TRLDPOCollator
 from trl.trainer.reward_trainer import DataCollatorForPreference as TRLRewardCollator
 
-from qwen_common import tiny_world
-from qwen_common.chatml import prompt_ids
-from qwen_common.packing import IGNORE, collate_blocks, pack_documents
-from qwen_common.preference import collate_pairs, encode_pair
-from qwen_common.pretraining import Blocks, PretrainTrainer
+from nlp_common.lm.chatml import prompt_ids
+from nlp_common.lm.losses import IGNORE
+from nlp_common.lm.packing import collate_blocks, pack_documents
+from nlp_common.lm.pairs import collate_pairs, encode_pair
+from nlp_common.tiny import world
+from pretrain_chinese import Blocks, PretrainTrainer
 
 BETA = 0.3
 
@@ -23,7 +24,7 @@ BETA = 0.3
 @pytest.fixture(scope="module")
 def pairs(chat_tokenizer):
     """8 个偏好对，长短不一。"""
-    rows = [encode_pair(chat_tokenizer, row) for row in tiny_world.pairs(8, 4)]
+    rows = [encode_pair(chat_tokenizer, row) for row in world.pairs(8, 4)]
     assert len({len(r["prompt_ids"]) for r in rows}) > 3
     return rows
 
@@ -31,13 +32,13 @@ def pairs(chat_tokenizer):
 @pytest.fixture(scope="module")
 def reward_pairs(chat_tokenizer):
     """同样的 8 对，奖励模型的写法：回答不带结束符，分数读在最后一个字上。"""
-    return [encode_pair(chat_tokenizer, row, with_end=False) for row in tiny_world.pairs(8, 4)]
+    return [encode_pair(chat_tokenizer, row, with_end=False) for row in world.pairs(8, 4)]
 
 
 @pytest.fixture(scope="module")
 def chat_rows(sft, chat_tokenizer):
     """8 段对话，长短与标签数都不一。"""
-    chats = [row["messages"] for row in tiny_world.chats(40, 4)]
+    chats = [row["messages"] for row in world.chats(40, 4)]
     chats = sorted(chats, key=lambda messages: len(str(messages)))[::5]
     rows = [sft.encode_row(chat_tokenizer, messages) for messages in chats]
     counts = [sum(label != IGNORE for label in row["labels"]) for row in rows]
@@ -145,7 +146,7 @@ def test_sequence_logps_equal_a_float64_loop(dpo, model64, pairs, chat_tokenizer
 def text_pairs() -> Dataset:
     """TRL 的 DPOTrainer 总要自己分词一遍，给它原文；比较时用的批由它自己的拼批函数造。"""
     return Dataset.from_list(
-        [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in tiny_world.pairs(8, 4)]
+        [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in world.pairs(8, 4)]
     )
 
 
@@ -267,8 +268,7 @@ def test_reward_trainer_equals_trl(dtype, reward, reward64, reward_pairs, chat_t
 
 def test_reward_evaluate_counts_pairs_and_kinds(reward, reward64, chat_tokenizer):
     rows = [
-        row | encode_pair(chat_tokenizer, row, with_end=False)
-        for row in tiny_world.pairs(20, 6, heldout=True)
+        row | encode_pair(chat_tokenizer, row, with_end=False) for row in world.pairs(20, 6, heldout=True)
     ]
     pad_id = chat_tokenizer.pad_token_id
     metrics = reward.evaluate(copy.deepcopy(reward64), rows, pad_id, 7)
@@ -453,7 +453,7 @@ def test_chosen_and_rejected_rows_keep_their_halves(pairs, chat_tokenizer):
 
 
 def test_dpo_sees_the_end_only_after_the_chosen_answer(dpo, chat_tokenizer):
-    row = tiny_world.pairs(1, 4)[0]
+    row = world.pairs(1, 4)[0]
     pair = dpo.encode(chat_tokenizer, row)
     chosen, rejected = (row[k][-1]["content"] for k in ("chosen", "rejected"))
     assert chat_tokenizer.decode(pair["chosen_ids"]) == chosen + "<|im_end|>"
@@ -461,7 +461,7 @@ def test_dpo_sees_the_end_only_after_the_chosen_answer(dpo, chat_tokenizer):
 
 
 def test_pairs_are_generated_from_the_prompt_a_chat_would_use(pairs, chat_tokenizer):
-    for row, pair in zip(tiny_world.pairs(8, 4), pairs, strict=True):
+    for row, pair in zip(world.pairs(8, 4), pairs, strict=True):
         assert pair["prompt_ids"] == prompt_ids(chat_tokenizer, row["prompt"])
 
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
-from qwen_common.packing import IGNORE, collate_blocks, pack_documents
-from qwen_common.pretraining import PretrainTrainer, causal_lm_loss, heldout_loss
+from nlp_common.lm.losses import IGNORE
+from nlp_common.lm.packing import collate_blocks, pack_documents
+from pretrain_chinese import PretrainTrainer, causal_lm_loss, heldout_loss
 
 BLOCK = 24
 PAD = 0

@@ -9,12 +9,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from qwen_common import tiny_world
-from qwen_common.chatml import answer_ids, prompt_ids
-from qwen_common.generation import stop_tokens
-from qwen_common.judging import score_replies
-from qwen_common.loading import load_value_model
-from qwen_common.preference import collate_pairs, encode_pair
+from nlp_common.lm.chatml import answer_ids, prompt_ids
+from nlp_common.lm.generation import stop_tokens
+from nlp_common.lm.loading import load_value_model
+from nlp_common.lm.pairs import collate_pairs, encode_pair
+from nlp_common.lm.replies import score_replies
+from nlp_common.tiny import world
 
 WIDTH = 6  # 回答最多几个 token
 
@@ -33,7 +33,7 @@ def value64(value_net):
 def rows(chat_tokenizer):
     """[(提示, 回答)]：一开口就说完、说了几个词说完、说到最后一格正好说完、没说完；提示长短不一。"""
     (end,) = stop_tokens(chat_tokenizer)
-    prompts = [prompt_ids(chat_tokenizer, q["messages"]) for q in tiny_world.questions(4, 6)]
+    prompts = [prompt_ids(chat_tokenizer, q["messages"]) for q in world.questions(4, 6)]
     prompts[1] = prompts[1][-9:]
     assert len({len(prompt) for prompt in prompts}) > 2
     said = torch.randint(5, 500, (4, WIDTH), generator=torch.Generator().manual_seed(4)).tolist()
@@ -243,7 +243,7 @@ def test_sft_scores_are_the_mean_and_spread_over_the_first_prompts(
 
 def test_ppo_scores_what_the_reward_model_was_trained_on(ppo, reward, reward64, chat_tokenizer):
     """同一个回答，训练奖励模型时、PPO 里、评测里，三处的分数相同。"""
-    pairs, pad = tiny_world.pairs(6, 9), chat_tokenizer.pad_token_id
+    pairs, pad = world.pairs(6, 9), chat_tokenizer.pad_token_id
     batch = collate_pairs([encode_pair(chat_tokenizer, pair, with_end=False) for pair in pairs], pad)
     with torch.no_grad():
         trained, _ = reward.score_pairs(reward64, batch["input_ids"])

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
 
-from nlp_common.training import SharedBatches
-from qwen_common import tiny_world
+from nlp_common.tiny import world
+from nlp_common.train.trainer import SharedBatches
 
 HOME = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"
 CONFIGS = HOME / "accelerate_configs"
@@ -41,9 +41,8 @@ NOT_COMPARED = {"rollout_s", "scoring_s", "update_s", "ratio_max", "rewards/accu
 # 两个进程里跑的：依次训练各阶段
 DRIVER = """
 import sys
-from nlp_common.cli import run_main
-from nlp_common.hub import prepare_environment
-prepare_environment()
+from nlp_common.base.cli import run_main
+import nlp_common
 import importlib.util, json
 
 def main():
@@ -144,14 +143,13 @@ def test_two_processes_equal_one(one, tmp_path):
 # torch 自己的 FSDP2（accelerate 在 CPU 上不分片）：两个进程，SFT 的损失，走三步；分片的参数收齐了存下来
 SHARDED = """
 import importlib.util, sys
-from nlp_common.hub import prepare_environment
-prepare_environment()
+import nlp_common
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
-from qwen_common import tiny_world
-from qwen_common.loading import load_causal_lm
+from nlp_common.tiny import world
+from nlp_common.lm.loading import load_causal_lm
 
 script, folder, out = sys.argv[1:]
 spec = importlib.util.spec_from_file_location("sft", script)
@@ -167,7 +165,7 @@ def train(rank, n):
         fully_shard(part, mesh=mesh)
     assert all(p.to_local().numel() * n == p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    chats = [sft.encode_row(tokenizer, row["messages"]) for row in tiny_world.chats(12, 4)]
+    chats = [sft.encode_row(tokenizer, row["messages"]) for row in world.chats(12, 4)]
     for rows in (chats[:4], chats[4:8], chats[8:]):
         n_labels = sum(label != -100 for row in rows for label in row["labels"])
         mine = sft.collate(rows[rank::n], tokenizer.pad_token_id)
@@ -199,7 +197,7 @@ def test_sharded_sft_equals_one_process(sft, model64, chat_folder, chat_tokenize
     assert done.returncode == 0, done.stderr
     alone = copy.deepcopy(model64)
     optimizer = torch.optim.AdamW(alone.parameters(), lr=1e-3)
-    chats = [sft.encode_row(chat_tokenizer, row["messages"]) for row in tiny_world.chats(12, 4)]
+    chats = [sft.encode_row(chat_tokenizer, row["messages"]) for row in world.chats(12, 4)]
     for rows in (chats[:4], chats[4:8], chats[8:]):
         n_labels = sum(label != -100 for row in rows for label in row["labels"])
         batch = sft.collate(rows, chat_tokenizer.pad_token_id)
@@ -238,7 +236,7 @@ def test_accelerate_reads_the_configs(name):
 
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_shared_noise_samples_what_one_process_would(top_p):
-    from qwen_common.generation import pick_next
+    from nlp_common.lm.generation import pick_next
 
     logits = 2 * torch.randn(12, 40, generator=torch.Generator().manual_seed(0))
 

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from qwen_common.names import highlights
-from qwen_common.report import write_report
+from report.metrics import highlights
+from report.write import write_report
 
 STAGES = ["pretrain", "sft", "reward", "dpo", "ppo", "compare"]
 NASTY = '<script>alert("x")</script>&\x00'

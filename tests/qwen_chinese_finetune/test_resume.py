@@ -127,7 +127,7 @@ def test_interrupted_then_resumed_equals_uninterrupted(root, uninterrupted, tmp_
 
 
 def test_second_run_loads_and_changed_settings_are_named(root, capsys):
-    from nlp_common.cli import UserError
+    from nlp_common.base.errors import UserError
 
     first = run_in_process("sft", [*SMALL, "--output_dir", str(root / "sft")])
     assert "已有训练结果" in capsys.readouterr().out

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nlp_common.cli import UserError
-from nlp_common.runs import load_run
+from nlp_common.base.errors import UserError
+from nlp_common.base.runs import load_run
 
 HOME = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"
 STAGES = ["pretrain", "sft", "reward", "dpo", "ppo"]

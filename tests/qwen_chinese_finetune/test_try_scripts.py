@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from nlp_common.cli import UserError
-from nlp_common.runs import RunFolder
-from qwen_common import asking, tiny_world, trying
-from qwen_common.judging import Verdict
+from chat_app import asking, trying
+from nlp_common.base.errors import UserError
+from nlp_common.base.runs import RunFolder
+from nlp_common.tiny import world
+from nlp_common.tiny.judge import Verdict
 
 QWEN = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"
 ASKING = ["test_sft", "test_dpo", "test_ppo"]
@@ -54,7 +55,7 @@ def test_tiny_asks_held_out_questions_and_judges(load_script, tiny, capsys, scri
     scores = load_script(script).main(tiny)
     out = capsys.readouterr().out
     assert out.startswith("预设 tiny（小世界的小模型）：你给了 --output_root")
-    questions = tiny_world.heldout_questions(6, 0)
+    questions = world.heldout_questions(6, 0)
     for question in questions:
         story, _, ask = question["messages"][0]["content"].partition("\n")
         assert story in out and ask in out and f"标准答案：{question['answer']}\n" in out
@@ -76,7 +77,7 @@ def test_gen_continues_openings(load_script, tiny, full, capsys):
     gen = load_script("test_gen")
     texts = gen.main(tiny)
     out = capsys.readouterr().out
-    recaps = tiny_world.recap_prompts(3, 0)
+    recaps = world.recap_prompts(3, 0)
     assert all(f"开头：{r['prompt']}\n     该接：{r['answer']}\n" in out for r in recaps)
     assert len(texts) == 5 and out.count("接错了") + out.count("接对了") == 3
     assert len(gen.main(full)) == len(gen.FULL_OPENINGS)
@@ -182,7 +183,7 @@ def test_story_then_question(line, expected):
 
 
 def test_one_line_questions_get_the_training_format_back():
-    for question in tiny_world.heldout_questions(50, 1):
+    for question in world.heldout_questions(50, 1):
         text = question["messages"][0]["content"]
         assert asking.story_then_question(text.replace("\n", "")) == text
 

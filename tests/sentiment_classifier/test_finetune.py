@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, TrainerCallback
 
-from nlp_common.bert import character_tokenizer, load_classifier, predict
-from nlp_common.cli import UserError
-from nlp_common.labelled import text_key
-from nlp_common.reviews import reviews
+from nlp_common.base.errors import UserError
+from nlp_common.data.labels import text_key
+from nlp_common.data.reviews import reviews
+from nlp_common.lm.classifier import load_classifier, predict
+from nlp_common.tiny.bert import character_tokenizer
 
 SCRIPT = Path(script.__file__)
 GOOD, BAD = ["很好", "喜欢", "满意", "推荐"], ["太差", "失望", "后悔", "难吃"]
@@ -199,7 +200,7 @@ class StopAt(TrainerCallback):
 
 @pytest.mark.parametrize("stage", ["预训练", "微调"])
 def test_interrupted_then_resumed_equals_uninterrupted(trained, tmp_path, monkeypatch, capsys, stage):
-    import nlp_common.training as training
+    import nlp_common.train.trainer as training
 
     arguments, _, straight = trained
     arguments = [*arguments[:-1], str(tmp_path / "model")]

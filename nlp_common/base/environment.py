@@ -1,0 +1,21 @@
+"""导入别的库之前要设好的环境变量。``import nlp_common`` 时就设，所以脚本把它的导入排在最前面。"""
+
+from __future__ import annotations
+
+import os
+import time
+
+STARTED = time.perf_counter()  # 脚本的用时从这里算起：导入几个大库也要几秒
+
+
+def prepare_environment() -> None:
+    """设好环境变量（用户自己设过的不动）。要在导入任何 Hugging Face 库之前调用。"""
+    defaults = {
+        "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL 一导入就会联网报告，离线时白等
+        "TOKENIZERS_PARALLELISM": "false",  # DataLoader 分叉进程之后，并行分词会报警甚至死锁
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "HF_HUB_ETAG_TIMEOUT": "5",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "10",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,65 @@
+"""ChatML：把消息变成 token，并标出哪些 token 是助手说的。
+
+<|im_start|>user\\n你好<|im_end|>\\n<|im_start|>assistant\\n你好！<|im_end|>\\n
+                                                        └ 只有这一段（含 <|im_end|>）算损失 ┘
+
+各家分词器自带的模板多半没有 {% generation %} 标记，助手掩码会全是 0；所以掩码由我们自己拼：
+一段一段地分词，角色头不算损失，助手的内容和 <|im_end|> 算。
+"""
+
+from __future__ import annotations
+
+import functools
+
+END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+# Qwen 的 ChatML；只有一处不同：不自动补 "You are a helpful assistant." 的 system 消息。
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ message['content'] + '<|im_end|>\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def encode_text(tokenizer, text: str | list[str]) -> list[int] | list[list[int]]:
+    """用户写的内容 → token；给几段，就是几段各自的 token。里面就算打出 <|im_end|> 这样的字样，也只当普通文字切开，不会变成控制符。"""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+@functools.lru_cache(maxsize=64)
+def _fixed(tokenizer, text: str) -> list[int]:
+    """角色名、换行这些每段对话都有的文字，只分一次词。"""
+    return encode_text(tokenizer, text)
+
+
+def encode_chat(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
+    """一段对话 → (input_ids, is_answer)，等长；is_answer 为 1 的是助手说的内容和它后面的 <|im_end|>。"""
+    start, end = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
+    newline = _fixed(tokenizer, "\n")
+    input_ids: list[int] = []
+    is_answer: list[int] = []
+    # 各条消息的内容一次分完：分词器调用一次的开销，比切一句话还大
+    contents = encode_text(tokenizer, [message["content"] for message in messages]) if messages else []
+    for message, ids in zip(messages, contents, strict=True):
+        header = [start, *_fixed(tokenizer, message["role"] + "\n")]
+        content = [*ids, end]
+        answer = int(message["role"] == "assistant")
+        input_ids += header + content + newline
+        is_answer += [0] * len(header) + [answer] * len(content) + [0] * len(newline)
+    return input_ids, is_answer
+
+
+def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
+    """生成用的提示：历史消息，加上 ``<|im_start|>assistant\\n``，等模型接着写。"""
+    start = tokenizer.convert_tokens_to_ids(IM_START)
+    ids, _ = encode_chat(tokenizer, messages)
+    return [*ids, start, *_fixed(tokenizer, "assistant\n")]
+
+
+def answer_ids(tokenizer, text: str) -> list[int]:
+    """一个回复的 token，以 <|im_end|> 结尾。"""
+    return [*encode_text(tokenizer, text), tokenizer.convert_tokens_to_ids(IM_END)]

@@ -1,0 +1,77 @@
+"""评判：小世界里程序知道标准答案，所以每个回复的好坏是算出来的，不是估出来的。奖励模型从没见过这些分数。"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from nlp_common.fast.together import together
+from nlp_common.lm.replies import distinct_n, reply_to
+from nlp_common.tiny.world import OPENINGS, WORLD
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """一个回复的评语；score 的分级：错 0.1，只答出词 0.6，整句 0.8，整句且有礼 1.0，其余（含没说完）0。"""
+
+    right: bool
+    complete: bool
+    courteous: bool
+    score: float
+
+    @property
+    def preferred(self) -> bool:
+        return self.right and self.complete and self.courteous
+
+
+def judge(question: dict, reply: str, ended: bool) -> Verdict:
+    """评一个回复。question 见 world.questions；ended：回复是不是自己以 <|im_end|> 结束的。
+
+    对：含标准答案，且不含同类的其他词。完整：去掉客套话之后正好是那一句完整的回答。
+    """
+    opening = next((o for o in OPENINGS if reply.startswith(o)), "")
+    body = reply[len(opening) :]
+    found = {value for value in WORLD[question["slot"]] if value in reply}
+    right = ended and found == {question["answer"]}
+    complete = ended and body == question["sentence"]
+    courteous = ended and bool(opening)
+    if right:
+        score = (
+            1.0 if complete and courteous else 0.8 if complete else 0.6 if body == question["answer"] else 0.4
+        )
+    else:
+        score = 0.1 if ended and len(found) == 1 else 0.0
+    return Verdict(right, complete, courteous, score)
+
+
+def measure_chat(
+    model, tokenizer, questions: list[dict], seed: int = 0
+) -> tuple[dict, list[dict], list[dict]]:
+    """小世界的对话指标，各处同一个定义。返回 (指标, 贪心回复, 采样回复)。
+
+    - ``qa_accuracy``：贪心回复自己结束、含标准答案、不含同类其他词的比例；
+    - ``ended_rate``：贪心回复自己结束的比例；
+    - ``preferred_rate``：温度 1 采样的回复又对、又完整、又有礼的比例；
+    - ``judge_score``：采样回复的程序评分均值；``sampled_accuracy``：采样回复答对的比例。
+    """
+    was_training = model.training
+    model.eval()  # 两边同时用一个模型，模式先定好
+    greedy, sampled = together(
+        partial(reply_to, model, tokenizer, questions),
+        partial(reply_to, model, tokenizer, questions, temperature=1.0, seed=seed),
+    )
+    model.train(was_training)
+    on_greedy = [judge(q, r["text"], r["ended"]) for q, r in zip(questions, greedy, strict=True)]
+    on_sampled = [judge(q, r["text"], r["ended"]) for q, r in zip(questions, sampled, strict=True)]
+    n = len(questions)
+    metrics = {
+        "n": n,
+        "qa_accuracy": sum(v.right for v in on_greedy) / n,
+        "ended_rate": sum(r["ended"] for r in greedy) / n,
+        "preferred_rate": sum(v.preferred for v in on_sampled) / n,
+        "judge_score": sum(v.score for v in on_sampled) / n,
+        "sampled_accuracy": sum(v.right for v in on_sampled) / n,
+        "mean_chars": sum(len(r["text"]) for r in sampled) / n,
+        "distinct_2": distinct_n([r["text"] for r in sampled]),
+    }
+    return metrics, greedy, sampled

@@ -1,0 +1,384 @@
+"""一次训练的外壳：参数与预设、上游的模型、结果文件夹、运行记录。算法在各脚本里，这里没有。"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from nlp_common.base.arguments import option, parse_arguments
+from nlp_common.base.device import describe, library_versions, peak_memory_mb, pick_device, seed_everything
+from nlp_common.base.errors import UserError
+from nlp_common.base.processes import num_processes, on_main, without_launcher
+from nlp_common.base.runs import (
+    CHECKPOINT_DONE,
+    RunFolder,
+    differences,
+    file_sha256,
+    load_run,
+    open_run,
+    run_record,
+)
+from nlp_common.data.rows import check_path, data_sha256
+from nlp_common.hub.models import require_model
+from nlp_common.hub.preset import announce, choose_preset
+
+# ---------------------------------------------------------------- 参数
+
+
+@dataclass
+class RunSettings:
+    """每个训练脚本都有的参数，名字与 transformers 的 TrainingArguments 相同；默认是 None 的由预设补上。"""
+
+    COMMON: ClassVar[dict] = {}  # 各预设相同的默认值
+    # 这些参数不影响结果，改了也可以直接用已有的结果。
+    NOT_IN_FINGERPRINT: ClassVar[set[str]] = {"preset", "output_dir", "source", "retrain", "dry_run"}
+
+    preset: Literal["auto", "tiny", "full"] = option(
+        "tiny：离线的小模型和自带的数据，CPU 几分钟；full：真模型真数据；auto：有加速器又拿得到模型才用 full",
+        "auto",
+    )
+    model: str | None = option("从哪个模型开始：hub 名或本地文件夹")
+    dataset: str | None = option("训练数据：内置名、hub 名、本地文件夹或 json/jsonl/csv/tsv/parquet/txt 文件")
+    output_dir: str | None = option("结果写到哪个文件夹；默认在脚本所在的文件夹里")
+    source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
+    dry_run: bool = option("只估算要多少内存、多少步、多久，不下载权重也不训练", False)
+    retrain: bool = option("不用已有的结果，重新训练", False)
+    seed: int = option("随机种子：同一种子，结果相同", 0)
+    max_train_samples: int | None = option("最多用多少行训练数据")
+    max_length: int | None = option("每行最多多少个 token")
+    per_device_train_batch_size: int | None = option("每个设备每步多少行")
+    learning_rate: float | None = option("学习率的峰值")
+    num_train_epochs: float | None = option("训练几遍数据")
+    warmup_steps: float | None = option("学习率预热：步数，或小于 1 的比例")
+    weight_decay: float | None = option("权重衰减")
+
+    def check(self) -> None:
+        """训练到一半才会出错的数，补上默认值之后就说：子类在这里抛出 UserError。"""
+
+
+@dataclass
+class StageSettings(RunSettings):
+    """语言模型各阶段共有的参数。"""
+
+    COMMON: ClassVar[dict] = {
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": 1.0,
+        "max_steps": -1,
+        "warmup_steps": 0.05,
+        "weight_decay": 0.0,
+        "adam_beta2": 0.999,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "linear",
+        "gradient_checkpointing": False,
+        "dataloader_num_workers": 0,
+        "logging_steps": 10,
+        "save_steps": 100,
+        "max_eval_samples": 500,
+    }
+    NOT_IN_FINGERPRINT: ClassVar[set[str]] = RunSettings.NOT_IN_FINGERPRINT | {
+        "show_batch",
+        "logging_steps",
+        "save_steps",
+        "verify",
+    }
+
+    model: str | None = option("从哪个模型开始：hub 名、本地文件夹或 smollm2；默认是上一阶段的结果")
+    eval_dataset: str | None = option(
+        "留出数据，写法同 --dataset；默认用数据集自带的，没有就从训练数据里分出来"
+    )
+    output_dir: str | None = option("结果写到哪个文件夹；默认 outputs/<预设>/<阶段>，在脚本所在的文件夹里")
+    verify: bool = option("核对下载的模型：每个文件的大小和哈希与服务器上的一不一样", False)
+    max_eval_samples: int | None = option("留出数据最多用多少行")
+    max_length: int | None = option("每行最多多少个 token；更长的行不用，并报告有几行")
+    gradient_accumulation_steps: int | None = option("累积几步的梯度再更新一次")
+    max_steps: int | None = option("最多更新几步；-1 表示由 num_train_epochs 决定")
+    adam_beta2: float | None = option("Adam 二阶矩的衰减：步数少时取小些，跟得上梯度的变化")
+    max_grad_norm: float | None = option("梯度裁剪的范数")
+    lr_scheduler_type: str | None = option("学习率曲线：linear、cosine、constant …")
+    gradient_checkpointing: bool | None = option("用时间换显存：反向时重算激活")
+    dataloader_num_workers: int | None = option("读数据的进程数")
+    logging_steps: int | None = option("每几步记一次 loss")
+    save_steps: int | None = option("每几步存一个检查点，中断后从它继续")
+
+    def check(self) -> None:
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} 要是正整数，给的是 {getattr(self, name)}。")
+        check_path(self.eval_dataset)
+
+
+_announced = ContextVar("announced", default=False)
+
+
+@contextlib.contextmanager
+def preset_announced() -> Iterator[None]:
+    """已经说过用了哪个预设：在这里面运行的阶段不再各说一遍。"""
+    token = _announced.set(True)
+    try:
+        yield
+    finally:
+        _announced.reset(token)
+
+
+def parse_settings(settings_class, presets: dict[str, dict], argv: list[str] | None, full_model: str):
+    """命令行 → 设置：先选预设（第一行就说选了哪个、为什么），再把没给的参数用预设补上，然后检查。"""
+    settings = parse_arguments(settings_class, argv)
+    choice = on_main(
+        lambda: choose_preset(
+            settings.preset,
+            settings.model,
+            full_model=full_model,
+            needs_accelerator=True,
+            source=settings.source,
+        )
+    )
+    if not _announced.get():
+        print(announce(choice))
+    settings.preset = choice.preset
+    for name, value in (settings.COMMON | presets[choice.preset]).items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
+    settings.check()
+    check_path(settings.dataset)  # 路径写错了，不必等上一阶段训练完才知道
+    return settings
+
+
+def fingerprint(settings: RunSettings, **more) -> dict:
+    """决定结果的一切：设置、本地数据的内容、进程数，以及 more（如上游模型的编号）。"""
+    values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in settings.NOT_IN_FINGERPRINT}
+    for name in ("dataset", "eval_dataset"):
+        if sha256 := data_sha256(values.get(name)):
+            values[f"{name}_sha256"] = sha256
+    if num_processes() > 1:  # 一步多少行，要乘上它
+        values["num_processes"] = num_processes()
+    return values | more
+
+
+# ---------------------------------------------------------------- 结果文件夹
+
+
+class Stage:
+    """进行中的一次训练；``record`` 不是 None 说明早已训练完，直接用 ``path`` 里的模型。"""
+
+    def __init__(
+        self, name: str, settings: RunSettings, folder: RunFolder, wanted: dict, parents: dict[str, dict]
+    ):
+        self.name, self.settings, self.folder, self.parents = name, settings, folder, parents
+        self.fingerprint = wanted
+        self.path, self.device, self.started = folder.path, pick_device(), time.time()
+        self.record: dict | None = None
+
+    @property
+    def model_path(self) -> str:
+        return self.parents["model"]["path"]
+
+    def seconds(self) -> float:
+        return time.time() - self.started
+
+    def checkpoint(self) -> Path | None:
+        """可以接着训练的检查点；之前花掉的秒数也算进这次的记录。"""
+        latest = on_main(self.folder.latest_checkpoint)
+        if latest:
+            self.started -= json.loads((latest / CHECKPOINT_DONE).read_text())["seconds"]
+            print(f"接着上次的检查点继续：{latest.name}")
+        return latest
+
+    def finish(
+        self,
+        model,
+        tokenizer,
+        metrics: dict,
+        data: dict,
+        history: list[dict],
+        state: dict | None = None,
+        draw: Callable[[Path], object] | None = None,
+        **extra,
+    ) -> dict:
+        """把模型、分词器和 run.json 写成完成的文件夹，返回记录。
+
+        state：参数分片时，收齐的那一份；draw(文件夹) 往里面画图。
+        """
+        record = {
+            "stage": self.name,
+            "parent": self.parents,
+            "data": data,
+            "settings": dataclasses.asdict(self.settings),
+            "fingerprint": self.fingerprint,
+            "versions": library_versions(),
+            "device": describe(self.device),
+            "seconds": round(self.seconds(), 1),
+            "peak_memory_mb": peak_memory_mb(),
+            "metrics": metrics,
+            "history": history,
+            **extra,
+        }
+
+        def write(folder: Path) -> None:
+            model.save_pretrained(folder, state_dict=state)
+            tokenizer.save_pretrained(folder)
+            if draw:
+                draw(folder)
+
+        self.record = on_main(lambda: self.folder.finish(write, record))
+        return self.record
+
+
+@contextlib.contextmanager
+def open_result(
+    path: Path,
+    name: str,
+    settings: RunSettings,
+    wanted: dict,
+    parents: dict[str, dict] | None = None,
+    reuse: Literal["same", "any", "derived"] = "same",
+) -> Iterator[Stage]:
+    """锁住并打开一个结果文件夹；只有 ``stage.record is None`` 才要训练。wanted 是 fingerprint 的结果。
+
+    已有的结果怎么用：same，设置相同才用，不同是 UserError，列出每一项不同；any，照用，说明哪些不同；
+    derived，中间结果，设置相同就用（--retrain 也用，重做一遍还是它），不同就说明哪些不同，重新做。
+    """
+    with open_run(path.expanduser().resolve()) as folder:
+        stage = Stage(name, settings, folder, wanted, parents or {})
+        stage.record = on_main(lambda: _find_record(folder, wanted, settings.retrain, reuse))
+        if stage.record is None:
+            on_main(lambda: folder.start(wanted))
+            seed_everything(settings.seed)
+        elif reuse != "derived":
+            print(f"已有训练结果，直接加载：{folder.path}（--retrain 重新训练）")
+        yield stage
+
+
+def _find_record(folder: RunFolder, wanted: dict, retrain: bool, reuse: str) -> dict | None:
+    if reuse == "same":
+        return None if retrain else folder.finished(wanted)
+    found = load_run(folder.path)
+    changed = "；".join(differences(found["fingerprint"], wanted)) if found else ""
+    if not changed:
+        return found
+    if reuse == "any":
+        print(f"用 {folder.path.name} 里已有的模型，它的设置和这次的不同（{changed}）。")
+        return found
+    print(f"{folder.path.name} 的设置和这次的不同，重新做（{changed}）。")
+    return None
+
+
+def show_metrics(metrics: dict) -> None:
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            print(f"  {name:<28}{value:.4f}")
+        elif not isinstance(value, (dict, list)):
+            print(f"  {name:<28}{value}")
+
+
+# ---------------------------------------------------------------- 一条链上的一个阶段
+
+
+@dataclass(frozen=True)
+class Chain:
+    """一条链：脚本所在的文件夹，阶段 → 训练它的脚本，full 预设从哪个模型开始。"""
+
+    home: Path
+    scripts: dict[str, str]
+    full_model: str
+
+
+def run_stage(
+    name: str,
+    settings: StageSettings,
+    parents: dict[str, str],
+    train: Callable[[Stage], dict],
+    chain: Chain,
+) -> dict:
+    """跑一个阶段，返回 run.json 的内容；已有同样设置的结果就直接用，--dry_run 只估算。
+
+    parents：设置里的字段名 → 上游阶段名，例如 ``{"model": "sft", "reward_model": "reward"}``。
+    """
+    if settings.dry_run:
+        from nlp_common.train.dry_run_qwen import dry_run
+
+        return {"dry_run": dry_run(name, settings, chain.full_model)}
+    out = settings.output_dir or chain.home / "outputs" / settings.preset / name
+    out = Path(out).expanduser().resolve()
+    if settings.preset == "full" and "base" in parents.values() and not settings.model:
+        settings.model = chain.full_model
+    found = on_main(lambda: _find_parents(settings, out.parent, parents, chain))
+    ids = {field: f"{parent['stage']}:{parent['id']}" for field, parent in found.items()}
+    with open_result(out, name, settings, fingerprint(settings, **ids), found) as stage:
+        if stage.record is None:
+            print(f"起点 {stage.model_path}\n数据 {settings.dataset}，设备 {describe(stage.device)}")
+            if record := train(stage):
+                show_metrics(record["metrics"])
+                print(f"已存到 {stage.path}（{record['seconds']:.0f} 秒）\n")
+            return record
+        show_metrics(stage.record["metrics"])
+        return stage.record
+
+
+def _find_parents(
+    settings: StageSettings, root: Path, parents: dict[str, str], chain: Chain
+) -> dict[str, dict]:
+    found = {}
+    for field, stage in parents.items():
+        given = getattr(settings, field)
+        if stage == "base" and not given:
+            found[field] = _tiny_base(settings, root)
+            continue
+        folder = root / stage
+        parent = find_trained(given, folder, settings.source, settings.verify)
+        if parent is None:
+            _train_first(settings, folder, field, stage, chain)
+            parent = find_trained(None, folder)
+        found[field] = {key: parent[key] for key in ("path", "stage", "id")}
+    return found
+
+
+def find_trained(given: str | None, folder: Path, source: str = "hf", verify: bool = False) -> dict | None:
+    """命令行给的模型，没给就是 folder 里训练好的 → ``{"path", "stage", "id", "run"}``；还没有训练是 None。
+
+    run 是运行记录，不是我们训练的没有。文件夹不完整、得不到 given 是 UserError。
+    """
+    run = None if given else load_run(folder)
+    if run is None and not given:
+        return None
+    path = require_model(given or str(folder), source, verify)  # 复制、解压时坏了的文件，在这里就说出来
+    run = run or run_record(path) or None
+    stage, number = (run["stage"], run["id"]) if run else ("model", given)
+    return {"path": str(path), "stage": stage, "id": number, "run": run}
+
+
+def _train_first(settings: StageSettings, folder: Path, field: str, stage: str, chain: Chain) -> None:
+    """上一阶段还没有结果：tiny 先训练它，full 说该运行什么。"""
+    script = chain.scripts[stage]
+    if settings.preset == "full":
+        raise UserError(
+            f"还没有上一阶段的结果 {folder}。先运行：python {script} --preset full，"
+            f"或用 --{field} 指定一个模型，或加 --preset tiny。"
+        )
+    print(f"还没有上一阶段（{stage}）的结果，先训练它 …", flush=True)
+    command = [sys.executable, str(chain.home / script), "--preset", settings.preset]
+    command += ["--seed", str(settings.seed), "--output_dir", str(folder)]
+    if code := subprocess.run(command, env=without_launcher()).returncode:
+        raise UserError(f"上一阶段没有完成（退出码 {code}）：{' '.join(command[1:])}")
+
+
+def _tiny_base(settings: StageSettings, root: Path) -> dict:
+    """tiny 预设的起点：没训练过的小模型，存成 hub 布局的文件夹 outputs/tiny/base。"""
+    from nlp_common.tiny import qwen, world
+
+    sources = [Path(module.__file__) for module in (qwen, world)]
+    wanted = {"seed": settings.seed, "sources": [file_sha256(path)[:12] for path in sources]}
+    with open_run(root / "base") as folder:
+        run = None if settings.retrain else folder.finished(wanted)
+        if run is None:
+            record = {"stage": "base", "fingerprint": wanted, "versions": library_versions()}
+            run = folder.finish(lambda path: qwen.save_tiny_base(path, settings.seed), record)
+    return {"path": str(root / "base"), "stage": "base", "id": run["id"]}

@@ -1,0 +1,28 @@
+"""这条链：脚本在哪里，各阶段由哪个脚本训练，各阶段和模型在终端、网页里叫什么。"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nlp_common.train.stage import Chain
+
+HOME = Path(__file__).resolve().parent
+FULL_MODEL = "Qwen/Qwen1.5-0.5B"
+SCRIPTS = {
+    "pretrain": "pretrain_chinese-nvidia.py",
+    "sft": "sft_chinese_qwen.py",
+    "reward": "reward_model.py",
+    "dpo": "dpo_chinese_qwen.py",
+    "ppo": "ppo_alignment.py",
+}
+STAGES = {
+    "pretrain": "预训练",
+    "sft": "SFT",
+    "reward": "奖励模型",
+    "dpo": "DPO",
+    "ppo": "PPO",
+    "compare": "对比",
+}
+MODELS = {"base": "预训练", "sft": "SFT", "dpo": "DPO", "ppo": "PPO"}
+FOLDERS = {"base": "pretrain", "sft": "sft", "dpo": "dpo", "ppo": "ppo"}  # 模型是哪个阶段的结果
+CHAIN = Chain(HOME, SCRIPTS, FULL_MODEL)
