@@ -16,6 +16,7 @@ from transformers import (
 from transformers.utils import logging
 
 from nlp_common.base.errors import UserError
+from nlp_common.fast.columns import use_read_columns
 from nlp_common.fast.rms_norm import use_fused_norms
 from nlp_common.lm.chatml import CHAT_TEMPLATE, END_OF_TEXT, IM_END, IM_START
 
@@ -54,7 +55,12 @@ def load_causal_lm(path: str):
     tokenizer = load_tokenizer(path)
     with readable_errors(path):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return tokenizer, use_fused_norms(model)
+    return tokenizer, make_fast(model)
+
+
+def make_fast(model):
+    """装上只为快、结果不变的部分（nlp_common/fast），返回 model；此后照常调用。"""
+    return use_read_columns(use_fused_norms(model))
 
 
 def end_chat_turns(model, tokenizer) -> None:
@@ -84,6 +90,6 @@ def _load_with_head(auto_class, path: str, tokenizer):
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # "LM head 没用上、打分头是新的"正是我们要的，不必警告
     try:
-        return use_fused_norms(auto_class.from_pretrained(path, config=config, dtype=torch.float32))
+        return make_fast(auto_class.from_pretrained(path, config=config, dtype=torch.float32))
     finally:
         logging.set_verbosity(level)

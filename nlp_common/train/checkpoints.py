@@ -1,4 +1,4 @@
-"""PPO 的检查点：两个在学的模型、两个优化器、历史；写完整了才打上完成标记。"""
+"""检查点：模型、优化器、随机数的状态由 accelerate 存，加上历史；写完整了才打上完成标记。"""
 
 from __future__ import annotations
 
@@ -6,47 +6,36 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_model, save_model
+from accelerate import Accelerator
 
+from nlp_common.base.processes import is_main, wait
 from nlp_common.base.runs import CHECKPOINT_DONE, write_json
 from nlp_common.train.stage import Stage
 
+KEEP = 2  # 正在写的一个加上写完的一个：写到一半被杀，还有前一个可用
 
-def save_training_state(
-    stage: Stage,
-    step: int,
-    models: dict[str, torch.nn.Module],
-    optimizers: dict,
-    scaler: torch.amp.GradScaler | None,
-    history: list[dict],
-) -> None:
-    """存第 step 步的状态，只留最近两个检查点。scaler 是 fp16 放大梯度的倍数，不用 fp16 时是 None。"""
+
+def save_checkpoint(stage: Stage, accelerator: Accelerator, step: int, history: list[dict]) -> None:
+    """存第 step 步的状态：accelerator.prepare 过的模型与优化器、登记过的学习率、fp16 的倍数、随机数。各进程都要调用。"""
     folder = stage.folder.checkpoints / f"checkpoint-{step}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for name, model in models.items():
-        save_model(model, str(folder / f"{name}.safetensors"))
-        torch.save(optimizers[name].state_dict(), folder / f"{name}_optimizer.pt")
-    if scaler is not None:
-        write_json(folder / "scaler.json", scaler.state_dict())
-    write_json(folder / "history.json", history)
-    write_json(folder / CHECKPOINT_DONE, {"seconds": stage.seconds()})
-    done = sorted(stage.folder.checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    for old in done[:-2]:
-        shutil.rmtree(old, ignore_errors=True)
+    if is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+    wait()
+    accelerator.save_state(str(folder))
+    wait()  # 别的进程的随机数状态、优化器的分片也写完了，才算写完
+    if is_main():
+        write_json(folder / "history.json", history)
+        write_json(folder / CHECKPOINT_DONE, {"seconds": stage.seconds()})
+        done = sorted(stage.folder.checkpoints.glob("checkpoint-*"), key=_step)
+        for old in done[:-KEEP]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
-def load_training_state(
-    folder: Path,
-    models: dict[str, torch.nn.Module],
-    optimizers: dict,
-    scaler: torch.amp.GradScaler | None,
-) -> list[dict]:
-    """把状态读回 models、optimizers 和 scaler，返回历史（长度就是已经走完的步数）。"""
-    for name, model in models.items():
-        load_model(model, str(folder / f"{name}.safetensors"))
-        optimizers[name].load_state_dict(torch.load(folder / f"{name}_optimizer.pt", weights_only=True))
-    if scaler is not None and (saved := folder / "scaler.json").exists():
-        scaler.load_state_dict(json.loads(saved.read_text(encoding="utf-8")))
-    return json.loads((folder / "history.json").read_text(encoding="utf-8"))
+def load_checkpoint(folder: Path, accelerator: Accelerator) -> tuple[int, list[dict]]:
+    """把状态读回 accelerator.prepare 过的模型与优化器 → (走完了几步, 历史)。"""
+    accelerator.load_state(str(folder))
+    return _step(folder), json.loads((folder / "history.json").read_text(encoding="utf-8"))
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rsplit("-", 1)[1])

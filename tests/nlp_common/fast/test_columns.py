@@ -1,12 +1,15 @@
-"""only_columns：用得着的列，数值与梯度都与全算时相等；挂上去的钩子总会取下来。"""
+"""只算有人读的列：数值与梯度都与全算时相等；要缓存、要重算的照常全算；不认识的结构不动。"""
 
-import contextlib
 import copy
+import inspect
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from nlp_common.fast.columns import only_columns
+from nlp_common.fast.columns import use_read_columns
+from nlp_common.fast.rms_norm import use_fused_norms
+from nlp_common.lm.loading import load_value_model
 
 COLUMNS = torch.tensor([2, 5, 6, 11])
 
@@ -16,67 +19,107 @@ def ids():
     return torch.randint(5, 500, (3, 12), generator=torch.Generator().manual_seed(0))
 
 
-def run(model, ids, columns, trimmed: bool):
-    """用得着的列的 logits，和它们的一个损失对每个参数的梯度。"""
-    model = copy.deepcopy(model)
-    with only_columns(model, columns) if trimmed else contextlib.nullcontext():
-        logits = model(input_ids=ids, use_cache=False).logits[:, columns]
-    logits.tanh().sum().backward()
-    return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
-
-
-@pytest.mark.parametrize("kind", ["model64", "reward_values64"])
-def test_values_and_gradients_equal_the_full_computation(request, kind, ids):
-    model = request.getfixturevalue(kind)
-    full, full_grads = run(model, ids, COLUMNS, trimmed=False)
-    part, part_grads = run(model, ids, COLUMNS, trimmed=True)
-    torch.testing.assert_close(part, full, rtol=0, atol=1e-12)
-    for name, grad in full_grads.items():
-        torch.testing.assert_close(part_grads[name], grad, rtol=0, atol=1e-10, msg=name)
-
-
 @pytest.fixture
-def reward_values64(reward_folder, chat_tokenizer):
-    from nlp_common.lm.loading import load_value_model
-
+def values64(reward_folder, chat_tokenizer):
     return load_value_model(str(reward_folder), chat_tokenizer).eval().double()
 
 
-def test_the_last_mlp_really_sees_fewer_columns(model64, ids):
-    seen = []
-    handle = model64.model.layers[-1].mlp.gate_proj.register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].shape[1])
-    )
-    with only_columns(model64, COLUMNS):
-        model64(input_ids=ids)
-    model64(input_ids=ids)
-    handle.remove()
-    assert seen == [4, 12]
+def plain(model):
+    """同样的权重，没有装 use_read_columns 的 transformers 模型。它的归一化总用 float32 算，所以也换成 float64 的。"""
+    other = type(model)(model.config).to(model.dtype)
+    other.load_state_dict(model.state_dict())
+    return use_fused_norms(other.train(model.training))
 
 
-def test_hooks_are_removed_even_after_an_error(model64, ids):
-    expected = model64(input_ids=ids).logits
-    with pytest.raises(RuntimeError, match="中断"), only_columns(model64, COLUMNS):
-        raise RuntimeError("中断")
-    assert torch.equal(model64(input_ids=ids).logits, expected)
+def logits_and_gradients(model, ids, **inputs):
+    """logits，和它们的一个损失对每个参数的梯度。"""
+    model.zero_grad()
+    logits = model(input_ids=ids, use_cache=False, **inputs).logits
+    logits.tanh().sum().backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def test_gradient_checkpointing_computes_everything(model64, ids):
-    """重算发生在反向时，那时已经不在 with 里：少算会对不上，所以照常全算。"""
-    full, full_grads = run(model64, ids, COLUMNS, trimmed=False)
-    model = copy.deepcopy(model64).train()
+def assert_same(part, full):
+    torch.testing.assert_close(part[0], full[0], rtol=0, atol=1e-12)
+    for name, grad in full[1].items():
+        torch.testing.assert_close(part[1][name], grad, rtol=0, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_causal_lm_equals_the_full_computation(model64, ids, padded):
+    model = copy.deepcopy(model64)
+    inputs = {}
+    if padded:  # 左填充：掩码与位置都照给
+        mask = torch.ones_like(ids)
+        mask[0, :4] = mask[1, :1] = 0
+        inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    full = logits_and_gradients(plain(model), ids, logits_to_keep=COLUMNS, **inputs)
+    assert_same(logits_and_gradients(model, ids, logits_to_keep=COLUMNS, **inputs), full)
+
+
+def test_value_model_equals_the_full_computation(values64, ids):
+    reference = plain(values64)
+    logits = reference(input_ids=ids, use_cache=False).logits[:, COLUMNS]
+    logits.tanh().sum().backward()
+    full = logits.detach(), {name: p.grad for name, p in reference.named_parameters()}
+    assert_same(logits_and_gradients(values64, ids, logits_to_keep=COLUMNS), full)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_reward_model_equals_the_full_computation(reward64, ids, side):
+    model = copy.deepcopy(reward64)
+    pad = model.config.pad_token_id
+    mask = torch.ones_like(ids)
+    hidden = slice(9, None) if side == "right" else slice(0, 4)
+    mask[0, hidden] = 0
+    ids = ids.masked_fill(mask == 0, pad)
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    full = logits_and_gradients(plain(model), ids, **inputs)
+    assert_same(logits_and_gradients(model, ids, **inputs), full)
+
+
+def test_the_last_mlp_really_sees_fewer_columns(model64, reward64, ids):
+    for model, inputs, expected in (
+        (model64, {"logits_to_keep": COLUMNS}, 4),
+        (model64, {}, 12),
+        (reward64, {}, 1),  # 没有填充：人人的最后一个 token 都在最后一列
+    ):
+        seen = []
+        handle = model.model.layers[-1].mlp.gate_proj.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0].shape[1])
+        )
+        model(input_ids=ids, use_cache=False, **inputs)
+        handle.remove()
+        assert seen == [expected]
+
+
+@pytest.mark.parametrize("kind", ["model64", "values64"])
+def test_gradient_checkpointing_computes_everything(request, kind, ids):
+    model = copy.deepcopy(request.getfixturevalue(kind))
+    full = logits_and_gradients(model, ids, logits_to_keep=COLUMNS)
+    model.train()
     new_name = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23 起改名
     (new_name or model.gradient_checkpointing_enable)()
-    part, part_grads = run(model, ids, COLUMNS, trimmed=True)
-    torch.testing.assert_close(part, full, rtol=0, atol=1e-12)
-    for name, grad in full_grads.items():
-        torch.testing.assert_close(part_grads[name], grad, rtol=0, atol=1e-10, msg=name)
+    assert_same(logits_and_gradients(model, ids, logits_to_keep=COLUMNS), full)
 
 
-def test_other_architectures_are_left_alone(ids):
-    from transformers import GPT2Config, GPT2LMHeadModel
+def test_generation_with_a_cache_is_untouched(model64, ids):
+    reference = plain(model64)
+    ours = model64.generate(ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(ours, reference.generate(ids, max_new_tokens=5, do_sample=False))
+    assert "logits_to_keep" in inspect.signature(model64.forward).parameters
 
+
+def test_a_copy_reads_its_own_weights(model64, ids):
+    other = copy.deepcopy(model64)
+    with torch.no_grad():
+        other.model.layers[-1].mlp.up_proj.weight.zero_()
+    inputs = {"input_ids": ids, "use_cache": False, "logits_to_keep": COLUMNS}
+    torch.testing.assert_close(other(**inputs).logits, plain(other)(**inputs).logits, rtol=0, atol=1e-12)
+    assert not torch.allclose(other(**inputs).logits, model64(**inputs).logits)
+
+
+def test_other_architectures_are_left_alone():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_embd=16, n_layer=1, n_head=2, n_positions=16)).eval()
-    with only_columns(model, COLUMNS):
-        inside = model(input_ids=ids).logits
-    assert torch.equal(inside, model(input_ids=ids).logits)
+    before = model.forward
+    assert use_read_columns(model).forward == before
