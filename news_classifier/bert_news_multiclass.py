@@ -186,7 +186,7 @@ def finetune(run: Stage) -> dict:
         load_best_model_at_end=True,  # 验证正确率最高的检查点，不是最后一个
         metric_for_best_model="accuracy",
     )
-    progress = Progress("微调", len(rows["train"]), run.seconds)
+    progress = Progress("微调", [len(row["input_ids"]) for row in rows["train"]], run.seconds)
     trainer = BucketTrainer(
         model=model,
         args=args,

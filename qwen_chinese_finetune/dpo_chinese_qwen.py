@@ -10,34 +10,32 @@
 预期输出（tiny，实测见本文件夹的 README.md）：采样回答又对、又完整、又有礼的比例从两成多升到 95% 以上，
 贪心正确率不降。
 
-参考：Rafailov et al. 2023（DPO）式 7；Pang et al. 2024（好回答上的 SFT 项）；训练器用 TRL 的 DPOTrainer。
+参考：Rafailov et al. 2023（DPO）式 7；Pang et al. 2024（好回答上的 SFT 项）。
 """
 
 from nlp_common.base.cli import run_main
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
-from trl import DPOConfig, DPOTrainer
 
 from chain import CHAIN
 from nlp_common.base.arguments import option
 from nlp_common.base.processes import gather, my_share
 from nlp_common.data.chats import to_pairs
-from nlp_common.fast.columns import only_columns
 from nlp_common.lm.generation import batches_by_length
 from nlp_common.lm.loading import end_chat_turns, load_causal_lm
-from nlp_common.lm.losses import IGNORE
-from nlp_common.lm.pairs import collate_pairs, encode_pair, pair_length, pair_tokens
+from nlp_common.lm.losses import IGNORE, token_logps
+from nlp_common.lm.pairs import collate_pairs, count_pairs, encode_pair, pair_length, pair_tokens
 from nlp_common.tiny import world
 from nlp_common.tiny.judge import measure_chat
+from nlp_common.train.loop import Trained, train_loop
 from nlp_common.train.splits import EVAL_SEED, drop_long, load_train_and_eval
 from nlp_common.train.stage import Stage, StageSettings, parse_settings, run_stage
-from nlp_common.train.trainer import full_state, run_trainer, trainer_arguments
-from nlp_common.train.trainer_qwen import PairTrainer, Progress, loss_curve
+from nlp_common.train.trainer import run_library, trainer_arguments
 
 PRESETS = {
     "tiny": {
@@ -82,16 +80,15 @@ def encode(tokenizer, row: dict) -> dict[str, list[int]]:
     return pair
 
 
+def collate(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
+    """B 对 → input_ids、labels (2B, T)，前 B 行是好回答；ref_logps (2B,) 是参考模型的对数概率。"""
+    ref_logps = [row["ref_chosen"] for row in rows] + [row["ref_rejected"] for row in rows]
+    return collate_pairs(rows, pad_id) | {"ref_logps": torch.tensor(ref_logps)}
+
+
 def sequence_logps(model, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """整个回答的对数概率 log π(y|x) = Σ_t log π(y_t | x, y_<t)。(N, T) 与 (N, T) → (N,)。"""
-    labels = labels[:, 1:]  # 位置 t 的 logits 预测位置 t+1
-    columns = (labels != IGNORE).any(0).nonzero().squeeze(1)  # 有回答的列；其余的不必算
-    with only_columns(model, columns):
-        logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=columns).logits  # (N, C, V)
-    nll = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels[:, columns].flatten(), ignore_index=IGNORE, reduction="none"
-    )
-    return -nll.view(len(labels), -1).sum(-1)
+    return token_logps(model, input_ids, labels).sum(1)
 
 
 def dpo_loss(
@@ -118,21 +115,14 @@ def chosen_sft_loss(chosen: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return -chosen / (labels[: len(chosen), 1:] != IGNORE).sum(1)
 
 
-class PairDPOTrainer(PairTrainer, DPOTrainer):
-    """TRL 的 DPOTrainer，损失换成上面看得见的算式（测试证明与 TRL 相等）。用之前设好 ``sft_weight``。"""
-
-    sft_weight: float
-
-    def _prepare_dataset(self, dataset, *_):
-        return dataset  # 已经分好词
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        chosen, rejected = sequence_logps(model, inputs["input_ids"], inputs["labels"]).chunk(2)
-        loss, margin = dpo_loss(chosen, rejected, *inputs["ref_logps"].chunk(2), self.beta)
-        self.note("rewards/margins", margin)
-        self.note("rewards/accuracies", margin > 0)
-        loss = loss + self.sft_weight * chosen_sft_loss(chosen, inputs["labels"])
-        return loss.sum() / (num_items_in_batch or len(loss))  # 除以整个更新步的对数
+def pair_loss(
+    model, batch: dict[str, torch.Tensor], beta: float, sft_weight: float
+) -> tuple[torch.Tensor, dict]:
+    """一批偏好对的损失之和，以及每对的隐式奖励差、差得对不对。"""
+    chosen, rejected = sequence_logps(model, batch["input_ids"], batch["labels"]).chunk(2)
+    loss, margin = dpo_loss(chosen, rejected, *batch["ref_logps"].chunk(2), beta)
+    loss = loss + sft_weight * chosen_sft_loss(chosen, batch["labels"])
+    return loss.sum(), {"rewards/margins": margin, "rewards/accuracies": margin > 0}
 
 
 # ---------------------------------------------------------------- 2. 参考模型与评测
@@ -188,33 +178,46 @@ def train(stage: Stage) -> dict:
     reference_seconds = round(time.perf_counter() - started, 2)
     heldout_ref = logps_of(reference, heldout, pad_id, batch)
 
-    def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
-        refs = [row["ref_chosen"] for row in batch] + [row["ref_rejected"] for row in batch]
-        return collate_pairs(batch, pad_id) | {"ref_logps": torch.tensor(refs)}
+    lengths, tokens = [pair_length(row) for row in rows], [pair_tokens(row) for row in rows]
+    if settings.trainer == "library":
+        trained = train_with_trl(stage, model, reference, tokenizer, rows, tokens)
+    else:
+        pad = partial(collate, pad_id=pad_id)
+        loss = partial(pair_loss, beta=settings.beta, sft_weight=settings.sft_weight)
+        trained = train_loop(stage, "DPO", model, rows, pad, loss, tokens, lengths=lengths, count=count_pairs)
 
-    lengths = [pair_length(row) for row in rows]
-    progress = Progress(stage, "DPO", [pair_tokens(row) for row in rows])
-    trainer = PairDPOTrainer(
-        model=model,
-        ref_model=reference,
-        args=DPOConfig(**trainer_arguments(stage), beta=settings.beta, max_length=None),
-        train_dataset=Dataset.from_list(rows),
-        data_collator=collate,
-        processing_class=tokenizer,
-    )
-    trainer.row_lengths, trainer.sft_weight = lengths, settings.sft_weight
-    run_trainer(trainer, progress, stage.checkpoint())
-
-    metrics = heldout_metrics(model, heldout, heldout_ref, pad_id, settings) | progress.metrics
+    metrics = heldout_metrics(model, heldout, heldout_ref, pad_id, settings) | trained.metrics
     metrics["reference_seconds"] = reference_seconds  # 不在 train_seconds 里
     if settings.dataset == "tiny_world":
         questions = world.heldout_questions(settings.max_eval_samples, EVAL_SEED)
         before = measure_chat(reference, tokenizer, questions)[0]
         metrics |= {f"{k}_before": before[k] for k in ("qa_accuracy", "preferred_rate")}
         metrics |= measure_chat(model, tokenizer, questions)[0]
-    return stage.finish(
-        model, tokenizer, metrics, data, loss_curve(trainer.state.log_history), full_state(trainer)
+    return stage.finish(model, tokenizer, metrics, data, trained.history, state=trained.state)
+
+
+def train_with_trl(stage: Stage, model, reference, tokenizer, rows: list[dict], tokens: list[int]) -> Trained:
+    """--trainer library：同样的行，交给 TRL 原样的 DPOTrainer；参考模型的对数概率它每步自己算。
+
+    它的 SFT 项按整批的 token 平均，我们的按每个回答平均；--sft_weight 0 时两边是同一个损失。
+    """
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    weight = stage.settings.sft_weight
+    args = DPOConfig(
+        **trainer_arguments(stage),
+        max_length=None,
+        beta=stage.settings.beta,
+        loss_type=["sigmoid", "sft"] if weight else ["sigmoid"],
+        loss_weights=[1.0, weight] if weight else [1.0],
     )
+    text = [{"prompt": "问", "chosen": "好", "rejected": "差"}]  # TRL 1.16 总要自己分词：给一行应付它
+    trainer = DPOTrainer(
+        model, reference, args=args, train_dataset=Dataset.from_list(text), processing_class=tokenizer
+    )
+    trainer.train_dataset = Dataset.from_list(rows)  # 换成分好词的，与上面的循环训练同样的行
+    return run_library(trainer, stage, "DPO（TRL）", tokens)
 
 
 def main(argv: list[str] | None = None) -> dict:

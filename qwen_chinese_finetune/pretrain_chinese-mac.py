@@ -1,4 +1,4 @@
-"""中文预训练（Apple M1–M4 的配置）：与 pretrain_chinese-nvidia.py 同一段训练代码，换成苹果芯片合适的设置。
+"""中文预训练，Apple M1–M4 的配置。算法、用法、预期输出都在 pretrain_chinese.py。
 
 与 NVIDIA 配置的不同，以及为什么：
 - float32：MPS 的混合精度不稳，会出 NaN；
@@ -9,8 +9,6 @@
     python pretrain_chinese-mac.py                         # 自动选预设
     python pretrain_chinese-mac.py --preset tiny           # 离线小世界，约一分钟
     python pretrain_chinese-mac.py --preset full           # Qwen1.5-0.5B + 中文维基，MPS
-
-预期输出与算法：见 pretrain_chinese-nvidia.py 和 pretrain_chinese.py。
 """
 
 from nlp_common.base.cli import run_main
@@ -18,16 +16,9 @@ from nlp_common.base.cli import run_main
 import pretrain_chinese
 
 PRESETS = {
-    "tiny": pretrain_chinese.TINY,
-    "full": {
-        "dataset": "pleisto/wikipedia-cn-20230720-filtered",
-        "max_train_samples": 3000,
-        "max_length": 512,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 4,
-        "dataloader_num_workers": 0,
-        "learning_rate": 2e-5,
-    },
+    "tiny": pretrain_chinese.PRESETS["tiny"],
+    "full": pretrain_chinese.PRESETS["full"]
+    | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "dataloader_num_workers": 0},
 }
 
 

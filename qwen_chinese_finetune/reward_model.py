@@ -16,22 +16,20 @@
 
 from nlp_common.base.cli import run_main
 
+from functools import partial
 from statistics import mean
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
-from trl import RewardConfig, RewardTrainer
 
 from chain import CHAIN
 from nlp_common.data.chats import to_pairs
-from nlp_common.fast.columns import only_columns
 from nlp_common.lm.loading import load_reward_model, load_tokenizer
-from nlp_common.lm.pairs import collate_pairs, encode_pair, pair_length, pair_tokens
+from nlp_common.lm.pairs import collate_pairs, count_pairs, encode_pair, pair_length, pair_tokens
+from nlp_common.train.loop import Trained, train_loop
 from nlp_common.train.splits import drop_long, load_train_and_eval
 from nlp_common.train.stage import Stage, StageSettings, parse_settings, run_stage
-from nlp_common.train.trainer import full_state, run_trainer, trainer_arguments
-from nlp_common.train.trainer_qwen import PairTrainer, Progress, loss_curve
+from nlp_common.train.trainer import run_library, trainer_arguments
 
 PRESETS = {
     "tiny": {
@@ -66,22 +64,14 @@ def score_pairs(model, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     AutoModelForSequenceClassification 在最后一个不是填充的 token 上读分数：只有那里看过了整个回答。
     回答不带 <|im_end|>，这个 token 就是回答的最后一个字；有没有说完，由 PPO 的罚分去管。
     """
-    config = getattr(model, "module", model).config  # DistributedDataParallel 的外壳没有 config
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-    last = torch.where(input_ids != config.pad_token_id, positions, 0).amax(1)  # (2B,)
-    with only_columns(model, last.unique()):
-        scores = model(input_ids=input_ids, use_cache=False).logits.squeeze(-1).float()  # (2B,)
+    scores = model(input_ids=input_ids, use_cache=False).logits.squeeze(-1).float()  # (2B,)
     return scores.chunk(2)
 
 
-class PairwiseRewardTrainer(PairTrainer, RewardTrainer):
-    """TRL 的 RewardTrainer，损失换成上面看得见的算式（测试证明与 TRL 相等）。"""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        chosen, rejected = score_pairs(model, inputs["input_ids"])
-        self.note("accuracy", chosen > rejected)
-        loss = pairwise_loss(chosen, rejected)
-        return loss.sum() / (num_items_in_batch or len(loss))  # 除以整个更新步的对数
+def reward_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
+    """一批偏好对的损失之和，以及每对判对了没有。"""
+    chosen, rejected = score_pairs(model, batch["input_ids"])
+    return pairwise_loss(chosen, rejected).sum(), {"accuracy": chosen > rejected}
 
 
 # ---------------------------------------------------------------- 2. 评测
@@ -127,26 +117,42 @@ def train(stage: Stage) -> dict:
     model.to(stage.device)
     before = evaluate(model, heldout, tokenizer.pad_token_id, settings.per_device_train_batch_size)
 
-    lengths = [pair_length(row) for row in rows]
-    progress = Progress(stage, "奖励模型", [pair_tokens(row) for row in rows])
-    trainer = PairwiseRewardTrainer(
-        model=model,
-        args=RewardConfig(**trainer_arguments(stage), max_length=None),
-        train_dataset=Dataset.from_list(rows),
-        data_collator=lambda batch: collate_pairs(batch, tokenizer.pad_token_id),
-        processing_class=tokenizer,
-    )
-    trainer.row_lengths = lengths
-    run_trainer(trainer, progress, stage.checkpoint())
+    lengths, tokens = [pair_length(row) for row in rows], [pair_tokens(row) for row in rows]
+    if settings.trainer == "library":
+        trained = train_with_trl(stage, model, tokenizer, rows, tokens)
+    else:
+        pad = partial(collate_pairs, pad_id=tokenizer.pad_token_id)
+        trained = train_loop(
+            stage, "奖励模型", model, rows, pad, reward_loss, tokens, lengths=lengths, count=count_pairs
+        )
 
     metrics = {"pair_accuracy_before": before["pair_accuracy"]}
     metrics |= evaluate(model, heldout, tokenizer.pad_token_id, settings.per_device_train_batch_size)
-    metrics |= progress.metrics
+    metrics |= trained.metrics
     if "mean_score" in metrics:
         print("  各类回答的平均分：", "  ".join(f"{k} {v:+.2f}" for k, v in metrics["mean_score"].items()))
-    return stage.finish(
-        model, tokenizer, metrics, data, loss_curve(trainer.state.log_history), full_state(trainer)
+    return stage.finish(model, tokenizer, metrics, data, trained.history, state=trained.state)
+
+
+def train_with_trl(stage: Stage, model, tokenizer, rows: list[dict], tokens: list[int]) -> Trained:
+    """--trainer library：同样的行，交给 TRL 原样的 RewardTrainer。它要的是提示与回答接好的 token。"""
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    whole = [
+        {
+            "chosen_ids": row["prompt_ids"] + row["chosen_ids"],
+            "rejected_ids": row["prompt_ids"] + row["rejected_ids"],
+        }
+        for row in rows
+    ]
+    trainer = RewardTrainer(
+        model=model,
+        args=RewardConfig(**trainer_arguments(stage), max_length=None),
+        train_dataset=Dataset.from_list(whole),
+        processing_class=tokenizer,
     )
+    return run_library(trainer, stage, "奖励模型（TRL）", tokens)
 
 
 def main(argv: list[str] | None = None) -> dict:

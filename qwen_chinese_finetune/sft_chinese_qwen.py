@@ -8,6 +8,7 @@
     python sft_chinese_qwen.py --preset tiny               # 离线小世界
     python sft_chinese_qwen.py --preset tiny --show_batch  # 看清楚每个 token 的标签
     python sft_chinese_qwen.py --preset tiny --packing     # 几段对话装进一块
+    python sft_chinese_qwen.py --preset tiny --trainer library   # 同样的行，换成 TRL 的 SFTTrainer
     python sft_chinese_qwen.py --preset full               # Qwen1.5-0.5B + firefly，需要加速器
 
 预期输出（tiny，实测见本文件夹的 README.md）：贪心回答的正确率从 0 升到 97% 以上，99% 以上自己说完。
@@ -18,29 +19,27 @@
 from nlp_common.base.cli import run_main
 
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.text import Text
-from transformers import Trainer, TrainingArguments
 
 from chain import CHAIN
 from nlp_common.base.arguments import option
+from nlp_common.base.errors import UserError
 from nlp_common.data.chats import to_chats
-from nlp_common.fast.columns import only_columns
 from nlp_common.lm.chatml import encode_chat
 from nlp_common.lm.loading import end_chat_turns, load_causal_lm
-from nlp_common.lm.losses import IGNORE
+from nlp_common.lm.losses import IGNORE, token_logps
 from nlp_common.lm.packing import pack_documents
 from nlp_common.lm.replies import reply_to
 from nlp_common.tiny import world
 from nlp_common.tiny.judge import measure_chat
+from nlp_common.train.loop import Trained, train_loop
 from nlp_common.train.splits import EVAL_SEED, drop_long, load_train_and_eval
 from nlp_common.train.stage import Stage, StageSettings, parse_settings, run_stage
-from nlp_common.train.trainer import full_state, run_trainer, trainer_arguments
-from nlp_common.train.trainer_qwen import Bucketed, Progress, loss_curve
+from nlp_common.train.trainer import run_library, trainer_arguments
 
 PRESETS = {
     "tiny": {
@@ -87,14 +86,19 @@ def pack_rows(rows: list[dict], block_size: int) -> list[dict]:
 
     每段的第一个 token 是 <|im_start|>，从来不是标签，所以没有哪个标签要靠前一段来预测。
     """
-    chats = [
-        list(zip(row["input_ids"], row["labels"], range(len(row["input_ids"])), strict=True)) for row in rows
-    ]
-    keys = ("input_ids", "labels", "position_ids")
-    return [
-        dict(zip(keys, map(list, zip(*chain(*block), strict=True)), strict=True))
-        for block in pack_documents(chats, block_size)
-    ]
+    packed = []
+    for block in pack_documents(rows, block_size, length=chat_length):
+        row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
+        for chat in block:
+            row["input_ids"] += chat["input_ids"]
+            row["labels"] += chat["labels"]
+            row["position_ids"] += range(len(chat["input_ids"]))
+        packed.append(row)
+    return packed
+
+
+def chat_length(row: dict) -> int:
+    return len(row["input_ids"])
 
 
 def collate(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
@@ -124,33 +128,13 @@ def show_batch(tokenizer, rows: list[dict], n: int = 3) -> None:
 # ---------------------------------------------------------------- 2. 损失
 
 
-def answer_loss(
-    model, input_ids: torch.Tensor, labels: torch.Tensor, n_labels, position_ids=None
-) -> torch.Tensor:
-    """只在助手的 token 上的交叉熵，除以整个更新步的标签数。input_ids、labels：(B, T) → 标量。
+def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
+    """一批对话里，助手的每个 token 的交叉熵 −log π(y_t | x, y_<t)，加起来。
 
-    position_ids 只在一行装了几段对话时给（pack_rows）。
-
-    位置 t 的 logits 预测位置 t+1：移位要在掩码之前想清楚，差一格就是在学错的东西。
-    整列都没有标签的位置不必算最后的 MLP 和 LM head：词表越大，省得越多。
+    batch：input_ids、labels 都是 (B, T)；一行装了几段对话时（pack_rows）还有 position_ids。
+    训练循环会把它除以整个更新步的标签数，所以累积几批、几个进程，走出的都是同一步。
     """
-    labels = labels[:, 1:]  # (B, T-1)，与预测它的位置对齐
-    columns = (labels != IGNORE).any(0).nonzero().squeeze(1)  # (C,)
-    with only_columns(model, columns):
-        logits = model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=columns
-        ).logits  # (B, C, V)
-    loss = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels[:, columns].flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-    return loss / n_labels
-
-
-class SFTTrainer(Bucketed, Trainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs["labels"]
-        n_labels = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORE).sum()
-        return answer_loss(model, inputs["input_ids"], labels, n_labels, inputs.get("position_ids"))
+    return -token_logps(model, **batch).sum(), {}
 
 
 # ---------------------------------------------------------------- 3. 评测
@@ -162,8 +146,8 @@ def heldout_loss(model, rows: list[dict], pad_id: int, batch_size: int) -> float
     model.eval()
     total = 0.0
     for start in range(0, len(rows), batch_size):
-        batch = {k: v.to(model.device) for k, v in collate(rows[start : start + batch_size], pad_id).items()}
-        total += answer_loss(model, **batch, n_labels=1).item()
+        batch = collate(rows[start : start + batch_size], pad_id)
+        total += answer_loss(model, {k: v.to(model.device) for k, v in batch.items()})[0].item()
     model.train()
     return total / sum(label != IGNORE for row in rows for label in row["labels"][1:])
 
@@ -194,45 +178,57 @@ def train(stage: Stage) -> dict:
     end_chat_turns(model, tokenizer)
     train_rows, heldout_rows, data = load_train_and_eval(settings, "chats", to_chats)
     rows = [encode_row(tokenizer, row["messages"]) for row in train_rows]
-    rows = drop_long(rows, lambda row: len(row["input_ids"]), settings.max_length, "训练数据")
+    rows = drop_long(rows, chat_length, settings.max_length, "训练数据")
     if settings.show_batch:
         show_batch(tokenizer, rows)
         return {}
     heldout = [encode_row(tokenizer, row["messages"]) for row in heldout_rows]
-    heldout = drop_long(heldout, lambda row: len(row["input_ids"]), settings.max_length, "留出数据")
+    heldout = drop_long(heldout, chat_length, settings.max_length, "留出数据")
     model.to(stage.device)
+    before = evaluate(model, tokenizer, heldout, settings)
 
-    def measure() -> dict:
-        metrics = {
-            "heldout_loss": heldout_loss(
-                model, heldout, tokenizer.pad_token_id, settings.per_device_train_batch_size
-            )
-        }
-        if settings.dataset == "tiny_world":
-            questions = world.heldout_questions(settings.max_eval_samples, EVAL_SEED)
-            metrics |= measure_chat(model, tokenizer, questions)[0]
-        return metrics
-
-    before = measure()
     if settings.packing:
         n_chats, rows = len(rows), pack_rows(rows, settings.max_length)
         print(f"{n_chats} 段对话装成 {len(rows)} 块")
-    lengths = [len(row["input_ids"]) for row in rows]
-    progress = Progress(stage, "SFT", lengths)
+    lengths = [chat_length(row) for row in rows]
+    if settings.trainer == "library":
+        trained = train_with_trl(stage, model, tokenizer, rows, lengths)
+    else:
+        pad = partial(collate, pad_id=tokenizer.pad_token_id)
+        trained = train_loop(stage, "SFT", model, rows, pad, answer_loss, tokens=lengths, lengths=lengths)
+
+    metrics = {f"{k}_before": v for k, v in before.items() if k in ("heldout_loss", "qa_accuracy")}
+    metrics |= evaluate(model, tokenizer, heldout, settings) | trained.metrics
+    samples = show_samples(model, tokenizer, heldout_rows)
+    return stage.finish(
+        model, tokenizer, metrics, data, trained.history, state=trained.state, samples=samples
+    )
+
+
+def train_with_trl(stage: Stage, model, tokenizer, rows: list[dict], lengths: list[int]) -> Trained:
+    """--trainer library：同样的行，交给 TRL 原样的 SFTTrainer。它不按长度分批，别的都与上面的循环相同。"""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    if stage.settings.packing:
+        raise UserError("--packing 只用于 --trainer loop：TRL 的打包要 flash attention。")
     trainer = SFTTrainer(
         model=model,
-        args=TrainingArguments(**trainer_arguments(stage)),
-        train_dataset=rows,
-        data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
+        args=SFTConfig(**trainer_arguments(stage), max_length=None),
+        train_dataset=Dataset.from_list(rows),  # 有 input_ids 与 labels，TRL 就不再分词
         processing_class=tokenizer,
     )
-    trainer.row_lengths = lengths
-    run_trainer(trainer, progress, stage.checkpoint())
-    metrics = {f"{k}_before": v for k, v in before.items() if k in ("heldout_loss", "qa_accuracy")}
-    metrics |= measure() | progress.metrics
-    samples = show_samples(model, tokenizer, heldout_rows)
-    history = loss_curve(trainer.state.log_history)
-    return stage.finish(model, tokenizer, metrics, data, history, full_state(trainer), samples=samples)
+    return run_library(trainer, stage, "SFT（TRL）", lengths)
+
+
+def evaluate(model, tokenizer, heldout: list[dict], settings) -> dict:
+    """留出对话上的损失；小世界里还有答对多少。"""
+    batch_size = settings.per_device_train_batch_size
+    metrics = {"heldout_loss": heldout_loss(model, heldout, tokenizer.pad_token_id, batch_size)}
+    if settings.dataset == "tiny_world":
+        questions = world.heldout_questions(settings.max_eval_samples, EVAL_SEED)
+        metrics |= measure_chat(model, tokenizer, questions)[0]
+    return metrics
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -198,7 +198,7 @@ def pretrain(settings: SentimentSettings, splits: dict[str, list[dict]], folder:
             "save_steps": 0.2,
             "logging_steps": 0.02,
         }
-        progress = Progress("预训练", len(rows), run.seconds)
+        progress = Progress("预训练", [len(row["input_ids"]) for row in rows], run.seconds)
         trainer = MLMTrainer(
             model=model,
             args=TrainingArguments(**kwargs),
@@ -261,7 +261,7 @@ def finetune(run: Stage) -> dict:
         load_best_model_at_end=True,  # 验证正确率最高的检查点，不是最后一个
         metric_for_best_model="accuracy",
     )
-    progress = Progress("微调", len(rows["train"]), run.seconds)
+    progress = Progress("微调", [len(row["input_ids"]) for row in rows["train"]], run.seconds)
     trainer = BucketTrainer(
         model=model,
         args=args,

@@ -92,6 +92,16 @@ def gather(values: list) -> list:
     return gather_object(values)
 
 
+def merge_stats(stats: dict[str, float], largest: set[str]) -> dict[str, float]:
+    """各进程的统计合成一份：largest 里的取最大，其余取平均。"""
+    every = gather([stats])
+    merged = {}
+    for name in stats:
+        values = [each[name] for each in every]
+        merged[name] = max(values) if name in largest else sum(values) / len(values)
+    return merged
+
+
 def without_launcher() -> dict[str, str]:
     """环境变量，去掉启动器设的：主进程另开的子进程自己跑，不来凑数。"""
     return {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER)}

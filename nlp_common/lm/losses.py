@@ -1,4 +1,4 @@
-"""损失里到处要用的两样：不算损失的标签，和有标签的 token 的 log π。"""
+"""损失里到处要用的：不算损失的标签，数标签，和有标签的 token 的 log π。"""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import torch
 import torch.nn.functional as F
 
 IGNORE = -100  # 交叉熵忽略的标签
+
+
+def count_labels(batch: dict[str, torch.Tensor]) -> int:
+    """一批里有几个 token 要算损失。"""
+    return int((batch["labels"] != IGNORE).sum())
 
 
 def token_logps(

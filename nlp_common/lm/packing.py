@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from nlp_common.lm.losses import IGNORE
 
 
-def pack_documents(documents: list[list[int]], block_size: int) -> list[list[list[int]]]:
-    """返回块的列表，每块是若干篇文档（token 列表），总长不超过 block_size。
+def pack_documents(documents: list, block_size: int, length: Callable[[Any], int] = len) -> list[list]:
+    """返回块的列表，每块是若干篇文档，总长不超过 block_size；length(文档) 是它有几个 token。
 
-    先长后短，每篇放进还装得下它的、剩余空间最小的块（best-fit decreasing）。切断一篇文档，后半篇就没有
-    前文可看；所以只有比一块还长的文档才切，其余一篇都不切。
+    先长后短，每篇放进还装得下它的、剩余空间最小的块（best-fit decreasing）。
     """
-    pieces = [doc[i : i + block_size] for doc in documents for i in range(0, len(doc), block_size)]
-    blocks: list[list[list[int]]] = []
-    with_room: dict[int, list[int]] = {}  # 剩余空间 → 还有这么多空间的块
-    for piece in sorted(pieces, key=len, reverse=True):
-        room = next((r for r in range(len(piece), block_size) if with_room.get(r)), None)
-        if room is None:
+    blocks: list[list] = []
+    with_room: dict[int, list[int]] = {}  # 剩余空间 → 还有这么多空间的块的编号
+    for document in sorted(documents, key=length, reverse=True):
+        size = length(document)
+        room = size
+        while room < block_size and not with_room.get(room):
+            room += 1
+        if room < block_size:
+            index = with_room[room].pop()
+        else:
             index, room = len(blocks), block_size
             blocks.append([])
-        else:
-            index = with_room[room].pop()
-        blocks[index].append(piece)
-        with_room.setdefault(room - len(piece), []).append(index)
+        blocks[index].append(document)
+        with_room.setdefault(room - size, []).append(index)
     return blocks
+
+
+def cut_long(documents: list[list[int]], block_size: int) -> list[list[int]]:
+    """比一块还长的文档切成几块，其余一篇都不切：切断一篇文档，后半篇就没有前文可看。不丢 token。"""
+    return [
+        document[i : i + block_size] for document in documents for i in range(0, len(document), block_size)
+    ]
 
 
 def collate_blocks(blocks: list[list[list[int]]], block_size: int, pad_id: int) -> dict[str, torch.Tensor]:

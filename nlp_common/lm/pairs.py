@@ -45,3 +45,8 @@ def collate_pairs(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
         input_ids[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
         labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
     return {"input_ids": input_ids, "labels": labels}
+
+
+def count_pairs(batch: dict[str, torch.Tensor]) -> int:
+    """collate_pairs 拼的一批里有几对。"""
+    return len(batch["input_ids"]) // 2

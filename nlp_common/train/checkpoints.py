@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -15,8 +16,9 @@ from nlp_common.train.stage import Stage
 KEEP = 2  # 正在写的一个加上写完的一个：写到一半被杀，还有前一个可用
 
 
-def save_checkpoint(stage: Stage, accelerator: Accelerator, step: int, history: list[dict]) -> None:
-    """存第 step 步的状态：accelerator.prepare 过的模型与优化器、登记过的学习率、fp16 的倍数、随机数。各进程都要调用。"""
+def save_checkpoint(stage: Stage, accelerator: Accelerator, step: int, history: list[dict]) -> float:
+    """存第 step 步的状态：accelerator.prepare 过的模型与优化器、登记过的学习率、fp16 的倍数、随机数。各进程都要调用。返回用了几秒。"""
+    started = time.perf_counter()
     folder = stage.folder.checkpoints / f"checkpoint-{step}"
     if is_main():
         shutil.rmtree(folder, ignore_errors=True)
@@ -29,6 +31,7 @@ def save_checkpoint(stage: Stage, accelerator: Accelerator, step: int, history: 
         done = sorted(stage.folder.checkpoints.glob("checkpoint-*"), key=_step)
         for old in done[:-KEEP]:
             shutil.rmtree(old, ignore_errors=True)
+    return time.perf_counter() - started
 
 
 def load_checkpoint(folder: Path, accelerator: Accelerator) -> tuple[int, list[dict]]:

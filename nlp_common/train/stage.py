@@ -83,6 +83,7 @@ class StageSettings(RunSettings):
         "logging_steps": 10,
         "save_steps": 100,
         "max_eval_samples": 500,
+        "trainer": "loop",
     }
     NOT_IN_FINGERPRINT: ClassVar[set[str]] = RunSettings.NOT_IN_FINGERPRINT | {
         "show_batch",
@@ -108,6 +109,9 @@ class StageSettings(RunSettings):
     dataloader_num_workers: int | None = option("读数据的进程数")
     logging_steps: int | None = option("每几步记一次 loss")
     save_steps: int | None = option("每几步存一个检查点，中断后从它继续")
+    trainer: Literal["loop", "library"] | None = option(
+        "loop：看得见的训练循环（nlp_common/train/loop.py，默认）；library：库自带的训练器，训练同样的行"
+    )
 
     def check(self) -> None:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
