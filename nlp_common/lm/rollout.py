@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nlp_common.lm.chatml import prompt_ids
 from nlp_common.lm.generation import pad_left, padded_positions, stop_tokens, stream_tokens
 from nlp_common.lm.losses import IGNORE, token_logps
 
@@ -65,11 +66,25 @@ class Rollout:
             ended=self.ended[index],
         )
 
-    def micro_batches(self, size: int | None) -> Iterator[tuple[torch.Tensor, Rollout]]:
-        """按长度排好，每 size 行一份，给出 (行号 (b,), 这几行)；size 是 None 就只有一份。"""
+    def micro_batches(self, size: int | None, *each_token: torch.Tensor) -> Iterator[tuple]:
+        """按长度排好，每 size 行一份（None 就只有一份），依次给出 (行号 (b,), 这几行, each_token 的这几行…)。
+
+        each_token 是每个回答 token 一个数的张量 (B, R)，切成这几行的 (b, R)：R 变成这几行里最长的。
+        """
         order = self.attention_mask.sum(1).argsort(stable=True)
         for index in order.split(size or len(order)):
-            yield index, self.rows(index)
+            part = self.rows(index)
+            width = part.mask.shape[1]
+            yield index, part, *(tensor[index, :width] for tensor in each_token)
+
+
+def with_prompts(tokenizer, rows: list[dict]) -> list[dict]:
+    """每行（带 ``"messages"``）加上 ``"prompt"``：等着模型接下去的 token 列表。"""
+    return [row | {"prompt": prompt_ids(tokenizer, row["messages"])} for row in rows]
+
+
+def prompt_length(row: dict) -> int:
+    return len(row["prompt"])
 
 
 def roll_out(
@@ -207,36 +222,14 @@ def reference_scores(
     return every.mean().item(), max(every.std(correction=0).item(), 1e-3)  # 只有一个回答时标准差是 0
 
 
-@torch.no_grad()
-def score_with_logps(models, rollout: Rollout, temperature: float, micro_batch_size: int | None):
-    """几个语言模型（更新之前的 policy、reference）各自的 log π → 列表，每个是 (B, R)。"""
-    return [response_logps(model, rollout, temperature, micro_batch_size) for model in models]
-
-
-@torch.no_grad()
-def score_with_values(value_model, reward_model, rollout: Rollout, pad_id: int, micro_batch_size: int | None):
-    """更新之前的价值 (B, R)，与整段的分 (B,)。"""
-    values = response_values(value_model, rollout, micro_batch_size)
-    return values, score_responses(reward_model, rollout, pad_id, micro_batch_size)
-
-
-def reference_scores(
-    reference,
-    reward_model,
-    prompts: list[list[int]],
-    tokenizer,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    batch_size: int,
-    n: int = 128,
-) -> tuple[float, float]:
-    """reference 回答前 n 个提示，奖励模型给的分的均值与标准差：分数的零点和尺度是任意的，要按它归一。"""
-    generator = torch.Generator(next(reference.parameters()).device).manual_seed(seed)
-    scores = []
-    for start in range(0, min(n, len(prompts)), batch_size):
-        batch = prompts[start : start + batch_size]
-        rollout = roll_out(reference, batch, tokenizer, max_new_tokens, temperature, generator)
-        scores.append(score_responses(reward_model, rollout, tokenizer.pad_token_id))
-    every = torch.cat(scores)
-    return every.mean().item(), max(every.std(correction=0).item(), 1e-3)  # 只有一个回答时标准差是 0
+def rollout_speed(history: list[dict], batch: int) -> dict[str, float]:
+    """历史的每条是一步 → 采样、打分、更新平均各几秒，每秒多少个回答、多少个回答的 token；batch 是一步几个回答。"""
+    names = ("rollout_s", "scoring_s", "update_s", "length")
+    means = {name: sum(row[name] for row in history) / len(history) for name in names}
+    length = means.pop("length")
+    rate = batch / sum(means.values())
+    return means | {
+        "episodes_per_s": rate,
+        "train_samples_per_s": rate,
+        "train_tokens_per_s": length * rate,
+    }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from nlp_common.fast.together import together
-from nlp_common.lm.replies import distinct_n, reply_to
+from nlp_common.lm.replies import distinct_n, reply_to, score_replies, token_kl
 from nlp_common.tiny.world import OPENINGS, WORLD
 
 
@@ -75,3 +75,26 @@ def measure_chat(
         "distinct_2": distinct_n([r["text"] for r in sampled]),
     }
     return metrics, greedy, sampled
+
+
+def measure_aligned(
+    policy, reference, reward_model, tokenizer, questions: list[dict], max_new_tokens: int
+) -> dict:
+    """对齐前（reference，名字带 _before）与对齐后（policy）：奖励的均值与标准差，policy 对 reference 的 KL。
+
+    小世界的题另有程序的评分（measure_chat）；别的题，回答最多 max_new_tokens 个 token，温度 1 采样。
+    """
+    metrics: dict = {}
+    for suffix, model in (("_before", reference), ("", policy)):
+        if "sentence" in questions[0]:
+            chat, _, replies = measure_chat(model, tokenizer, questions)
+            names = ("qa_accuracy", "preferred_rate", "judge_score") if suffix else tuple(chat)
+            for name in names:
+                metrics[name + suffix] = chat[name]
+        else:
+            replies = reply_to(model, tokenizer, questions, max_new_tokens, temperature=1.0)
+        scores = score_replies(reward_model, tokenizer, questions, replies)
+        metrics[f"reward_mean{suffix}"] = scores.mean().item()
+        metrics[f"reward_std{suffix}"] = scores.std().item()
+    metrics["kl_to_sft"] = token_kl(policy, reference, tokenizer, questions, replies)
+    return metrics

@@ -11,24 +11,22 @@ from torch.utils.data import Sampler
 from nlp_common.base.errors import UserError
 from nlp_common.base.processes import num_processes, process_index
 
-POOL = 50  # 多少批为一池
-
 
 def shuffled(n_rows: int, seed: int, epoch: int) -> list[int]:
     """打乱的行号（与 transformers 的 Trainer 同样的次序）。"""
     return torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
 
 
-def bucketed(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[int]:
-    """打乱，但长度相近的行排在同一批，少算填充：打乱 → 每 50 批为一池，池内按长度排 → 再打乱各批的次序。"""
+def bucketed(lengths: list[int], batch_size: int, seed: int, epoch: int, pool: int = 50) -> list[int]:
+    """打乱，但长度相近的行排在同一批，少算填充：打乱 → 每 pool 批为一池，池内按长度排 → 再打乱各批的次序。"""
     rng = random.Random(seed * 100_003 + epoch)
     order = list(range(len(lengths)))
     rng.shuffle(order)
-    size = batch_size * POOL
+    size = batch_size * pool
     batches = []
     for start in range(0, len(order), size):
-        pool = sorted(order[start : start + size], key=lengths.__getitem__)
-        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+        similar = sorted(order[start : start + size], key=lengths.__getitem__)
+        batches += [similar[i : i + batch_size] for i in range(0, len(similar), batch_size)]
     last = batches.pop() if batches and len(batches[-1]) < batch_size else []
     rng.shuffle(batches)  # 不满的一批留在最后，别让它打乱后面的分批
     return [index for batch in [*batches, last] for index in batch]

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from nlp_common.train import trainer_qwen as training
+from nlp_common.train import setup
 
 SCRIPTS = {
     "pretrain": "pretrain_chinese-nvidia",
@@ -65,7 +65,7 @@ def log(monkeypatch):
 
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(Accelerator, "__init__", with_scaler)
-    monkeypatch.setattr(training, "precision_flags", lambda _: {"bf16": False, "fp16": True})
+    monkeypatch.setattr(setup, "precision", lambda _: "fp16")
     yield steps
     AcceleratorState._reset_state(reset_partial_state=True)
 

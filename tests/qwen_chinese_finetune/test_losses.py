@@ -1,4 +1,4 @@
-"""各阶段的损失：与独立的 float64 循环相等，与 transformers、TRL 自己的训练器相等，梯度累积、重算激活不改变结果。"""
+"""各阶段的损失：与独立的 float64 循环相等，与 transformers、TRL 自己的训练器相等。训练循环本身在 test_loop.py。"""
 
 import copy
 import math
@@ -6,17 +6,14 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference as TRLDPOCollator
 from trl.trainer.reward_trainer import DataCollatorForPreference as TRLRewardCollator
 
 from nlp_common.lm.chatml import prompt_ids
 from nlp_common.lm.losses import IGNORE
-from nlp_common.lm.packing import collate_blocks, pack_documents
 from nlp_common.lm.pairs import collate_pairs, encode_pair
 from nlp_common.tiny import world
-from pretrain_chinese import Blocks, PretrainTrainer
 
 BETA = 0.3
 
@@ -77,7 +74,7 @@ def test_answer_loss_equals_transformers_own_loss(sft, model64, chat_rows, chat_
     assert (attention_mask == 0).any()  # 有填充；我们不传 attention_mask，他们传
     n_labels = (batch["labels"] != IGNORE).sum()
     mine, other = copy.deepcopy(model64), copy.deepcopy(model64)
-    ours = sft.answer_loss(mine, **batch, n_labels=n_labels)
+    ours = sft.answer_loss(mine, batch)[0] / n_labels
     theirs = other(**batch, attention_mask=attention_mask).loss
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     ours.backward()
@@ -96,7 +93,8 @@ def test_answer_loss_equals_a_float64_loop(sft, model64, chat_rows, chat_tokeniz
                 total -= (logits[t - 1, labels[t]] - logits[t - 1].exp().sum().log()).item()
                 count += 1
     batch = sft.collate(chat_rows[:4], chat_tokenizer.pad_token_id)
-    assert sft.answer_loss(model64, **batch, n_labels=count).item() == pytest.approx(total / count, abs=1e-5)
+    loss = sft.answer_loss(model64, batch)[0].item() / count
+    assert loss == pytest.approx(total / count, abs=1e-5)
     measured = sft.heldout_loss(copy.deepcopy(model64), chat_rows[:4], chat_tokenizer.pad_token_id, 3)
     assert measured == pytest.approx(total / count, abs=1e-5)
 
@@ -107,7 +105,7 @@ def test_sft_gradient_ignores_padding(sft, model64, chat_rows, chat_tokenizer):
     wide = sft.collate(chat_rows[:1] + chat_rows[-1:], chat_tokenizer.pad_token_id)
     wide = {name: tensor[:1] for name, tensor in wide.items()}
     assert wide["labels"].shape[1] > batch["labels"].shape[1]
-    losses = [sft.answer_loss(model64, **b, n_labels=1).item() for b in (batch, wide)]
+    losses = [sft.answer_loss(model64, b)[0].item() for b in (batch, wide)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -165,7 +163,7 @@ def test_chosen_sft_loss_averages_each_answer_over_its_own_tokens(dpo):
 # TRL 的 "sft" 项按整批的 token 平均，我们按每个回答平均：一批只有一对时两者是同一个数。
 @pytest.mark.parametrize("sft_weight, n_pairs", [(0.0, 8), (0.3, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dpo_trainer_equals_trl(
+def test_dpo_loss_equals_trl(
     dtype, sft_weight, n_pairs, dpo, model64, reference64, pairs, chat_tokenizer, trainer_args
 ):
     mine, other, frozen = (copy.deepcopy(net).to(dtype) for net in (model64, model64, reference64))
@@ -179,24 +177,18 @@ def test_dpo_trainer_equals_trl(
         processing_class=copy.deepcopy(chat_tokenizer),
     )
     theirs = trl.compute_loss(trl.model, TRLDPOCollator(pad_token_id=pad_id)(pairs))
-    trainer = dpo.PairDPOTrainer(
-        model=mine.train(),
-        ref_model=copy.deepcopy(frozen),
-        args=DPOConfig(**trainer_args(DPOConfig), beta=BETA, max_length=None),
-        train_dataset=Dataset.from_list(pairs),
-        processing_class=copy.deepcopy(chat_tokenizer),
+    total, notes = dpo.pair_loss(
+        mine.train(), our_dpo_batch(dpo, frozen, pairs, pad_id), beta=BETA, sft_weight=sft_weight
     )
-    trainer.sft_weight = sft_weight
-    ours = trainer.compute_loss(trainer.model, our_dpo_batch(dpo, frozen, pairs, pad_id))
+    ours = total / n_pairs
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert abs(ours.item() - math.log(2)) > 1e-3  # 参考模型确实不同
     for name in ("rewards/margins", "rewards/accuracies"):
-        (a,), (b,) = trainer._metrics["train"][name], trl._metrics["train"][name]
-        assert a == pytest.approx(b, abs=1e-5)
+        (b,) = trl._metrics["train"][name]
+        assert notes[name].float().mean().item() == pytest.approx(b, abs=1e-5)
     ours.backward()
     theirs.backward()
     assert_same_gradients(mine, other)
-    assert all(p.grad is None for p in trainer.ref_model.parameters())
 
 
 def test_heldout_dpo_metrics(dpo, model64, reference64, pairs, chat_tokenizer):
@@ -241,26 +233,20 @@ def test_scores_are_read_at_the_last_real_token(reward, reward64, reward_pairs, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_reward_trainer_equals_trl(dtype, reward, reward64, reward_pairs, chat_tokenizer, trainer_args):
+def test_reward_loss_equals_trl(dtype, reward, reward64, reward_pairs, chat_tokenizer, trainer_args):
     mine, other, pad_id = *(copy.deepcopy(reward64).to(dtype) for _ in range(2)), chat_tokenizer.pad_token_id
     full = [{k: row["prompt_ids"] + row[k] for k in ("chosen_ids", "rejected_ids")} for row in reward_pairs]
-    trainers = [
-        trainer_class(
-            model=net.train(),
-            args=RewardConfig(**trainer_args(RewardConfig), max_length=None),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=copy.deepcopy(chat_tokenizer),
-        )
-        for trainer_class, net, rows in (
-            (reward.PairwiseRewardTrainer, mine, reward_pairs),
-            (RewardTrainer, other, full),
-        )
-    ]
-    ours = trainers[0].compute_loss(trainers[0].model, collate_pairs(reward_pairs, pad_id))
-    theirs = trainers[1].compute_loss(trainers[1].model, TRLRewardCollator(pad_token_id=pad_id)(full))
+    trl = RewardTrainer(
+        model=other.train(),
+        args=RewardConfig(**trainer_args(RewardConfig), max_length=None),
+        train_dataset=Dataset.from_list(full),
+        processing_class=copy.deepcopy(chat_tokenizer),
+    )
+    total, notes = reward.reward_loss(mine.train(), collate_pairs(reward_pairs, pad_id))
+    ours = total / len(reward_pairs)
+    theirs = trl.compute_loss(trl.model, TRLRewardCollator(pad_token_id=pad_id)(full))
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
-    (a,), (b,) = (t._metrics["train"]["accuracy"] for t in trainers)
-    assert a == pytest.approx(b)
+    assert notes["accuracy"].float().mean().item() == pytest.approx(trl._metrics["train"]["accuracy"][0])
     ours.backward()
     theirs.backward()
     assert_same_gradients(mine, other)
@@ -290,155 +276,7 @@ def test_reward_evaluate_counts_pairs_and_kinds(reward, reward64, chat_tokenizer
     assert list(metrics["mean_score"].values()) == sorted(metrics["mean_score"].values(), reverse=True)
 
 
-# ---- 梯度累积：1×8 与 8×1 走出同一步；重算激活也是 ----
-
-SHAPES = [
-    (8, 1, False),
-    (1, 8, False),
-    (2, 4, False),
-    (8, 1, True),
-    (2, 4, True),
-]  # (每批几行, 累积几批, 重算激活吗)
-
-
-def steps(start, train) -> list[dict[str, torch.Tensor]]:
-    """从同一个起点，按 SHAPES 的每种走法走一步，返回各自的参数。"""
-    results = []
-    for batch_size, accumulation, recompute in SHAPES:
-        net, forwards = copy.deepcopy(start), []
-        net.model.layers[0].mlp.register_forward_pre_hook(lambda *_, seen=forwards: seen.append(1))
-        train(
-            net,
-            recompute=recompute,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-        )
-        assert len(forwards) == accumulation * (2 if recompute else 1)  # 反向时真的又算了一遍
-        results.append({name: p.detach() for name, p in net.named_parameters()})
-    return results
-
-
-def assert_all_equal(results, start, atol=1e-6):
-    for other in results[1:]:
-        for name, parameter in results[0].items():
-            torch.testing.assert_close(other[name], parameter, rtol=0, atol=atol, msg=name)
-    moved = max((results[0][n] - p).abs().max() for n, p in start.named_parameters())
-    assert moved > 1e-3
-
-
-def assert_one_sgd_step(result, start, loss, lr):
-    """result 恰好是 start 沿 loss 的梯度走了一步。"""
-    net = copy.deepcopy(start)
-    loss(net).backward()
-    for name, parameter in net.named_parameters():
-        expected = parameter.detach() - lr * parameter.grad
-        torch.testing.assert_close(result[name], expected, rtol=0, atol=1e-6, msg=name)
-
-
-def test_sft_accumulation(sft, model64, chat_rows, chat_tokenizer, trainer_args):
-    def collate(rows):
-        return sft.collate(rows, chat_tokenizer.pad_token_id)
-
-    def train(net, **shape):
-        args = TrainingArguments(**trainer_args(TrainingArguments, **shape))
-        trainer = sft.SFTTrainer(net, args, train_dataset=chat_rows, data_collator=collate)
-        trainer.row_lengths = [len(row["input_ids"]) for row in chat_rows]
-        trainer.train()
-
-    results = steps(model64, train)
-    assert_all_equal(results, model64)
-    batch = collate(chat_rows)
-    n_labels = (batch["labels"] != IGNORE).sum()
-    assert_one_sgd_step(
-        results[0], model64, lambda net: sft.answer_loss(net, **batch, n_labels=n_labels), 0.5
-    )
-
-
-def test_pretrain_accumulation(model64, chat_tokenizer, trainer_args):
-    block = 24
-    generator = torch.Generator().manual_seed(7)
-    lengths = [24, 11, 13, 9, 6, 8, 20, 3, 17, 15, 22, 2, 21]
-    documents = [torch.randint(5, 500, (n,), generator=generator).tolist() for n in lengths]
-    blocks = pack_documents(documents, block)
-    assert len(blocks) == 8 and len({sum(len(d) - 1 for d in b) for b in blocks}) > 3
-
-    def collate(rows):
-        return collate_blocks(rows, block, chat_tokenizer.pad_token_id)
-
-    def train(net, **shape):
-        args = TrainingArguments(**trainer_args(TrainingArguments, **shape))
-        PretrainTrainer(net, args, train_dataset=Blocks(blocks), data_collator=collate).train()
-
-    results = steps(model64, train)
-    assert_all_equal(results, model64)
-
-    def loss(net):  # 逐篇文档算
-        losses = [
-            net(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1) for ids in map(tensor_row, documents)
-        ]
-        return sum(losses) / sum(len(doc) - 1 for doc in documents)
-
-    def tensor_row(doc):
-        return torch.tensor([doc])
-
-    assert_one_sgd_step(results[0], model64, loss, 0.5)
-
-
-def test_dpo_accumulation(dpo, model64, reference64, pairs, chat_tokenizer, trainer_args):
-    pad_id = chat_tokenizer.pad_token_id
-    refs = dpo.logps_of(copy.deepcopy(reference64), pairs, pad_id, 8).tolist()
-    rows = [row | {"ref": ref} for row, ref in zip(pairs, refs, strict=True)]
-
-    def collate(batch):
-        ref_logps = torch.tensor([row["ref"] for row in batch]).T.flatten()
-        return collate_pairs(batch, pad_id) | {"ref_logps": ref_logps}
-
-    def train(net, **shape):
-        trainer = dpo.PairDPOTrainer(
-            model=net,
-            ref_model=copy.deepcopy(reference64),
-            args=DPOConfig(**trainer_args(DPOConfig, **shape, learning_rate=0.1), beta=BETA, max_length=None),
-            train_dataset=Dataset.from_list(rows),
-            data_collator=collate,
-            processing_class=copy.deepcopy(chat_tokenizer),
-        )
-        trainer.row_lengths, trainer.sft_weight = [len(row["prompt_ids"]) for row in rows], 0.3
-        trainer.train()
-        for p, q in zip(trainer.ref_model.parameters(), reference64.parameters(), strict=True):
-            assert torch.equal(p, q)  # 参考模型没动
-
-    results = steps(model64, train)
-    assert_all_equal(results, model64)
-    batch = collate(rows)
-
-    def loss(net):
-        logps = dpo.sequence_logps(net, batch["input_ids"], batch["labels"]).chunk(2)
-        sft = dpo.chosen_sft_loss(logps[0], batch["labels"])
-        return (dpo.dpo_loss(*logps, *batch["ref_logps"].chunk(2), BETA)[0] + 0.3 * sft).mean()
-
-    assert_one_sgd_step(results[0], model64, loss, 0.1)
-
-
-def test_reward_accumulation(reward, reward64, reward_pairs, chat_tokenizer, trainer_args):
-    pad_id = chat_tokenizer.pad_token_id
-
-    def train(net, **shape):
-        trainer = reward.PairwiseRewardTrainer(
-            model=net,
-            args=RewardConfig(**trainer_args(RewardConfig, **shape, learning_rate=0.02), max_length=None),
-            train_dataset=Dataset.from_list(reward_pairs),
-            data_collator=lambda batch: collate_pairs(batch, pad_id),
-            processing_class=copy.deepcopy(chat_tokenizer),
-        )
-        trainer.row_lengths = [len(row["prompt_ids"]) for row in reward_pairs]
-        trainer.train()
-
-    results = steps(reward64, train)
-    assert_all_equal(results, reward64)
-    ids = collate_pairs(reward_pairs, pad_id)["input_ids"]
-    assert_one_sgd_step(
-        results[0], reward64, lambda net: reward.pairwise_loss(*reward.score_pairs(net, ids)).mean(), 0.02
-    )
+# ---- 偏好对 ----
 
 
 def test_chosen_and_rejected_rows_keep_their_halves(pairs, chat_tokenizer):
@@ -473,14 +311,14 @@ def test_sft_packed_losses_and_gradients_equal_the_chats_apart(sft, model64, cha
     count = sum(label != IGNORE for row in chat_rows for label in row["labels"])
     total = 0.0
     for row in chat_rows:  # 一段一段地算
-        loss = sft.answer_loss(apart, **sft.collate([row], 0), n_labels=count)
+        loss = sft.answer_loss(apart, sft.collate([row], 0))[0] / count
         loss.backward()
         total += loss.item()
     batch = sft.collate(packed, 0)
-    loss = sft.answer_loss(together, **batch, n_labels=count)
+    loss = sft.answer_loss(together, batch)[0] / count
     loss.backward()
     assert loss.item() == pytest.approx(total, abs=1e-6)
     for (name, ours), theirs in zip(together.named_parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-6, msg=name)
     del batch["position_ids"]  # 反例：位置不归零，后一段看得见前一段
-    assert abs(sft.answer_loss(together, **batch, n_labels=count).item() - total) > 1e-4
+    assert abs(sft.answer_loss(together, batch)[0].item() / count - total) > 1e-4

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from nlp_common.base.errors import UserError
-from nlp_common.fast.columns import only_columns
 from nlp_common.lm.loading import load_reward_model, load_value_model
 from nlp_common.train import dry_run_qwen as dr
 from nlp_common.train.stage import parse_settings
@@ -90,10 +89,10 @@ def counting(nets: list, half: bool, token_counts: set[int]):
 @pytest.mark.parametrize("half", [False, True])
 def test_activations_are_within_a_tenth_of_what_is_really_kept(half, kv_heads, n_columns):
     config = sized(kv_heads)
-    net = Qwen2ForCausalLM(config).float().train()
+    net = use_read_columns(Qwen2ForCausalLM(config).float().train())
     ids = torch.randint(0, 3000, (2, 64), generator=torch.Generator().manual_seed(0))
     columns = torch.arange(64 - n_columns, 64)
-    with counting([net], half, {128, 2 * n_columns}) as kept, only_columns(net, columns):
+    with counting([net], half, {128, 2 * n_columns}) as kept:
         logits = net(input_ids=ids, use_cache=False, logits_to_keep=columns).logits
         F.cross_entropy(logits.flatten(0, 1).float(), ids[:, columns].flatten())
     saved = dr.saved_bytes(config, ids.numel(), half, head=True, n_read=2 * n_columns)
@@ -105,7 +104,7 @@ def test_ppo_keeps_the_activations_of_what_it_updates_at_once(ppo, cpu):
     """一份 micro batch 3 行，提示 40 个、回答 20 个 token；在 CPU 上，策略与价值模型同时更新。"""
     config = sized()
     config.num_labels = 1
-    policy, value = (cls.from_config(config) for cls in (dr.CAUSAL, dr.VALUES))
+    policy, value = (use_read_columns(cls.from_config(config)) for cls in (dr.CAUSAL, dr.VALUES))
     ids = torch.randint(1, 3000, (3, 60), generator=torch.Generator().manual_seed(0))
     ones = torch.ones_like(ids)
     rollout = ppo.Rollout(ids, ones, ones.cumsum(1) - 1, ones[:, :20].bool(), ones[:, 0].bool())

@@ -1,16 +1,10 @@
 """按长度分批：一行不多一行不少，次序只由种子与轮数决定，一批之内长短相近。"""
 
-import copy
-
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import TrainingArguments
 
-from nlp_common.lm.losses import IGNORE
-from nlp_common.train.trainer import LengthBucketSampler
-from nlp_common.train.trainer_qwen import loss_curve
+from nlp_common.train.batches import LengthBucketSampler, bucketed
 
 
 def random_lengths(n: int, seed: int = 0) -> list[int]:
@@ -18,10 +12,12 @@ def random_lengths(n: int, seed: int = 0) -> list[int]:
 
 
 def order(lengths, batch_size=8, seed=0, epoch=0, **kwargs) -> list[int]:
-    sampler = LengthBucketSampler(lengths, batch_size, seed, **kwargs)
-    sampler.set_epoch(epoch)
-    assert len(sampler) == len(lengths)
-    return list(sampler)
+    indices = bucketed(lengths, batch_size, seed, epoch, **kwargs)
+    if not kwargs:  # 给 Trainer 用的采样器是同样的次序
+        sampler = LengthBucketSampler(lengths, batch_size, seed)
+        sampler.set_epoch(epoch)
+        assert len(sampler) == len(lengths) and list(sampler) == indices
+    return indices
 
 
 def padding(lengths: list[int], indices: list[int], batch_size: int) -> float:
@@ -96,41 +92,3 @@ def test_the_short_batch_comes_last():
     for start in range(0, len(full), 8):
         batch = [lengths[i] for i in full[start : start + 8]]
         assert batch == sorted(batch)
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_trainer_uses_the_sampler_and_a_new_order_each_epoch(sft, model, trainer_args, accumulation):
-    lengths = [4 + (7 * i) % 13 for i in range(12)]
-    rows = [{"input_ids": [5 + i] * n, "labels": [IGNORE] + [5 + i] * (n - 1)} for i, n in enumerate(lengths)]
-    seen = []
-
-    def collate(batch):
-        seen.extend(row["input_ids"][0] - 5 for row in batch)
-        return sft.collate(batch, 0)
-
-    args = trainer_args(
-        TrainingArguments,
-        per_device_train_batch_size=3,
-        gradient_accumulation_steps=accumulation,
-        max_steps=-1,
-        num_train_epochs=2,
-        seed=11,
-        learning_rate=0.01,
-    )
-    trainer = sft.SFTTrainer(
-        copy.deepcopy(model), TrainingArguments(**args), train_dataset=rows, data_collator=collate
-    )
-    trainer.row_lengths = lengths
-    trainer.train()
-    assert seen == order(lengths, 3, seed=11, epoch=0) + order(lengths, 3, seed=11, epoch=1)
-    assert seen[:12] != seen[12:]
-    assert trainer.state.global_step == 8 // accumulation
-
-
-def test_loss_curve_keeps_what_a_plot_needs():
-    log = [
-        {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-3, "epoch": 0.5, "step": 10},
-        {"loss": 1.0, "rewards/margins": 0.3, "epoch": 1.0, "step": 20},
-        {"train_runtime": 3.0, "epoch": 1.0, "step": 20},
-    ]
-    assert loss_curve(log) == [{"loss": 2.0, "step": 10}, {"loss": 1.0, "rewards/margins": 0.3, "step": 20}]
