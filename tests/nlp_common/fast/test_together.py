@@ -1,6 +1,7 @@
 """几件事同时做：次序、异常、线程数，以及什么时候不该同时做。"""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def test_tasks_run_at_the_same_time_each_on_its_share(two_cores):
         return name, torch.get_num_threads(), torch.is_grad_enabled()
 
     with torch.no_grad():
-        results = together(lambda: task("a"), lambda: task("b"))
+        results = together(partial(task, "a"), partial(task, "b"))
     # no_grad 是每个线程各自的：外面写的管不到里面
     assert results == [("a", 1, True), ("b", 1, True)]
     assert torch.get_num_threads() == 2
@@ -38,7 +39,7 @@ def test_an_error_is_raised_after_all_are_done(two_cores):
         raise ValueError("坏了")
 
     with pytest.raises(ValueError, match="坏了"):
-        together(fails, lambda: done.append(1))
+        together(fails, partial(done.append, 1))
     assert done == [1] and torch.get_num_threads() == 2
 
 

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from nlp_common.base.errors import UserError
+from nlp_common.fast.columns import use_read_columns
 from nlp_common.lm.loading import load_reward_model, load_value_model
+from nlp_common.lm.rollout import Rollout, response_logps, response_values
 from nlp_common.train import dry_run_qwen as dr
 from nlp_common.train.stage import parse_settings
 
@@ -107,16 +109,16 @@ def test_ppo_keeps_the_activations_of_what_it_updates_at_once(ppo, cpu):
     policy, value = (use_read_columns(cls.from_config(config)) for cls in (dr.CAUSAL, dr.VALUES))
     ids = torch.randint(1, 3000, (3, 60), generator=torch.Generator().manual_seed(0))
     ones = torch.ones_like(ids)
-    rollout = ppo.Rollout(ids, ones, ones.cumsum(1) - 1, ones[:, :20].bool(), ones[:, 0].bool())
+    rollout = Rollout(ids, ones, ones.cumsum(1) - 1, ones[:, :20].bool(), ones[:, 0].bool())
     settings = parse_settings(
         ppo.PPOSettings, ppo.PRESETS, ["--preset", "tiny", "--micro_batch_size", "3"], FULL
     )
     settings.max_length, settings.max_new_tokens = 40, 20
     result = dr.estimate("ppo", settings, config, half=False, cpu=cpu)
     with counting([policy, value], False, set()) as kept:
-        outputs = [ppo.response_logps(policy, rollout, 1.0)]
+        outputs = [response_logps(policy, rollout)]
         if cpu:
-            outputs.append(ppo.response_values(value, rollout))
+            outputs.append(response_values(value, rollout))
     assert all(output.requires_grad for output in outputs)
     without_gradients = result["activations"][False] - dr.logits_bytes(config, 60)
     assert without_gradients == pytest.approx(sum(kept.values()), rel=0.1)
