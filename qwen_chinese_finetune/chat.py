@@ -31,13 +31,21 @@ from typing import Literal
 from chain import FOLDERS, MODELS, SCRIPTS
 from chat_app.asking import FULL_QUESTIONS, story_then_question
 from chat_app.log import save_talks
-from chat_app.trying import Results, SpeakSettings, describe_sampling, find_results, read_line, show_speaker
+from chat_app.trying import (
+    Results,
+    SpeakSettings,
+    describe_sampling,
+    find_results,
+    open_speaker,
+    read_line,
+    show_speaker,
+)
 from chat_app.web import open_page
 from nlp_common.base.arguments import option, parse_arguments
 from nlp_common.base.console import printable
 from nlp_common.base.errors import UserError
 from nlp_common.lm.chatml import prompt_ids
-from nlp_common.lm.speaker import Reply, Speaker, load_speaker, room, say
+from nlp_common.lm.speaker import Reply, Speaker, room, say
 from nlp_common.tiny import world
 
 DEFAULTS = {
@@ -150,7 +158,7 @@ class Chat:
                 problem = f"{MODELS[name]} 还没有训练好（训练它：{command}）"
             raise UserError(f"{problem}。可以换成：{'、'.join(paths)}，例如 switch {next(iter(paths))}")
         if name not in self.speakers:
-            self.speakers[name] = load_speaker(self.results.title(name), paths[name], self.settings.seed)
+            self.speakers[name] = open_speaker(self.results.title(name), paths[name], self.settings.seed)
         self.name = name
         return self.speakers[name]
 

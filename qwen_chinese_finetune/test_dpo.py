@@ -30,12 +30,12 @@ from chat_app.asking import (
     story_then_question,
     user_question,
 )
-from chat_app.trying import AskSettings, Results, find_results, read_line, run_record
+from chat_app.trying import AskSettings, Results, find_results, open_speaker, read_line, run_record
 from nlp_common.base.arguments import option, parse_arguments
 from nlp_common.base.errors import UserError
 from nlp_common.hub.models import require_model
 from nlp_common.lm.chatml import prompt_ids
-from nlp_common.lm.speaker import Speaker, load_speaker
+from nlp_common.lm.speaker import Speaker
 
 DEFAULTS = {
     # 小世界里用温度 1：口气改了没有，采样才看得出来，preferred_rate 也是这样量的。
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> list[list[float]] | None:
     settings = parse_arguments(DPOSettings, argv)
     names = ["sft", "dpo"] if settings.mode == "compare" and not settings.sft_model else ["dpo"]
     results = find_results(settings, names, DEFAULTS)
-    dpo = load_speaker(results.title("dpo"), results.paths["dpo"], settings.seed)
+    dpo = open_speaker(results.title("dpo"), results.paths["dpo"], settings.seed)
     if settings.mode == "interactive":
         if read_lines(settings):
             raise UserError(
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> list[list[float]] | None:
     questions = load_questions(settings, results.preset)
     if settings.mode == "dpo":
         return ask_all([dpo], questions, settings)
-    sft = load_speaker(MODELS["sft"], find_sft(settings, results), settings.seed)
+    sft = open_speaker(MODELS["sft"], find_sft(settings, results), settings.seed)
     return ask_all([sft, dpo], questions, settings)
 
 

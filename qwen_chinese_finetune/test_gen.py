@@ -17,10 +17,10 @@
 from nlp_common.base.cli import run_main
 
 from chat_app.asking import answer, read_lines, show_speakers
-from chat_app.trying import AskSettings, find_results
+from chat_app.trying import AskSettings, find_results, open_speaker
 from nlp_common.base.arguments import parse_arguments
 from nlp_common.lm.chatml import encode_text
-from nlp_common.lm.speaker import Speaker, load_speaker
+from nlp_common.lm.speaker import Speaker
 from nlp_common.tiny import world
 
 DEFAULTS = {
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     settings = parse_arguments(GenSettings, argv)
     results = find_results(settings, ["base"], DEFAULTS)
     openings = load_openings(settings, results.preset)
-    speaker = load_speaker(results.title("base"), results.paths["base"], settings.seed)
+    speaker = open_speaker(results.title("base"), results.paths["base"], settings.seed)
     return continue_all(speaker, openings, settings)
 
 

@@ -17,9 +17,8 @@
 from nlp_common.base.cli import run_main
 
 from chat_app.asking import ask_all, load_questions
-from chat_app.trying import AskSettings, find_results
+from chat_app.trying import AskSettings, find_results, open_speaker
 from nlp_common.base.arguments import parse_arguments
-from nlp_common.lm.speaker import load_speaker
 
 DEFAULTS = {
     # 小世界里用温度 1：口气改了没有，采样才看得出来，preferred_rate 也是这样量的。
@@ -36,7 +35,7 @@ def main(argv: list[str] | None = None) -> list[list[float]]:
     settings = parse_arguments(PPOSettings, argv)
     results = find_results(settings, ["ppo"], DEFAULTS)
     questions = load_questions(settings, results.preset)
-    speaker = load_speaker(results.title("ppo"), results.paths["ppo"], settings.seed)
+    speaker = open_speaker(results.title("ppo"), results.paths["ppo"], settings.seed)
     return ask_all([speaker], questions, settings)
 
 

@@ -17,9 +17,8 @@
 from nlp_common.base.cli import run_main
 
 from chat_app.asking import ask_all, load_questions
-from chat_app.trying import AskSettings, find_results
+from chat_app.trying import AskSettings, find_results, open_speaker
 from nlp_common.base.arguments import parse_arguments
-from nlp_common.lm.speaker import load_speaker
 
 DEFAULTS = {
     "tiny": {"max_new_tokens": 48, "temperature": 0.0, "top_p": 1.0},
@@ -35,7 +34,7 @@ def main(argv: list[str] | None = None) -> list[list[float]]:
     settings = parse_arguments(SFTSettings, argv)
     results = find_results(settings, ["sft"], DEFAULTS)
     questions = load_questions(settings, results.preset)
-    speaker = load_speaker(results.title("sft"), results.paths["sft"], settings.seed)
+    speaker = open_speaker(results.title("sft"), results.paths["sft"], settings.seed)
     return ask_all([speaker], questions, settings)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ from nlp_common.base.processes import is_main, wait
 from nlp_common.base.runs import CHECKPOINT_DONE, write_json
 from nlp_common.train.stage import Stage
 
+# 小模型的 lm_head 就是嵌入那张表，只存一份；accelerate 每存一次都要警告一遍
+logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 KEEP = 2  # 正在写的一个加上写完的一个：写到一半被杀，还有前一个可用
 
 

@@ -14,8 +14,8 @@ from nlp_common.base.arguments import option
 from nlp_common.base.device import describe
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import run_record
-from nlp_common.hub.models import require_model
-from nlp_common.lm.speaker import Speaker
+from nlp_common.hub.models import find_model, require_model
+from nlp_common.lm.speaker import Speaker, load_speaker
 
 with contextlib.suppress(ImportError):  # Windows 没有
     import readline  # noqa: F401  导入即生效：上下键翻旧话、退格能删整个汉字
@@ -141,6 +141,12 @@ def _trained_with(path: str) -> str:
 
 
 # ---------------------------------------------------------------- 载入
+
+
+def open_speaker(title: str, path: str, seed: int) -> Speaker:
+    """载入一个模型；文件夹不完整、不是会说话的模型是 UserError。"""
+    find_model(path)  # 写了一半的文件夹在这里报错
+    return load_speaker(title, path, seed)
 
 
 def show_speaker(speaker: Speaker) -> None:

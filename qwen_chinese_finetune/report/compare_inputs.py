@@ -9,13 +9,12 @@ from types import SimpleNamespace
 
 from chain import FOLDERS, HOME, SCRIPTS, STAGES
 from nlp_common.base.errors import UserError
-from nlp_common.base.runs import load_run
 from nlp_common.data.chats import to_questions
 from nlp_common.data.rows import has_split, read_rows
-from nlp_common.hub.models import require_model
 from nlp_common.lm.loading import load_tokenizer
 from nlp_common.tiny import world
 from nlp_common.train.splits import EVAL_SEED, load_train_and_eval
+from nlp_common.train.stage import find_trained
 
 PRESETS = {"full": "真实模型", "tiny": "小世界的小模型"}
 HELPERS = {"reward": "不报奖励模型的分", "sft": "不报对 SFT 的 KL"}  # 缺了也能比的，与缺了会少什么
@@ -55,19 +54,13 @@ def find_models(
     found = {}
     for name in dict.fromkeys([*names, *HELPERS]):
         folder = root / FOLDERS.get(name, name)
-        if name in given:
-            path = require_model(given[name], source)
-            run = load_run(Path(path)) if (Path(path) / "run.json").exists() else None
-        else:
-            path, run = folder, load_run(folder)
-            if run is None and name in names:
-                raise UserError(_how_to_train(name, folder, preset))
-            if run is None:
-                print(f"没有{STAGES[name]}的结果（{SCRIPTS[name]}），{HELPERS[name]}。")
-                continue
-            require_model(str(folder))  # 文件夹里的模型是否完整
-        stage, number = (run["stage"], run["id"]) if run else ("model", given[name])
-        found[name] = {"path": str(path), "stage": stage, "id": number, "run": run}
+        trained = find_trained(given.get(name), folder, source)
+        if trained is None and name in names:
+            raise UserError(_how_to_train(name, folder, preset))
+        if trained is None:
+            print(f"没有{STAGES[name]}的结果（{SCRIPTS[name]}），{HELPERS[name]}。")
+            continue
+        found[name] = trained
     return found
 
 

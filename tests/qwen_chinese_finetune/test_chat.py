@@ -24,6 +24,7 @@ from nlp_common.data.rows import read_rows
 from nlp_common.lm.chatml import encode_chat, encode_text
 from nlp_common.lm.generation import stop_tokens
 from nlp_common.lm.loading import end_chat_turns, load_causal_lm
+from nlp_common.lm.speaker import Reply, stream_reply
 from nlp_common.tiny import world
 
 QWEN = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"
@@ -295,14 +296,14 @@ def test_special_tokens_typed_by_the_user_stay_text(make_chat, chat_tokenizer):
 def test_only_complete_characters_are_streamed(make_chat, chat_tokenizer):
     answer = "龘😀好"  # 前两个不在词表里，一个字是三四个字节 token
     session, _ = make_chat(answer, max_new_tokens=50)
-    reply = asking.Reply()
+    reply = Reply()
     speaker = session.speakers["sft"]
-    assert list(asking.stream_reply(speaker, [1, 2], session.settings, reply)) == ["龘", "😀", "好"]
+    assert list(stream_reply(speaker, [1, 2], session.settings, reply)) == ["龘", "😀", "好"]
     assert reply == asking.Reply(answer, "<|im_end|>")
 
     session.settings.max_new_tokens = 5  # 停在 😀 的中间
-    reply = asking.Reply()
-    assert list(asking.stream_reply(speaker, [1, 2], session.settings, reply)) == ["龘"]
+    reply = Reply()
+    assert list(stream_reply(speaker, [1, 2], session.settings, reply)) == ["龘"]
     assert reply == asking.Reply("龘", None)
 
 
@@ -380,7 +381,7 @@ def test_bad_switch_keeps_the_model(make_chat, line, message):
 def test_models_are_loaded_once_and_kept(chat, outputs, monkeypatch):
     loaded = []
     monkeypatch.setattr(
-        chat, "load_speaker", lambda *given: loaded.append(given[0]) or trying.load_speaker(*given)
+        chat, "open_speaker", lambda *given: loaded.append(given[0]) or trying.open_speaker(*given)
     )
     settings = chat.ChatSettings(output_root=str(outputs))
     results = trying.find_results(settings, ["base", "sft", "dpo", "ppo"], chat.DEFAULTS, needed=any)
