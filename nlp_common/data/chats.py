@@ -47,8 +47,6 @@ def to_questions(rows: list[dict], where: str) -> list[dict]:
     """PPO 用的题目 ``{"messages"}``，以用户的话结尾：偏好数据取提示，对话数据去掉最后一个回答。"""
     if rows and ("chosen" in rows[0] or "response_chosen" in rows[0]):
         return [{"messages": row["prompt"]} for row in to_pairs(rows, where)]
-    if rows and "sentence" in rows[0]:
-        return rows  # 小世界的题目，带着标准答案
     return [{"messages": row["messages"][:-1]} for row in to_chats(rows, where)]
 
 

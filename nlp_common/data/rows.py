@@ -96,7 +96,7 @@ def read_rows(
             "path": location,
             "split": split,
             "rows": len(rows),
-            "sha256": sha256_of(files) if files else _sha256_of_rows(rows),
+            "sha256": sha256_of(files) if files else sha256_of_rows(rows),
         },
     )
 
@@ -179,7 +179,7 @@ def _no_such_file(name: str, path: Path) -> str:
     return message + "\n请检查 --dataset 的路径。"
 
 
-def _sha256_of_rows(rows: list[dict]) -> str:
+def sha256_of_rows(rows: list[dict]) -> str:
     # default=str：网上的数据集会有日期等 JSON 没有的类型。
     text = json.dumps(rows, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

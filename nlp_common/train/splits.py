@@ -1,4 +1,4 @@
-"""把 --dataset、--eval_dataset 变成训练行和留出行；内置的小世界与真实数据走同一条路。"""
+"""把 --dataset、--eval_dataset 变成训练行和留出行。"""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 
 from nlp_common.base.errors import UserError
 from nlp_common.base.processes import on_main
-from nlp_common.data.people_daily import people_daily
-from nlp_common.data.rows import has_split, read_rows
+from nlp_common.data.rows import has_split, read_rows, sha256_of_rows
 from nlp_common.tiny import world
 
 EVAL_SEED = 0  # 留出的题与训练种子无关：不同种子的结果可以相比
@@ -22,36 +21,29 @@ TINY_ROWS = {
 
 
 def load_train_and_eval(settings, kind: str, convert: Callable) -> tuple[list[dict], list[dict], dict]:
-    """→ (训练行, 留出行, 数据来源)；kind 是小世界里的数据种类，convert 是 schemas 里的 to_*。
+    """→ (训练行, 留出行, 数据来源)；kind 是小世界里的数据种类，convert 是 data/chats.py 里的 to_*。
 
     留出行依次取自：--eval_dataset；数据集自带的 validation；都没有就从训练行里固定地分出 5%。
     几个进程一起训练时，主进程读（下载）一遍，分给大家。
     """
-    train, heldout, data = on_main(lambda: _load_train_and_eval(settings, kind, convert))
+    train, heldout, data = on_main(lambda: _train_and_eval(settings, kind, convert))
     print(f"训练 {len(train)} 行，留出 {len(heldout)} 行")
     return train, heldout, data
 
 
-def _load_train_and_eval(settings, kind: str, convert: Callable) -> tuple[list[dict], list[dict], dict]:
-
-    def tiny(split: str, limit: int | None) -> list[dict]:
-        train = split == "train"
-        return TINY_ROWS[kind](limit or 500, settings.seed if train else EVAL_SEED, heldout=not train)
-
-    builtins = {"tiny_world": tiny, "people_daily": people_daily}
-
-    def read(name: str, split: str, limit: int | None) -> tuple[list[dict], dict]:
-        found = read_rows(name, split=split, limit=limit, builtins=builtins, source=settings.source)
-        return convert(found.rows, f"{name}（{split}）"), found.source
-
-    train, source = read(settings.dataset, "train", settings.max_train_samples)
+def _train_and_eval(settings, kind: str, convert: Callable) -> tuple[list[dict], list[dict], dict]:
+    train, source = _read(settings, kind, convert, settings.dataset, "train", settings.max_train_samples)
     data = {"train": source}
     if settings.eval_dataset:
         path = Path(settings.eval_dataset)
         split = "validation" if not path.exists() or has_split(path, "validation") else "train"
-        heldout, data["eval"] = read(settings.eval_dataset, split, settings.max_eval_samples)
-    elif settings.dataset in builtins or has_split(settings.dataset, "validation"):
-        heldout, data["eval"] = read(settings.dataset, "validation", settings.max_eval_samples)
+        heldout, data["eval"] = _read(
+            settings, kind, convert, settings.eval_dataset, split, settings.max_eval_samples
+        )
+    elif settings.dataset == "tiny_world" or has_split(settings.dataset, "validation"):
+        heldout, data["eval"] = _read(
+            settings, kind, convert, settings.dataset, "validation", settings.max_eval_samples
+        )
     else:
         n = max(1, min(settings.max_eval_samples, len(train) // 20))
         order = list(range(len(train)))
@@ -60,6 +52,19 @@ def _load_train_and_eval(settings, kind: str, convert: Callable) -> tuple[list[d
         train = [train[i] for i in sorted(order[n:])]
         data["eval"] = {"name": f"{settings.dataset} 里固定留出的 {n} 行", "rows": n}
     return train, heldout, data
+
+
+def _read(
+    settings, kind: str, convert: Callable, name: str, split: str, limit: int | None
+) -> tuple[list[dict], dict]:
+    """一份数据 → (统一写法的行, 来历)。小世界的行由语法直接写出，已经是统一的写法。"""
+    if name != "tiny_world":
+        found = read_rows(name, split=split, limit=limit, source=settings.source)
+        return convert(found.rows, f"{name}（{split}）"), found.source
+    is_train = split == "train"
+    rows = TINY_ROWS[kind](limit or 500, settings.seed if is_train else EVAL_SEED, heldout=not is_train)
+    source = {"name": name, "kind": "builtin", "path": None, "split": split, "rows": len(rows)}
+    return rows, source | {"sha256": sha256_of_rows(rows)}
 
 
 def drop_long(rows: list[dict], length: Callable[[dict], int], max_length: int, what: str) -> list[dict]:
