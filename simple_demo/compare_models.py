@@ -8,7 +8,7 @@
 怎么运行（两个核，4 分钟以内）
   python compare_models.py
   python compare_models.py --models mean tfidf                   # 只比其中几个，十几秒
-  python compare_models.py --data my_reviews.csv                 # tsv、csv、jsonl：要有 text 和 label 两列
+  python compare_models.py --data my_reviews.csv                 # jsonl、json、csv、tsv：要有 text 和 label 两栏
   python compare_models.py --data chnsenticorp                   # 文件夹：用它自己的 train、validation、test
 
 应当看到：每个模型的验证正确率，最后一张表（实测值见 README），图在 outputs/compare_models.png。
@@ -18,7 +18,9 @@ import argparse
 import importlib.util
 import multiprocessing
 import random
+import re
 import signal
+import sys
 import time
 import unicodedata
 from collections import Counter
@@ -27,22 +29,21 @@ from pathlib import Path
 
 import torch
 from minimal_word_embedding_train import WordEmbeddingModel
-from reviews import read_reviews, split_reviews
+from reviews import UserError, read_reviews, split_reviews
 from rnn_text_classifier import RNNClassifier
 from simple_sentiment_classifier import MeanPoolingClassifier, mean_pooling
 from torch import nn
 from transformer_encoder_classifier import TransformerEncoderClassifier
 from transformer_sentiment_classification import TransformerClassifier
 
-from nlp_common.cli import UserError, run_main
-from nlp_common.figures import cjk_font
-
 OUTPUT_DIR = Path(__file__).resolve().parent / "outputs"
-PAD, UNKNOWN = 0, 1  # 0 号补齐用，1 号给训练集里没有的字
+PAD = 0  # 补齐用
+UNKNOWN = 1  # 训练集里没有的字
 MAX_CHARS = 128  # 大家都只读前 128 个字：SnowNLP 分词慢，注意力的计算量随长度的平方增长
 BATCH = 64
 PATIENCE = 3  # 验证集连着 3 轮没有变好就停：再练只是把训练集背下来
-SECONDS_EACH = 40  # 一个网络最多训练这么久；到时间就停，表里的轮数看得出来
+# 时限和训练秒数都是 CPU 秒：旁边有别的程序抢着用，只会等久一点，停在哪一轮、得多少分不变
+SECONDS_EACH = 60  # 一个网络最多训练这么久；到时间就停，表里的轮数看得出来
 SECONDS_SNOWNLP = 200  # SnowNLP 在另一个核上同时跑，也有时限
 
 # 名字 → 表里的中文名，图里没有中文字体时用的英文名
@@ -63,16 +64,22 @@ def build_vocab(texts):
     """训练集里至少出现两次的字；只见过一次的字学不到什么，和没见过的一样处理。"""
     counts = Counter(char for text in texts for char in text)
     kept = [char for char, count in counts.most_common() if count > 1]
-    return {"<PAD>": PAD, "<UNK>": UNKNOWN} | {char: index for index, char in enumerate(kept, 2)}
+    vocab = {"<PAD>": PAD, "<UNK>": UNKNOWN}
+    for char in kept:
+        vocab[char] = len(vocab)
+    return vocab
 
 
 def batches(rows, labels, shuffle):
     """长短相近的放进一批，少补 <PAD>，省时间。每批是 ids (B, T) 和 labels (B,)。"""
-    order = random.sample(range(len(rows)), len(rows)) if shuffle else list(range(len(rows)))
+    order = list(range(len(rows)))
+    if shuffle:
+        random.shuffle(order)
     chunks = []
     for start in range(0, len(order), 50 * BATCH):  # 每 50 批内部按长短排；整个排好再切，批次就不随机了
         group = sorted(order[start : start + 50 * BATCH], key=lambda index: len(rows[index]))
-        chunks += [group[i : i + BATCH] for i in range(0, len(group), BATCH)]
+        for first in range(0, len(group), BATCH):
+            chunks.append(group[first : first + BATCH])
     if shuffle:
         random.shuffle(chunks)
     for chunk in chunks:
@@ -91,7 +98,8 @@ class AverageOfVectors(nn.Module):
         self.output = nn.Linear(vectors.shape[1], 2)
 
     def forward(self, ids):  # (B, T)
-        return self.output(self.norm(mean_pooling(self.embedding(ids), ids != PAD)))  # (B, 2)
+        pooled = mean_pooling(self.embedding(ids), ids != PAD)  # (B, C)
+        return self.output(self.norm(pooled))  # (B, 2)
 
 
 def next_char_vectors(rows, vocab_size):
@@ -122,12 +130,13 @@ def build(name, vocab_size, rows):
 
 
 def score(model, rows, labels):
+    """正确率。"""
     model.eval()
+    right = 0
     with torch.no_grad():
-        right = sum(
-            (model(ids).argmax(-1) == answer).sum() for ids, answer in batches(rows, labels, shuffle=False)
-        )
-    return right.item() / len(labels)
+        for ids, answer in batches(rows, labels, shuffle=False):
+            right += (model(ids).argmax(-1) == answer).sum().item()
+    return right / len(labels)
 
 
 def run_network(name, splits, seed):
@@ -135,20 +144,20 @@ def run_network(name, splits, seed):
     torch.manual_seed(seed)
     random.seed(seed)
     vocab = build_vocab([text for text, _ in splits["train"]])
-    data = {
-        split: (
-            [torch.tensor([vocab.get(char, UNKNOWN) for char in text]) for text, _ in rows],
-            torch.tensor([label for _, label in rows]),
-        )
-        for split, rows in splits.items()
-    }
+    data = {}
+    for split, found in splits.items():
+        ids = [torch.tensor([vocab.get(char, UNKNOWN) for char in text]) for text, _ in found]
+        data[split] = (ids, torch.tensor([label for _, label in found]))
     rows, labels = data["train"]
-    start = time.perf_counter()
+    start = time.process_time()
     model, lr = build(name, len(vocab), rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     passes = max(1, 50 * BATCH // len(rows))  # 数据少时多看几遍才算一轮，免得还没学会就停了
-    best, best_epoch, best_state, epoch = -1.0, 0, {}, 0
-    while epoch == 0 or (epoch - best_epoch < PATIENCE and time.perf_counter() - start < SECONDS_EACH):
+    epoch = 0
+    best = -1.0
+    best_epoch = 0
+    best_state = {}
+    while epoch == 0 or (epoch - best_epoch < PATIENCE and time.process_time() - start < SECONDS_EACH):
         epoch += 1
         model.train()
         for ids, answer in chain.from_iterable(batches(rows, labels, True) for _ in range(passes)):
@@ -157,20 +166,24 @@ def run_network(name, splits, seed):
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # RNN 的梯度偶尔会突然变得很大
             optimizer.step()
-            if time.perf_counter() - start > SECONDS_EACH:
+            if time.process_time() - start > SECONDS_EACH:
                 break
         validation = score(model, *data["validation"])
         print(f"  {name:9s} 第 {epoch:2d} 轮  验证 {validation:.3f}", flush=True)
         if validation > best:
-            best, best_epoch = validation, epoch
+            best = validation
+            best_epoch = epoch
             best_state = {key: value.clone() for key, value in model.state_dict().items()}
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
+    note = f"{epoch} 轮，取第 {best_epoch} 轮"
+    if seconds > SECONDS_EACH:
+        note += "（时间到）"
     model.load_state_dict(best_state)
     return {
         "accuracy": score(model, *data["test"]),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": seconds,
-        "note": f"{epoch} 轮，取第 {best_epoch} 轮" + ("（时间到）" if seconds > SECONDS_EACH else ""),
+        "note": note,
     }
 
 
@@ -184,18 +197,21 @@ def run_tfidf(name, splits):
         raise UserError(f"{name} 要用 scikit-learn：pip install scikit-learn（{error}）") from error
     texts = {split: [text for text, _ in rows] for split, rows in splits.items()}
     labels = {split: [label for _, label in rows] for split, rows in splits.items()}
-    start = time.perf_counter()
+    start = time.process_time()
     longest = 1 if name == "tfidf1" else 2
     vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, longest), sublinear_tf=True)
-    train, validation = vectorizer.fit_transform(texts["train"]), vectorizer.transform(texts["validation"])
-    best, model = -1.0, None
+    train = vectorizer.fit_transform(texts["train"])  # (条数, 特征数)，绝大多数是 0
+    validation = vectorizer.transform(texts["validation"])
+    best = -1.0
+    model = None
     for strength in (1, 3, 10):  # 正则化的强弱由验证集决定
         candidate = LogisticRegression(C=strength, max_iter=1000).fit(train, labels["train"])
         accuracy = candidate.score(validation, labels["validation"])
         print(f"  {name:9s} C={strength:<2d}    验证 {accuracy:.3f}", flush=True)
         if accuracy > best:
-            best, model = accuracy, candidate
-    seconds = time.perf_counter() - start
+            best = accuracy
+            model = candidate
+    seconds = time.process_time() - start
     return {
         "accuracy": model.score(vectorizer.transform(texts["test"]), labels["test"]),
         "parameters": model.coef_.size + 1,
@@ -206,7 +222,7 @@ def run_tfidf(name, splits):
 
 def run_snownlp(splits):
     """SnowNLP 自己的分词、停用词、朴素贝叶斯，在我们的训练集上从头学：它自带的模型见过测试集。"""
-    began = time.perf_counter()
+    began = time.process_time()
     from snownlp import normal, seg
     from snownlp.classification.bayes import Bayes
 
@@ -214,17 +230,18 @@ def run_snownlp(splits):
         return normal.filter_stop(seg.seg(text))
 
     tests = [(words(text), label) for text, label in splits["test"]]
-    start = time.perf_counter()
+    start = time.process_time()
     train = []
     for text, label in splits["train"]:
         train.append([words(text), label])
-        if time.perf_counter() - began > SECONDS_SNOWNLP:
+        if time.process_time() - began > SECONDS_SNOWNLP:
             break
     bayes = Bayes()
     bayes.train(train)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
+    right = sum(bayes.classify(found)[0] == label for found, label in tests)
     return {
-        "accuracy": sum(bayes.classify(found)[0] == label for found, label in tests) / len(tests),
+        "accuracy": right / len(tests),
         "parameters": sum(len(counts.d) for counts in bayes.d.values()),
         "seconds": seconds,
         "note": f"用了 {len(train)} 条",
@@ -242,9 +259,23 @@ def print_table(results, tests):
     for name, row in sorted(results.items(), key=lambda item: -item[1]["accuracy"]):
         numbers = f"{row['accuracy']:10.3f}{row['parameters']:10,d}{row['seconds']:9.1f}"
         print(pad(MODELS[name][0], 28) + numbers + f"  {row['note']}")
-    p, n = max(row["accuracy"] for row in results.values()), len(tests)
-    print(f"测试集 {n} 条，光靠运气正确率就会上下浮动约 {(p * (1 - p) / n) ** 0.5:.3f}（一个标准误差）；")
+    p = max(row["accuracy"] for row in results.values())
+    n = len(tests)
+    error = (p * (1 - p) / n) ** 0.5
+    print(f"测试集 {n} 条，光靠运气正确率就会上下浮动约 {error:.3f}（一个标准误差）；")
     print("差距不到它的两倍，先别急着说谁赢。")
+
+
+def cjk_font():
+    """matplotlib 找得到的一种中文字体；没有给 None。"""
+    from matplotlib import font_manager
+
+    known = "(Noto|Source Han) (Sans|Serif) (CJK )?(SC|CN)|PingFang|Hiragino Sans GB|Heiti|STHeiti|Songti SC"
+    known += "|Microsoft YaHei|SimHei|SimSun|WenQuanYi|Droid Sans Fallback|Arial Unicode MS"
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: font.name):
+        if re.match(known, font.name) and Path(font.fname).exists():  # 缓存里的字体可能已经卸载
+            return font.name
+    return None
 
 
 def draw(results, path):
@@ -252,26 +283,21 @@ def draw(results, path):
     import matplotlib
     from matplotlib.figure import Figure  # 不用 pyplot，也就不需要屏幕
 
+    panels = [  # 结果里的哪一项，数字的写法，中文标题，英文标题
+        ("accuracy", "%.3f", "测试正确率", "test accuracy"),
+        ("parameters", "{:,.0f}", "参数（对数刻度）", "parameters (log)"),
+        ("seconds", "%.1f", "训练秒数", "seconds"),
+    ]
     font = cjk_font()
-    chinese = font is not None  # 没有中文字体就写英文，免得印出空方框
-    titles = (
-        ("测试正确率", "参数（对数刻度）", "训练秒数")
-        if chinese
-        else ("test accuracy", "parameters (log)", "seconds")
-    )
-    names = [MODELS[name][0 if chinese else 1] for name in results]
+    names = [MODELS[name][0 if font else 1] for name in results]  # 没有中文字体就写英文，免得印出空方框
     colors = ["tab:orange" if name.startswith(("tfidf", "snownlp")) else "tab:blue" for name in results]
-    with matplotlib.rc_context({"font.family": [font, "DejaVu Sans"] if chinese else ["DejaVu Sans"]}):
+    with matplotlib.rc_context({"font.family": [font, "DejaVu Sans"] if font else ["DejaVu Sans"]}):
         figure = Figure(figsize=(12, 1.2 + 0.4 * len(results)), layout="constrained")
-        panels = zip(
-            figure.subplots(1, 3, sharey=True), ("accuracy", "parameters", "seconds"), titles, strict=True
-        )
-        for axes, key, title in panels:
+        columns = figure.subplots(1, 3, sharey=True)
+        for axes, (key, number, chinese, english) in zip(columns, panels, strict=True):
             bars = axes.barh(names, [row[key] for row in results.values()], color=colors)
-            axes.bar_label(
-                bars, fmt={"accuracy": "%.3f", "parameters": "{:,.0f}", "seconds": "%.1f"}[key], padding=3
-            )
-            axes.set_title(title)
+            axes.bar_label(bars, fmt=number, padding=3)
+            axes.set_title(chinese if font else english)
             axes.margins(x=0.25)
             axes.spines[["top", "right"]].set_visible(False)
             if key == "accuracy":
@@ -283,25 +309,48 @@ def draw(results, path):
         figure.savefig(path, dpi=80)
 
 
+# ---------- 5. 从头到尾 ----------
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse 自己报错是几行英文，换成一句中文
+        raise UserError(f"参数不对（{message}）。加 --help 看全部参数。")
+
+
+def seed_number(text):
+    """--seed 后面的字 → 整数。"""
+    if not (text.isdecimal() and len(text) < 19):  # 再长 PyTorch 就装不下了
+        raise UserError(f"--seed 要一个 0 以上的整数，现在是 {text!r}。")
+    return int(text)
+
+
+def model_name(text):
+    """--models 后面的一个名字。"""
+    if text not in MODELS:
+        raise UserError(f"--models 里的 {text!r} 不认识，可以用的有 {'、'.join(MODELS)}。")
+    return text
+
+
 def main():
-    parser = argparse.ArgumentParser(description="在真实评论上比较五个脚本的模型和两个老办法")
+    parser = Parser(description="在真实评论上比较五个脚本的模型和两个老办法")
     parser.add_argument(
-        "--data", help="tsv、csv、jsonl 文件或文件夹，要有 text 和 label；默认用 snownlp 自带的评论"
+        "--data", help="jsonl、json、csv、tsv 文件或文件夹，要有 text 和 label；默认用 snownlp 自带的评论"
     )
     parser.add_argument(
-        "--models", nargs="+", choices=MODELS, default=list(MODELS), help="比哪几个，默认全部"
+        "--models",
+        nargs="+",
+        type=model_name,
+        default=list(MODELS),
+        help=f"比哪几个，默认全部：{' '.join(MODELS)}",
     )
-    parser.add_argument("--seed", default="0", help="网络的初始值和次序；数据的分法不变")
+    parser.add_argument("--seed", type=seed_number, default=0, help="网络的初始值和次序；数据的分法不变")
     args = parser.parse_args()
-    if not (args.seed.isdecimal() and len(args.seed) < 19):
-        raise UserError(f"--seed 要一个 0 以上的整数，现在是 {args.seed!r}。")
     if "snownlp" in args.models and importlib.util.find_spec("snownlp") is None:
         raise UserError("snownlp 还没有安装。请 pip install snownlp，或用 --models 列出别的几个。")
     torch.set_num_threads(1)  # 每个模型都只用一个核，训练秒数才好比
 
     given = read_reviews(args.data)
     splits = split_reviews(given)
-    splits = {split: [(text[:MAX_CHARS], label) for text, label in rows] for split, rows in splits.items()}
+    for split, rows in splits.items():
+        splits[split] = [(text[:MAX_CHARS], label) for text, label in rows]
     print(f"要看的事：换成真实的评论，五个脚本的模型各能做到多少？（种子 {args.seed}）")
     sizes = "、".join(f"{split} {len(rows)} 条" for split, rows in splits.items())
     print(f"读到 {sum(map(len, given.values()))} 条，去重之后：{sizes}")
@@ -318,7 +367,7 @@ def main():
         if name.startswith("tfidf"):
             results[name] = run_tfidf(name, splits)
         elif name != "snownlp":
-            results[name] = run_network(name, splits, int(args.seed))
+            results[name] = run_network(name, splits, args.seed)
     if "snownlp" in args.models:
         print("  snownlp   在另一个核上分词（很慢），等它做完……", flush=True)
         try:
@@ -327,9 +376,19 @@ def main():
             print("  snownlp   没有在时限内做完，这次不比它")
         pool.terminate()
     print_table(results, splits["test"])
-    draw(results, OUTPUT_DIR / "compare_models.png")
-    print(f"图：{OUTPUT_DIR / 'compare_models.png'}")
+    try:
+        draw(results, OUTPUT_DIR / "compare_models.png")
+        print(f"图：{OUTPUT_DIR / 'compare_models.png'}")
+    except (ImportError, OSError) as error:
+        print(f"没有画成图：{error}。没装 matplotlib 的话：pip install matplotlib")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    try:
+        main()
+    except UserError as error:
+        print(f"错误：{error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\n已中断。", file=sys.stderr)
+        sys.exit(130)

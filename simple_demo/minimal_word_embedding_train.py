@@ -61,9 +61,13 @@ def build_pairs(sentences, vocab):
 
 def loss_floor(pairs):
     """最好的成绩：按语料里的真实比例去猜，平均还剩多少 loss（条件熵）。"""
-    pair_count = Counter(map(tuple, pairs.tolist()))
+    pair_count = Counter((word, answer) for word, answer in pairs.tolist())
     word_count = Counter(pairs[:, 0].tolist())
-    return -sum(n * math.log(n / word_count[word]) for (word, _), n in pair_count.items()) / len(pairs)
+    total = 0.0
+    for (word, _), count in pair_count.items():
+        share = count / word_count[word]  # 这个词后面，有几成是这个答案
+        total += count * -math.log(share)  # 猜得最好，这道题的 loss 也有 -log(share)；它出现 count 次
+    return total / len(pairs)
 
 
 # ---------- 2. 模型：查表 → 线性层 ----------
@@ -103,10 +107,15 @@ def cosine(vectors, a, b):
 
 def unrelated_pairs(pairs):
     """不相关的一对：两个词都有下一个词，而且没有一个下一个词是共同的。"""
-    following = {}
+    following = {}  # 词 → 跟在它后面的那些词
     for word, answer in pairs.tolist():
         following.setdefault(word, set()).add(answer)
-    return [(a, b) for a in following for b in following if a < b and not following[a] & following[b]]
+    found = []
+    for a in following:
+        for b in following:
+            if a < b and not following[a] & following[b]:  # a < b：一对只算一次
+                found.append((a, b))
+    return found
 
 
 def draw(before, after, words, path):
@@ -114,11 +123,12 @@ def draw(before, after, words, path):
     from matplotlib.figure import Figure  # 画图时才导入，不拖慢启动；不用 pyplot，也就不需要屏幕
 
     figure = Figure(figsize=(11, 5), layout="constrained")
-    panels = zip(figure.subplots(1, 2), (before, after), ("before training", "after training"), strict=True)
-    for axes, vectors, title in panels:
+    left, right = figure.subplots(1, 2)
+    for axes, vectors, title in ((left, before, "before training"), (right, after, "after training")):
         rows = vectors[list(words.values())]  # (W, dim)
         centered = rows - rows.mean(0)
-        points = centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:2].T  # (W, 2)
+        directions = torch.linalg.svd(centered, full_matrices=False).Vh  # (dim, dim)：变化大的方向在前
+        points = centered @ directions[:2].T  # (W, 2)
         for word, (x, y) in zip(words, points.tolist(), strict=True):
             color = {"cats": "tab:red", "dogs": "tab:red", "cars": "tab:blue"}.get(word, "dimgray")
             offset = (4, -12) if word in ("dogs", "like") else (4, 5)  # 靠得太近的词，标签上下错开
@@ -130,17 +140,29 @@ def draw(before, after, words, path):
     figure.savefig(path, dpi=80)
 
 
+# ---------- 5. 从头到尾 ----------
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse 自己报错是几行英文，换成一句中文
+        raise SystemExit(f"错误：参数不对（{message}）。加 --help 看全部参数。")
+
+
+def seed_number(text):
+    """--seed 后面的字 → 整数。"""
+    if not (text.isdecimal() and len(text) < 19):  # 再长 PyTorch 就装不下了
+        raise SystemExit(f"错误：--seed 要一个 0 以上的整数，现在是 {text!r}。")
+    return int(text)
+
+
 def main():
-    parser = argparse.ArgumentParser(description="训练最小的词向量")
-    parser.add_argument("--seed", default="0", help="随机种子")
+    parser = Parser(description="训练最小的词向量")
+    parser.add_argument("--seed", type=seed_number, default=0, help="随机种子")
     parser.add_argument(
         "--words", nargs=2, default=["cats", "dogs"], metavar=("词1", "词2"), help="比较哪两个词"
     )
     args = parser.parse_args()
-    if not (args.seed.isdecimal() and len(args.seed) < 19):
-        raise SystemExit(f"错误：--seed 要一个 0 以上的整数，现在是 {args.seed!r}。")
-    torch.manual_seed(int(args.seed))
+    torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # 张量太小，多线程光是互相等待就比计算还久
+
     vocab = build_vocab(SENTENCES)
     for word in args.words:
         if word not in vocab:
@@ -167,11 +189,12 @@ def main():
     print("\n余弦相似度          训练前   训练后")
     first, second = args.words
     others = [word for word in ("cars", "love", "i") if word not in args.words]
-    for a, b in [(first, second)] + [(first, other) for other in others]:
-        x, y = vocab[a], vocab[b]
-        print(f"  {a + ' - ' + b:16s} {cosine(before, x, y):7.2f}  {cosine(after, x, y):7.2f}")
+    for other in [second, *others]:
+        old = cosine(before, vocab[first], vocab[other])
+        new = cosine(after, vocab[first], vocab[other])
+        print(f"  {first + ' - ' + other:16s} {old:7.2f}  {new:7.2f}")
     top, a, b = max((cosine(after, a, b), a, b) for a, b in unrelated)
-    names = list(vocab)
+    names = list(vocab)  # 编号 → 词
     print(f"  不相关的词一共 {len(unrelated)} 对，训练后最高的是 {names[a]} - {names[b]}：{top:.2f}")
 
     with torch.no_grad():

@@ -41,9 +41,18 @@ DATA = [
     ("the movie is very bad", 0),
 ]
 for good, bad in zip(GOOD, BAD, strict=True):
-    DATA += [(f"it is {good}", 1), (f"it is {bad}", 0), (f"it is not {bad}", 1), (f"it is not {good}", 0)]
-DATA += [row for g in GOOD for b in BAD if (g, b) not in HELD_OUT for row in order_pair(g, b)]
-TEST_DATA = [row for pair in HELD_OUT for row in order_pair(*pair)]
+    DATA.append((f"it is {good}", 1))
+    DATA.append((f"it is {bad}", 0))
+    DATA.append((f"it is not {bad}", 1))
+    DATA.append((f"it is not {good}", 0))
+for good in GOOD:
+    for bad in BAD:
+        if (good, bad) not in HELD_OUT:
+            DATA += order_pair(good, bad)
+
+TEST_DATA = []
+for good, bad in HELD_OUT:
+    TEST_DATA += order_pair(good, bad)
 
 
 def build_vocab(data):
@@ -70,7 +79,8 @@ def encode(sentences, vocab):
             raise SystemExit(
                 f"错误：{sentence!r} 里的 {' '.join(unknown)} 没有学过。--text 可以用的词：{known}"
             )
-        rows.append([vocab[word] for word in words] + [PAD] * (MAX_LENGTH - len(words)))
+        padding = [PAD] * (MAX_LENGTH - len(words))
+        rows.append([vocab[word] for word in words] + padding)
     return torch.tensor(rows)  # (B, 6)
 
 
@@ -85,7 +95,8 @@ class RNNClassifier(nn.Module):
         self.output = nn.Linear(hidden, num_classes)
 
     def forward(self, ids):  # (B, T)
-        states, _ = self.rnn(self.embedding(ids))  # (B, T, 16)：每读一个词，一个状态
+        vectors = self.embedding(ids)  # (B, T, 8)
+        states, _ = self.rnn(vectors)  # (B, T, 16)：每读一个词，一个状态
         last = (ids != PAD).sum(1) - 1  # (B,)：最后一个真词的位置
         # <PAD> 都在右边，真词的状态在它之前就算完了，所以取出来的和没补过一样。
         return self.output(states[torch.arange(len(ids)), last])  # (B, 2)
@@ -113,7 +124,8 @@ class MeanPoolingClassifier(nn.Module):
 
     def forward(self, ids):  # (B, T)
         count = (ids != PAD).sum(1, keepdim=True)  # (B, 1)
-        return self.layers(self.embedding(ids).sum(1) / count)  # <PAD> 的向量是 0，加进去不变
+        total = self.embedding(ids).sum(1)  # (B, 8)：<PAD> 的向量是 0，加进去不变
+        return self.layers(total / count)  # (B, 2)
 
 
 # ---------- 3. 训练 ----------
@@ -139,22 +151,35 @@ def predict(model, ids):
         return torch.softmax(model(ids), dim=-1)
 
 
+# ---------- 5. 从头到尾 ----------
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse 自己报错是几行英文，换成一句中文
+        raise SystemExit(f"错误：参数不对（{message}）。加 --help 看全部参数。")
+
+
+def seed_number(text):
+    """--seed 后面的字 → 整数。"""
+    if not (text.isdecimal() and len(text) < 19):  # 再长 PyTorch 就装不下了
+        raise SystemExit(f"错误：--seed 要一个 0 以上的整数，现在是 {text!r}。")
+    return int(text)
+
+
 def main():
-    parser = argparse.ArgumentParser(description="RNN 文本分类")
-    parser.add_argument("--seed", default="0", help="随机种子")
+    parser = Parser(description="RNN 文本分类")
+    parser.add_argument("--seed", type=seed_number, default=0, help="随机种子")
     parser.add_argument("--text", action="append", help="要判断的英文句子，可以写多次")
     args = parser.parse_args()
-    if not (args.seed.isdecimal() and len(args.seed) < 19):
-        raise SystemExit(f"错误：--seed 要一个 0 以上的整数，现在是 {args.seed!r}。")
-    torch.manual_seed(int(args.seed))
+    torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # 张量太小，多线程光是互相等待就比计算还久
+
     vocab = build_vocab(DATA)
     ids = encode([sentence for sentence, _ in DATA], vocab)  # (N, 6)
     labels = torch.tensor([label for _, label in DATA])  # (N,)
     test_ids = encode([sentence for sentence, _ in TEST_DATA], vocab)  # (8, 6)
     test_labels = torch.tensor([label for _, label in TEST_DATA])
     text_ids = encode(args.text, vocab) if args.text else None  # 句子有问题，训练前就说
-    model, mean_model = RNNClassifier(len(vocab)), MeanPoolingClassifier(len(vocab))
+    model = RNNClassifier(len(vocab))
+    mean_model = MeanPoolingClassifier(len(vocab))
 
     print(f"要看的事：用词相同、词序不同的两句话，谁分得开？（种子 {args.seed}）")
     print(
@@ -167,7 +192,8 @@ def main():
     train(mean_model, ids, labels)
 
     print("\n没见过的词序对：正面的概率          答案   RNN     取平均")
-    rnn_probs, mean_probs = predict(model, test_ids), predict(mean_model, test_ids)  # 各 (8, 2)
+    rnn_probs = predict(model, test_ids)  # (8, 2)
+    mean_probs = predict(mean_model, test_ids)  # (8, 2)
     for i, (sentence, label) in enumerate(TEST_DATA):
         print(f"  {sentence:32s} {LABELS[label]}   {rnn_probs[i, 1]:.4f}  {mean_probs[i, 1]:.4f}")
     for name, probs in (("RNN", rnn_probs), ("取平均", mean_probs)):

@@ -121,15 +121,27 @@ def show_predictions(model, sentences, vocab):
         print(f"  {sentence!r:26s} → {label}  （正面 {probs[1]:.4f}，负面 {probs[0]:.4f}）")
 
 
+# ---------- 5. 从头到尾 ----------
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse 自己报错是几行英文，换成一句中文
+        raise SystemExit(f"错误：参数不对（{message}）。加 --help 看全部参数。")
+
+
+def seed_number(text):
+    """--seed 后面的字 → 整数。"""
+    if not (text.isdecimal() and len(text) < 19):  # 再长 PyTorch 就装不下了
+        raise SystemExit(f"错误：--seed 要一个 0 以上的整数，现在是 {text!r}。")
+    return int(text)
+
+
 def main():
-    parser = argparse.ArgumentParser(description="平均词向量做情感分类")
-    parser.add_argument("--seed", default="0", help="随机种子")
+    parser = Parser(description="平均词向量做情感分类")
+    parser.add_argument("--seed", type=seed_number, default=0, help="随机种子")
     parser.add_argument("--text", action="append", help="要判断的英文句子，可以写多次")
     args = parser.parse_args()
-    if not (args.seed.isdecimal() and len(args.seed) < 19):
-        raise SystemExit(f"错误：--seed 要一个 0 以上的整数，现在是 {args.seed!r}。")
-    torch.manual_seed(int(args.seed))
+    torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # 张量太小，多线程光是互相等待就比计算还久
+
     vocab = build_vocab(DATA)
     ids = encode([sentence for sentence, _ in DATA], vocab)  # (14, 5)
     labels = torch.tensor([label for _, label in DATA])  # (14,)

@@ -23,11 +23,13 @@ PAD = 0
 MAX_LENGTH = 8
 LABELS = ["负面", "正面"]
 
-# ---------- 1. 数据：和手写版一样，用两种句式拼出来；1 正面，0 负面 ----------
+# ---------- 1. 数据：和手写版一样，用两种句式拼出来，i love cats 和 this movie is good；1 正面，0 负面 ----------
 TEST_SENTENCES = ["i love this", "we dislike this food", "they hate dogs"]  # 不参加训练
+WHO = ["i", "we", "they"]
 VERBS = {"love": 1, "like": 1, "hate": 0, "dislike": 0}
+WHAT = ["cats", "dogs", "this movie", "this food"]
 ADJECTIVES = {"good": 1, "great": 1, "bad": 0, "boring": 0}
-WHO, WHAT = ["i", "we", "they"], ["cats", "dogs", "this movie", "this food"]
+
 DATA = [(f"{who} {verb} {what}", VERBS[verb]) for what in WHAT for verb in VERBS for who in WHO]
 DATA += [(f"{what} is {word}", ADJECTIVES[word]) for what in WHAT[2:] for word in ADJECTIVES]
 DATA = [row for row in DATA if row[0] not in TEST_SENTENCES]
@@ -46,15 +48,17 @@ def build_vocab(data):
 
 def encode(sentences, vocab):
     """一批句子 → 编号 (B, T)，短的在右边补 <PAD>。"""
-    known, rows = " ".join(list(vocab)[1:]), [sentence.lower().split() for sentence in sentences]
-    for words in rows:
+    known = " ".join(list(vocab)[1:])
+    rows = []
+    for sentence in sentences:
+        words = sentence.lower().split()
         if not 1 <= len(words) <= MAX_LENGTH:
             raise SystemExit(f"错误：--text 要 1 到 {MAX_LENGTH} 个词，现在有 {len(words)} 个：{words}")
         for word in words:
             if word not in vocab:
                 raise SystemExit(f"错误：--text 里的 {word!r} 没有学过。可以用的词：{known}")
-    tensors = [torch.tensor([vocab[word] for word in words]) for words in rows]
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=PAD)
+        rows.append(torch.tensor([vocab[word] for word in words]))
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
 
 
 # ---------- 2. 模型 ----------
@@ -67,8 +71,8 @@ class TransformerEncoderClassifier(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, dim)
         self.position = nn.Embedding(max_length, dim)
-        for table in (self.embedding, self.position):  # 从小的数开始，理由见手写版
-            nn.init.normal_(table.weight, std=0.1)
+        nn.init.normal_(self.embedding.weight, std=0.1)  # 从小的数开始，理由见手写版
+        nn.init.normal_(self.position.weight, std=0.1)
         # 不用 nn.TransformerEncoder：它把同一层复制几份，几层的初始权重一模一样。
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(dim, heads, dim_feedforward=4 * dim, dropout=dropout, batch_first=True)
@@ -77,31 +81,43 @@ class TransformerEncoderClassifier(nn.Module):
         self.output = nn.Linear(dim, num_classes)
 
     def embed(self, ids):  # (B, T)
-        return self.embedding(ids) + self.position.weight[: ids.shape[1]]  # (B, T, C) + (T, C)
+        words = self.embedding(ids)  # (B, T, C)
+        places = self.position.weight[: ids.shape[1]]  # (T, C)：每句都加同样的
+        return words + places
 
-    def forward(self, ids):
+    def forward(self, ids):  # (B, T)
         x = self.embed(ids)  # (B, T, C)
         for layer in self.layers:
             # 注意方向：PyTorch 的 mask 里 True 是“不许看”，和手写版相反。
             x = layer(x, src_key_padding_mask=ids == PAD)  # (B, T, C)
-        return self.output(x[:, 0])  # (B, 2)
+        first = x[:, 0]  # (B, C)：第一个位置代表整句
+        return self.output(first)  # (B, 2)
 
 
 def layer_by_hand(layer, x, padding):
     """nn.TransformerEncoderLayer 做的全部事情。x (B, T, C)，padding (B, T)：<PAD> 是 True。返回每一步的结果。"""
-    attention, (batch, length, dim) = layer.self_attn, x.shape
+    attention = layer.self_attn
     heads = attention.num_heads
+    batch, length, dim = x.shape
+    size = dim // heads  # 每个头分到几维
     # 三个 C→C 的线性层叠成一个 C→3C，算完再切开。
-    q, k, v = nn.functional.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
+    qkv = nn.functional.linear(x, attention.in_proj_weight, attention.in_proj_bias)  # (B, T, 3C)
+    q, k, v = qkv.chunk(3, dim=-1)  # 各 (B, T, C)
     # (B, T, C) → (B, nh, T, C/nh)：每个头只看自己那一份维度
-    q, k, v = (t.view(batch, length, heads, dim // heads).transpose(1, 2) for t in (q, k, v))
-    scores = q @ k.transpose(2, 3) / (dim // heads) ** 0.5  # (B, nh, T, T)
-    weights = torch.softmax(scores.masked_fill(padding[:, None, None], float("-inf")), dim=-1)
-    joined = (weights @ v).transpose(1, 2).reshape(batch, length, dim)  # (B, T, C)：各头拼回来
+    q = q.view(batch, length, heads, size).transpose(1, 2)
+    k = k.view(batch, length, heads, size).transpose(1, 2)
+    v = v.view(batch, length, heads, size).transpose(1, 2)
+
+    scores = q @ k.transpose(2, 3) / size**0.5  # (B, nh, T, T)
+    scores = scores.masked_fill(padding[:, None, None], float("-inf"))  # padding 变成 (B, 1, 1, T)
+    weights = torch.softmax(scores, dim=-1)  # (B, nh, T, T)
+    mixed = weights @ v  # (B, nh, T, C/nh)
+    joined = mixed.transpose(1, 2).reshape(batch, length, dim)  # (B, T, C)：各头拼回来
     attended = attention.out_proj(joined)
-    after_attention = layer.norm1(x + attended)
-    feed_forward = layer.linear2(torch.relu(layer.linear1(after_attention)))
-    return weights, attended, after_attention, layer.norm2(after_attention + feed_forward)
+
+    normed = layer.norm1(x + attended)
+    feed_forward = layer.linear2(torch.relu(layer.linear1(normed)))
+    return weights, attended, normed, layer.norm2(normed + feed_forward)
 
 
 # ---------- 3. 训练 ----------
@@ -145,21 +161,33 @@ def print_comparison(model, ids):
             rows.append((by_hand, x, "LayerNorm(x + FFN)", "TransformerEncoderLayer"))
             for ours, theirs, name, module in rows:
                 gap = (ours - theirs).abs()
-                gap = gap.transpose(1, 2) if gap.dim() == 4 else gap  # 换成 (B, T, ...)，才好挑出真词
-                print(
-                    f"  {number}   {tuple(ours.shape)!s:15s} {gap[~padding].max():.1e}    {name:26s}{module}"
-                )
+                if gap.dim() == 4:
+                    gap = gap.transpose(1, 2)  # (B, nh, T, T) → (B, T, nh, T)，才好挑出真词
+                shape = str(tuple(ours.shape))
+                print(f"  {number}   {shape:15s} {gap[~padding].max():.1e}    {name:26s}{module}")
+
+
+# ---------- 5. 从头到尾 ----------
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse 自己报错是几行英文，换成一句中文
+        raise SystemExit(f"错误：参数不对（{message}）。加 --help 看全部参数。")
+
+
+def seed_number(text):
+    """--seed 后面的字 → 整数。"""
+    if not (text.isdecimal() and len(text) < 19):  # 再长 PyTorch 就装不下了
+        raise SystemExit(f"错误：--seed 要一个 0 以上的整数，现在是 {text!r}。")
+    return int(text)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="用 nn.TransformerEncoderLayer 做情感分类")
-    parser.add_argument("--seed", default="0", help="随机种子")
+    parser = Parser(description="用 nn.TransformerEncoderLayer 做情感分类")
+    parser.add_argument("--seed", type=seed_number, default=0, help="随机种子")
     parser.add_argument("--text", action="append", help="要判断的英文句子，可以写多次")
     args = parser.parse_args()
-    if not (args.seed.isdecimal() and len(args.seed) < 19):
-        raise SystemExit(f"错误：--seed 要一个 0 以上的整数，现在是 {args.seed!r}。")
-    torch.manual_seed(int(args.seed))
+    torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # 张量太小，多线程光是互相等待就比计算还久
+
     vocab = build_vocab(DATA)
     ids = encode([sentence for sentence, _ in DATA], vocab)  # (54, 4)
     labels = torch.tensor([label for _, label in DATA])  # (54,)
@@ -173,7 +201,8 @@ def main():
     )
     print("\n训练 50 轮（瞎猜的 loss 是 ln 2 = 0.6931）")
     train(model, ids, labels)
-    print(f"训练集正确率 {(predict(model, ids).argmax(-1) == labels).float().mean():.0%}")
+    accuracy = (predict(model, ids).argmax(-1) == labels).float().mean()
+    print(f"训练集正确率 {accuracy:.0%}")
 
     print("\n预测" + ("" if args.text else "（三句都不在训练数据里）"))
     for sentence, (bad, good) in zip(sentences, predict(model, test_ids).tolist(), strict=True):
@@ -183,11 +212,13 @@ def main():
     print_comparison(model, test_ids)
 
     print(f"\n同一句 {sentences[0]!r} 连问三次，正面的得分")
-    for name, mode in (("train()：dropout 开着", model.train), ("eval() ：dropout 关了", model.eval)):
-        mode()
-        with torch.no_grad():
-            scores = [model(test_ids)[0, 1].item() for _ in range(3)]
-        print(f"  {name}   " + "  ".join(f"{score:.4f}" for score in scores))
+    with torch.no_grad():
+        model.train()
+        scores = [model(test_ids)[0, 1].item() for _ in range(3)]
+        print("  train()：dropout 开着   " + "  ".join(f"{score:.4f}" for score in scores))
+        model.eval()
+        scores = [model(test_ids)[0, 1].item() for _ in range(3)]
+        print("  eval() ：dropout 关了   " + "  ".join(f"{score:.4f}" for score in scores))
 
 
 if __name__ == "__main__":

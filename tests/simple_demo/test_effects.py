@@ -2,7 +2,9 @@
 
 import ast
 import inspect
+import io
 import sys
+import tokenize
 from pathlib import Path
 
 import minimal_word_embedding_train as words
@@ -164,11 +166,39 @@ def test_architecture_and_epochs_are_the_promised_ones(name):
         assert script.encode(["it is good"], vocab).shape == (1, 6)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_stand_alone_and_stay_short(name):
-    source = Path(SCRIPTS[name].__file__).read_text(encoding="utf-8")
-    assert 80 <= len(source.splitlines()) <= 200
+FOLDER = Path(hand.__file__).parent
+FILES = sorted(path.name for path in FOLDER.glob("*.py"))
+
+
+def imported(source):
     nodes = list(ast.walk(ast.parse(source)))
     modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert {m.split(".")[0] for m in modules} - sys.stdlib_module_names <= {"torch", "matplotlib"}
+    return {module.split(".")[0] for module in modules} - sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_stand_alone_and_stay_short(name):
+    source = Path(SCRIPTS[name].__file__).read_text(encoding="utf-8")
+    lines = [line.strip() for line in source.splitlines()]
+    # 空行和单独一行的注释不算：那是透气的地方，不该为了行数省掉。
+    assert 80 <= len([line for line in lines if line and not line.startswith("#")]) <= 200
+    assert imported(source) <= {"torch", "matplotlib"}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_nothing_is_imported_from_the_rest_of_the_repository(file):
+    ours = {Path(name).stem for name in FILES}
+    libraries = {"torch", "matplotlib", "sklearn", "snownlp"}
+    assert imported((FOLDER / file).read_text(encoding="utf-8")) <= libraries | ours
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_one_statement_a_line(file):
+    source = (FOLDER / file).read_text(encoding="utf-8")
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        assert token.string != ";" or token.type != tokenize.OP, token.line
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+            # a, b = x, y 是两句话；a, b = f(x) 是一句
+            assert not any(isinstance(target, ast.Tuple) for target in node.targets), ast.unparse(node)

@@ -146,15 +146,31 @@ def test_bad_seed(script, seed, monkeypatch):
     assert f"--seed 要一个 0 以上的整数，现在是 {seed!r}" in error_of(script, monkeypatch, "--seed", seed)
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
+def test_seed_is_an_integer(script):
+    assert script.seed_number("3") == 3 and script.seed_number("9" * 18) == 10**18 - 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
+@pytest.mark.parametrize("arguments", [["--seed"], ["--sed3", "3"], ["--seed", "-x"], ["3"]])
+def test_argparse_speaks_chinese_too(script, arguments, monkeypatch):
+    assert "参数不对" in error_of(script, monkeypatch, *arguments)
+
+
+def test_one_word_is_not_a_pair(monkeypatch):
+    assert "参数不对" in error_of(words, monkeypatch, "--words", "cats")
+
+
 def test_unknown_word_for_the_embedding(monkeypatch):
     message = error_of(words, monkeypatch, "--words", "cats", "zebra")
     assert "'zebra' 不在词表里" in message and "dogs" in message
 
 
 def test_what_the_reader_sees_of_an_error(folder):
-    done = run(folder, "rnn_text_classifier.py", "--text", "zebra is good")
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("错误：") and "Traceback" not in done.stderr
+    for arguments in (["--text", "zebra is good"], ["--sed3", "3"]):
+        done = run(folder, "rnn_text_classifier.py", *arguments)
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr.startswith("错误：") and done.stderr.count("\n") == 1
 
 
 def test_capital_letters_are_fine(monkeypatch, capsys):
