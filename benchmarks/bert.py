@@ -59,13 +59,14 @@ def train_once(name: str, args, folder: str, n_rows: int) -> float:
         TrainingArguments,
     )
 
+    from nlp_common.base.device import precision_flags
     from nlp_common.base.runs import RunFolder
     from nlp_common.lm.classifier import attention, encode
     from nlp_common.tiny.bert import character_tokenizer
-    from nlp_common.train.bert import BertRun, training_kwargs
-    from nlp_common.train.trainer import BucketTrainer
+    from nlp_common.train.stage import Stage
+    from nlp_common.train.trainer import BucketTrainer, trainer_arguments
 
-    settings = script.SentimentSettings(**script.PRESETS["tiny"], warmup_steps=0.1, weight_decay=0.01)
+    settings = script.SentimentSettings(**script.SentimentSettings.COMMON | script.PRESETS["tiny"])
     settings.dataset, settings.num_train_epochs = args.dataset, 1.0
     texts = script.load_data(settings)[0]["train"][: args.rows]
     tokenizer = character_tokenizer([row["text"] for row in texts])
@@ -82,7 +83,8 @@ def train_once(name: str, args, folder: str, n_rows: int) -> float:
     )
     if name == "ours":
         model.set_attn_implementation(attention())
-        kwargs = training_kwargs(BertRun(RunFolder(Path(folder) / "run"), settings, {}))
+        stage = Stage("sentiment", settings, RunFolder(Path(folder) / "run"), {}, {})
+        kwargs = trainer_arguments(stage, **precision_flags(stage.device, settings.bf16, cpu_bf16=True))
     else:  # Trainer 的默认设置，只写明同样的批大小与学习率
         kwargs = {
             "output_dir": folder,

@@ -1,7 +1,11 @@
-"""一块 GPU 上的速度：Qwen1.5-0.5B 的尺寸、随机权重，我们的各阶段对 TRL 的 SFTTrainer 与 DPOTrainer，同样的行、同一次运行。
+"""一块 GPU 上的速度：Qwen1.5-0.5B 的尺寸、随机权重，我们的训练循环对库自带的训练器，同样的行、同一次运行。
 
-每行打印一个 JSON：每秒 token 数（不算填充）、每秒行数、显存峰值、MFU；PPO 是每秒回答数。最后是一张 Markdown 表。
-我们的一边用各脚本自己的训练器与 ppo_step；TRL 一边是它的默认设置（重算激活），和关掉重算激活的设置。
+每行打印一个 JSON：每秒 token 数（不算填充）、每秒行数、显存峰值、MFU；PPO 是每秒回答数。最后是一张 Markdown 表。哪一边：
+
+- ours：我们的循环（``train_loop``），损失、拼批与各脚本里的相同；PPO 是 ``ppo_step``；
+- library：各脚本的 ``--trainer library``，预训练是 transformers 的 Trainer，SFT、DPO 是 TRL 的，模型与 ours 的相同；
+- trl_default、trl_no_checkpointing：同样的 TRL 训练器，模型是原样的（没有装 nlp_common/fast），DPO 没有 SFT 项；
+  前者照它的默认重算激活，后者关掉。
 
 MFU（model FLOP utilisation）= 这个模型必须做的浮点运算 ÷ 秒数 ÷ 设备的峰值。宽 H、L 层、注意力宽 A、键值宽 K、MLP 宽 I、
 词表 V，一行 T 个 token、其中 C 个要算损失，前向是
@@ -10,7 +14,7 @@ MFU（model FLOP utilisation）= 这个模型必须做的浮点运算 ÷ 秒数 
 
 依次是 k、v，再是 q 与输出投影、MLP、注意力（每个 query 对满 T 列算，不因因果而减半；最后一层只有 C 列用得着），LM head。训练是前向的
 3 倍；DPO 的两条再加参考模型的一次前向，共 4 倍。填充、重算激活都不算必须做的，所以它们只会压低 MFU。
-DPO 的秒数，我们的一边加上训练前算参考对数概率的时间（TRL 边训练边算）。峰值是各卡公布的 bf16 稠密算力（T4、V100 是
+DPO 的秒数，ours 加上训练前算参考对数概率的时间（TRL 边训练边算）。峰值是各卡公布的 bf16 稠密算力（T4、V100 是
 fp16），不在表里的卡用 --peak_tflops 给。
 
     python benchmarks/gpu.py                          # 一块 24 GB 以上的 CUDA 卡
@@ -29,45 +33,50 @@ import random
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
+from unittest import mock
 
 QWEN = Path(__file__).resolve().parent.parent / "qwen_chinese_finetune"
 sys.path.insert(0, str(QWEN))  # 基准不在脚本的文件夹里，要自己找到 chain.py 等
 
-from nlp_common.base.cli import UserError, run_main  # noqa: E402
+from nlp_common.base.cli import run_main  # noqa: E402
 
 import sft_chinese_qwen as sft  # noqa: E402
 import torch  # noqa: E402
-import trl  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from datasets import Dataset  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    PrinterCallback,
-    TrainerCallback,
-    TrainingArguments,
 )
 
 import dpo_chinese_qwen as dpo  # noqa: E402
 import ppo_alignment as ppo  # noqa: E402
-import pretrain_chinese  # noqa: E402
+import pretrain_chinese as pretrain  # noqa: E402
 from nlp_common.base.device import describe, peak_gpu_memory_mb, pick_device, precision  # noqa: E402
+from nlp_common.base.errors import UserError  # noqa: E402
+from nlp_common.base.runs import RunFolder  # noqa: E402
 from nlp_common.lm.chatml import prompt_ids  # noqa: E402
-from nlp_common.lm.loading import end_chat_turns, load_tokenizer  # noqa: E402
+from nlp_common.lm.loading import end_chat_turns, load_tokenizer, make_fast  # noqa: E402
 from nlp_common.lm.losses import IGNORE  # noqa: E402
 from nlp_common.lm.packing import collate_blocks, pack_documents  # noqa: E402
-from nlp_common.lm.pairs import collate_pairs, pair_length  # noqa: E402
+from nlp_common.lm.pairs import count_pairs, pair_length, pair_tokens  # noqa: E402
 from nlp_common.tiny import qwen, world  # noqa: E402
 from nlp_common.train.dry_run_qwen import qwen_0_5b  # noqa: E402
-from nlp_common.train.stage import COMMON  # noqa: E402
-from nlp_common.train.trainer_qwen import training_kwargs  # noqa: E402
+from nlp_common.train.loop import make_optimizer, train_loop  # noqa: E402
+from nlp_common.train.setup import make_accelerator  # noqa: E402
+from nlp_common.train.stage import Stage, StageSettings  # noqa: E402
+from nlp_common.train.trainer import run_library  # noqa: E402
 
-STAGES = ("pretrain", "sft", "dpo", "ppo")
-TRL_SIDES = {"trl_default": True, "trl_no_checkpointing": False}  # 值：用不用它的默认（重算激活）
+SCRIPTS = {"pretrain": pretrain, "sft": sft, "dpo": dpo}
+TRL_SIDES = ("trl_default", "trl_no_checkpointing")
+SIDES = {
+    "pretrain": ("ours", "library"),
+    "sft": ("ours", "library", *TRL_SIDES),
+    "dpo": ("ours", "library", *TRL_SIDES),
+    "ppo": ("ours",),
+}
 SIZES = {"length": 512, "batch": 8, "steps": 10, "warmup": 3, "new_tokens": 128, "micro_batch": 4}
 TINY = {"length": 32, "batch": 2, "steps": 2, "warmup": 1, "new_tokens": 8, "micro_batch": 2}
 # 公布的稠密算力（TFLOP/s）；从上往下，名字里含有它的第一个
@@ -153,7 +162,7 @@ def text_rows(stage: str, n: int, args, tokenizer) -> list:
     """小世界的行，用真的分词器与各脚本自己的编码。"""
     if stage == "pretrain":
         documents = world.documents(n * max(2, args.length // 20), seed=0)
-        rows = pack_documents(pretrain_chinese.encode_documents(tokenizer, documents), args.length)
+        rows = pack_documents(pretrain.encode_documents(tokenizer, documents), args.length)
     elif stage == "ppo":
         rows = [prompt_ids(tokenizer, q["messages"]) for q in world.questions(n, seed=0)]
     elif stage == "sft":
@@ -170,7 +179,7 @@ def text_rows(stage: str, n: int, args, tokenizer) -> list:
 
 
 def make_rows(stage: str, args, config, tokenizer) -> list:
-    n = args.batch * (args.warmup + args.steps)
+    n = args.batch * (args.warmup + args.steps + 1)  # 最后一步只为看清前一步何时结束
     if args.tokenizer:
         return text_rows(stage, n, args, tokenizer)
     return random_rows(stage, n, args, config.vocab_size)
@@ -179,14 +188,20 @@ def make_rows(stage: str, args, config, tokenizer) -> list:
 # ---------------------------------------------------------------- 3. 训练：预训练、SFT、DPO
 
 
-class Clock(TrainerCallback):
-    """每步结束的时刻；先等加速器算完。"""
+class Clock:
+    """每步前向开始的时刻（先等加速器算完），和各批的行：第 k 步从 ticks[k] 到 ticks[k+1]，用的是 batches[k]。"""
 
-    def __init__(self, device: torch.device):
-        self.device, self.ticks = device, []
+    def __init__(self, model: torch.nn.Module, device: torch.device):
+        self.device, self.ticks, self.batches = device, [], []
+        model.register_forward_pre_hook(self.tick)
 
-    def on_step_end(self, *_, **__):
+    def tick(self, *_) -> None:
         self.ticks.append(now(self.device))
+
+    def collate(self, inner, rows: list):
+        """inner(rows)，并记下这一批的行。"""
+        self.batches.append(rows)
+        return inner(rows)
 
 
 def now(device: torch.device) -> float:
@@ -205,92 +220,97 @@ def new_model(auto_class, config, tokenizer, device, **changes):
         return auto_class.from_config(config, dtype=torch.float32)
 
 
-class TokenizedDPOTrainer(trl.DPOTrainer):
-    """TRL 的 DPOTrainer，只是行已经分好词：两边用一模一样的 token。"""
-
-    def _prepare_dataset(self, dataset, *_):
-        return dataset
-
-
-def make_trainer(stage: str, side: str, rows: list, model, tokenizer, args, folder: str):
-    """→ (训练器, 训练前算参考对数概率的秒数)。"""
-    device, pad_id = model.device, tokenizer.pad_token_id
-    changes = {"per_device_train_batch_size": args.batch, "learning_rate": 1e-6, "seed": 0}
-    settings = SimpleNamespace(**COMMON | changes | {"save_steps": 10**9})
-    kwargs = training_kwargs(
-        SimpleNamespace(settings=settings, device=device, folder=SimpleNamespace(checkpoints=folder))
-    )
-    common = {"model": model, "processing_class": tokenizer}
-    if TRL_SIDES.get(side):
-        kwargs = {k: v for k, v in kwargs.items() if not k.endswith("_checkpointing")}
-    if stage == "sft" and side != "ours":
-        return trl.SFTTrainer(
-            **common, args=trl.SFTConfig(**kwargs, max_length=None), train_dataset=Dataset.from_list(rows)
-        ), 0.0
+def make_settings(stage: str, side: str, args) -> StageSettings:
+    """脚本的设置，用 full 预设的 β 与 SFT 权重；TRL 的两行没有 SFT 项，也就是它的默认损失。"""
+    values = StageSettings.COMMON | {
+        "max_length": args.length,
+        "per_device_train_batch_size": args.batch,
+        "learning_rate": 1e-6,
+        "save_steps": 10**9,
+        "gradient_checkpointing": side == "trl_default",
+    }
+    if stage == "sft":
+        return sft.SFTSettings(**values)
     if stage == "dpo":
-        common["ref_model"] = copy.deepcopy(model)
-        if side != "ours":
-            config = trl.DPOConfig(**kwargs, max_length=None)
-            return TokenizedDPOTrainer(**common, args=config, train_dataset=Dataset.from_list(rows)), 0.0
-        dpo.logps_of(common["ref_model"], rows[: args.batch], pad_id, args.batch)  # 热身
-        started = now(device)
-        logps = dpo.logps_of(common["ref_model"], rows, pad_id, args.batch)
-        seconds = now(device) - started
-        rows = [
-            row | {"ref_chosen": a, "ref_rejected": b}
-            for row, (a, b) in zip(rows, logps.tolist(), strict=True)
-        ]
+        full = dpo.PRESETS["full"]
+        weight = 0.0 if side in TRL_SIDES else full["sft_weight"]
+        return dpo.DPOSettings(**values, beta=full["beta"], sft_weight=weight)
+    return StageSettings(**values)
 
-        def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
-            refs = [row["ref_chosen"] for row in batch] + [row["ref_rejected"] for row in batch]
-            return collate_pairs(batch, pad_id) | {"ref_logps": torch.tensor(refs)}
 
-        config = trl.DPOConfig(**kwargs, max_length=None, beta=dpo.PRESETS["full"]["beta"])
-        trainer = dpo.PairDPOTrainer(
-            **common, args=config, train_dataset=Dataset.from_list(rows), data_collator=collate
-        )
-        trainer.sft_weight = dpo.PRESETS["full"]["sft_weight"]
-        trainer.row_lengths = [pair_length(row) for row in rows]
-        return trainer, seconds
-    common["args"] = TrainingArguments(**kwargs)
+def train_ours(stage: str, run: Stage, model, reference, rows: list, tokenizer, clock: Clock) -> float:
+    """我们的循环，调用与各脚本的 train 里的相同。→ 训练前算参考对数概率的秒数。"""
+    pad_id, size = tokenizer.pad_token_id, run.settings.per_device_train_batch_size
     if stage == "pretrain":
-        return pretrain_chinese.PretrainTrainer(
-            **common,
-            train_dataset=pretrain_chinese.Blocks(rows),
-            data_collator=lambda batch: collate_blocks(batch, args.length, pad_id),
-        ), 0.0
-    trainer = sft.SFTTrainer(
-        **common, train_dataset=rows, data_collator=lambda batch: sft.collate(batch, pad_id)
-    )
-    trainer.row_lengths = [len(row["input_ids"]) for row in rows]
-    return trainer, 0.0
+        pad = partial(
+            clock.collate, partial(collate_blocks, block_size=run.settings.max_length, pad_id=pad_id)
+        )
+        tokens = [sum(map(len, block)) for block in rows]
+        train_loop(run, stage, model, rows, pad, pretrain.causal_lm_loss, tokens)
+        return 0.0
+    if stage == "sft":
+        pad = partial(clock.collate, partial(sft.collate, pad_id=pad_id))
+        lengths = [sft.chat_length(row) for row in rows]
+        train_loop(run, stage, model, rows, pad, sft.answer_loss, tokens=lengths, lengths=lengths)
+        return 0.0
+    dpo.logps_of(reference, rows[:size], pad_id, size)  # 热身
+    started = now(clock.device)
+    logps = dpo.logps_of(reference, rows, pad_id, size).tolist()
+    seconds = now(clock.device) - started
+    for row, (chosen, rejected) in zip(rows, logps, strict=True):
+        row["ref_chosen"], row["ref_rejected"] = chosen, rejected
+    pad = partial(clock.collate, partial(dpo.collate, pad_id=pad_id))
+    loss = partial(dpo.pair_loss, beta=run.settings.beta, sft_weight=run.settings.sft_weight)
+    lengths, tokens = [pair_length(row) for row in rows], [pair_tokens(row) for row in rows]
+    train_loop(run, stage, model, rows, pad, loss, tokens, lengths=lengths, count=count_pairs)
+    return seconds
+
+
+def train_library(stage: str, run: Stage, model, reference, rows: list, tokenizer, clock: Clock) -> None:
+    """各脚本的 --trainer library：训练器由脚本来建，这里只在开始训练前装上计时用的拼批。"""
+
+    def watched(trainer, *rest):
+        trainer.data_collator = partial(clock.collate, trainer.data_collator)
+        trainer.args.save_strategy = "no"  # 不然最后一步要存一个检查点，好几 GB
+        return run_library(trainer, *rest)
+
+    with mock.patch.object(SCRIPTS[stage], "run_library", watched):
+        if stage == "pretrain":
+            pad = partial(collate_blocks, block_size=run.settings.max_length, pad_id=tokenizer.pad_token_id)
+            pretrain.train_with_transformers(run, model, rows, pad, [sum(map(len, block)) for block in rows])
+        elif stage == "sft":
+            sft.train_with_trl(run, model, tokenizer, rows, [sft.chat_length(row) for row in rows])
+        else:
+            tokens = [pair_tokens(row) for row in rows]
+            dpo.train_with_trl(run, model, reference, tokenizer, rows, tokens)
 
 
 def train_row(stage: str, side: str, config, tokenizer, args, device, peak) -> dict:
-    """训练 warmup + steps 步，只计后 steps 步。"""
+    """训练 warmup + steps + 1 步，只计热身之后的 steps 步。"""
     rows = make_rows(stage, args, config, tokenizer)
     model = new_model(AutoModelForCausalLM, config, tokenizer, device)
     end_chat_turns(model, tokenizer)
+    if side not in TRL_SIDES:
+        make_fast(model)  # 脚本载入模型时装的
+    reference = copy.deepcopy(model) if stage == "dpo" else None
+    clock, reference_s = Clock(model, device), 0.0
     with tempfile.TemporaryDirectory() as folder:
-        trainer, reference_s = make_trainer(stage, side, rows, model, tokenizer, args, folder)
-        batches, collate, clock = [], trainer.data_collator, Clock(device)
-
-        def count(batch):  # 按步记下这一批的 token 数与必须做的运算
-            tokens = sum(n for row in batch for n, _ in sequences_of(stage, row))
-            batches.append((tokens, sum(row_flops(stage, config, row) for row in batch)))
-            return collate(batch)
-
-        trainer.data_collator = count
-        trainer.add_callback(clock)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    timed = batches[args.warmup : args.warmup + args.steps]
-    share = args.steps / (args.warmup + args.steps)
-    seconds = clock.ticks[-1] - clock.ticks[args.warmup - 1] + reference_s * share
-    tflops = sum(flops for _, flops in timed) / seconds / 1e12
+        run = Stage(stage, make_settings(stage, side, args), RunFolder(Path(folder) / stage), {}, {})
+        if side == "ours":
+            reference_s = train_ours(stage, run, model, reference, rows, tokenizer, clock)
+        else:
+            train_library(stage, run, model, reference, rows, tokenizer, clock)
+    total = args.warmup + args.steps + 1
+    if len(clock.ticks) != total:
+        raise RuntimeError(f"{stage} {side} 走了 {total} 步，前向却有 {len(clock.ticks)} 次：计时不准。")
+    last = args.warmup + args.steps
+    seconds = clock.ticks[last] - clock.ticks[args.warmup] + reference_s * args.steps / total
+    timed = [row for batch in clock.batches[args.warmup : last] for row in batch]
+    tokens = sum(n for row in timed for n, _ in sequences_of(stage, row))
+    tflops = sum(row_flops(stage, config, row) for row in timed) / seconds / 1e12
     return {
-        "tokens_per_s": round(sum(tokens for tokens, _ in timed) / seconds, 1),
-        "rows_per_s": round(args.batch * args.steps / seconds, 2),
+        "tokens_per_s": round(tokens / seconds, 1),
+        "rows_per_s": round(len(timed) / seconds, 2),
         "step_s": round(seconds / args.steps, 5),
         "model_tflops": tflops,
         "mfu": tflops / peak if peak else None,
@@ -302,21 +322,19 @@ def train_row(stage: str, side: str, config, tokenizer, args, device, peak) -> d
 
 def ppo_row(config, tokenizer, args, device) -> dict:
     """每轮采样一批、更新四遍；第 warmup 轮之后的中位数。"""
-    end_chat_turns(policy := new_model(AutoModelForCausalLM, config, tokenizer, device), tokenizer)
     heads = {"num_labels": 1, "classifier_dropout": 0.0}
-    value = new_model(AutoModelForTokenClassification, config, tokenizer, device, **heads)
-    reward = new_model(AutoModelForSequenceClassification, config, tokenizer, device, **heads)
+    policy = make_fast(new_model(AutoModelForCausalLM, config, tokenizer, device))
+    value = make_fast(new_model(AutoModelForTokenClassification, config, tokenizer, device, **heads))
+    reward = make_fast(new_model(AutoModelForSequenceClassification, config, tokenizer, device, **heads))
+    end_chat_turns(policy, tokenizer)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(p := precision(device), p))
-    optimizers = {
-        name: accelerator.prepare(torch.optim.AdamW(model.parameters(), 1e-6, fused=True))
-        for name, model in (("policy", policy), ("value", value))
-    }
-    policy, value = accelerator.prepare(policy, value)
+    changes = {"max_new_tokens": args.new_tokens, "micro_batch_size": args.micro_batch, "learning_rate": 1e-6}
+    settings = ppo.PPOSettings(**StageSettings.COMMON | changes)
+    accelerator = make_accelerator(device, settings)
+    on_policy, on_value = make_optimizer(policy, settings), make_optimizer(value, settings)
+    policy, value, on_policy, on_value = accelerator.prepare(policy, value, on_policy, on_value)
+    optimizers = {"policy": on_policy, "value": on_value}
     models = ppo.Models(policy, value, reference, reward.eval().requires_grad_(False), 0.0, 1.0)
-    settings = ppo.PPOSettings(
-        max_new_tokens=args.new_tokens, micro_batch_size=args.micro_batch, max_grad_norm=1.0
-    )
     rows, parts, seconds = make_rows("ppo", args, config, tokenizer), [], []
     for step in range(args.warmup + args.steps):
         prompts = rows[step * args.batch : (step + 1) * args.batch]
@@ -372,7 +390,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--stages", nargs="+", default=list(SIDES), choices=list(SIDES))
     parser.add_argument("--tokenizer", help="分词器文件夹（Qwen 一类，词表不超过 151,936）")
     parser.add_argument("--peak_tflops", type=float, help="设备的峰值；表里有的卡不必给")
     parser.add_argument("--tiny", action="store_true", help="两层的小模型、很短的行，CPU 上几秒")
@@ -421,7 +439,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         print("不知道这台设备的峰值，MFU 不算；用 --peak_tflops 给出。", file=sys.stderr)
     rows = []
     for stage in args.stages:
-        for side in ("ours", *(TRL_SIDES if stage in ("sft", "dpo") else ())):
+        for side in SIDES[stage]:
             rows.append(measure(stage, side, config, tokenizer, args, device, peak))
             print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
     print("\n" + markdown(rows))

@@ -1,9 +1,15 @@
 """各训练阶段的速度：同样的行、同样的模型、同样的批大小，我们的脚本对 TRL 的训练器。
 
-每个阶段打印一行 JSON：每秒行数（SFT 是对话，奖励模型与 DPO 是偏好对）、TRL 默认设置与关掉梯度检查点的设置、
-以及对其中较快者的倍数。各跑一个进程，一个跑完再跑下一个：两个 torch 程序同时算，会互相拖慢几十倍。
+每个阶段打印一行 JSON，都是每秒行数（SFT 是对话，奖励模型与 DPO 是偏好对）：
 
-    python benchmarks/stages.py                    # 三个阶段，约 5 分钟
+- rows_per_s、tokens_per_s：读者运行的那个脚本，看得见的训练循环；
+- library：同一个脚本加 ``--trainer library``，训练器换成 TRL 的，模型、分好词的行都不变；
+- trl_default、trl_no_checkpointing：不用我们的脚本，TRL 自己载入模型、自己分词，默认的设置与关掉梯度检查点的设置；
+- ratio：rows_per_s 是这两个 TRL 里较快者的几倍。
+
+各跑一个进程，一个跑完再跑下一个：两个 torch 程序同时算，会互相拖慢几十倍。
+
+    python benchmarks/stages.py                    # 三个阶段，约 6 分钟
     python benchmarks/stages.py --stages dpo       # 只测 DPO
     python benchmarks/stages.py --model DIR --chats chats.jsonl --pairs pairs.jsonl
 """
@@ -33,7 +39,7 @@ def prepare(folder: Path, args) -> tuple[str, dict[str, str]]:
     if not args.model:
         qwen.save_tiny_base(Path(model), seed=0)
     files = {"chats": args.chats, "pairs": args.pairs}
-    for kind, rows in (("chats", world.chats(3000, seed=0)), ("pairs", world.pairs(2000, seed=0))):
+    for kind, rows in (("chats", world.chats(2400, seed=0)), ("pairs", world.pairs(1500, seed=0))):
         if not files[kind]:
             files[kind] = str(folder / f"{kind}.jsonl")
             text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
@@ -41,14 +47,16 @@ def prepare(folder: Path, args) -> tuple[str, dict[str, str]]:
     return model, {"sft": files["chats"], "reward": files["pairs"], "dpo": files["pairs"]}
 
 
-def ours(stage: str, model: str, data: str, folder: Path) -> dict:
-    """运行读者运行的那个脚本，从 run.json 里读速度。"""
-    out = folder / f"ours-{stage}"
-    command = [sys.executable, str(QWEN / SCRIPTS[stage]), "--preset", "tiny"]
+def ours(stage: str, trainer: str, model: str, data: str, folder: Path) -> dict:
+    """运行读者运行的那个脚本，从 run.json 里读速度。trainer 是 loop 或 library。"""
+    out = folder / f"{trainer}-{stage}"
+    command = [sys.executable, str(QWEN / SCRIPTS[stage]), "--preset", "tiny", "--trainer", trainer]
     command += ["--model", model, "--dataset", data]
     command += ["--output_dir", str(out), "--per_device_train_batch_size", str(BATCH), "--max_length", "1024"]
     command += ["--max_train_samples", "100000", "--max_eval_samples", "16", "--num_train_epochs", "1"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{SCRIPTS[stage]} --trainer {trainer} 没有跑完：\n{done.stderr[-2000:]}")
     return json.loads((out / "run.json").read_text(encoding="utf-8"))["metrics"]
 
 
@@ -103,8 +111,8 @@ def main() -> None:
     )
     parser.add_argument("--stages", nargs="+", default=list(SCRIPTS), choices=list(SCRIPTS))
     parser.add_argument("--model", help="模型文件夹；默认是没训练过的小模型")
-    parser.add_argument("--chats", help="SFT 的行（jsonl）；默认用小世界的 3000 段对话")
-    parser.add_argument("--pairs", help="偏好对（jsonl）；默认用小世界的 2000 对")
+    parser.add_argument("--chats", help="SFT 的行（jsonl）；默认用小世界的 2400 段对话")
+    parser.add_argument("--pairs", help="偏好对（jsonl）；默认用小世界的 1500 对")
     for hidden in ("--peer", "--data", "--folder"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
@@ -115,17 +123,18 @@ def main() -> None:
         folder = Path(temporary)
         model, data = prepare(folder, args)
         for stage in args.stages:
-            metrics = ours(stage, model, data[stage], folder)
+            metrics = ours(stage, "loop", model, data[stage], folder)
+            library = ours(stage, "library", model, data[stage], folder)["train_samples_per_s"]
             trl = {
                 name: run_peer(stage, model, data[stage], on, folder)
                 for name, on in (("trl_default", True), ("trl_no_checkpointing", False))
             }
-            # DPO 的参考对数概率，我们在训练前算一遍，TRL 边训练边算：也算进来才公平
+            # DPO 的参考对数概率，循环在训练前算一遍，TRL（library 也是）边训练边算：也算进来才公平
             extra = metrics.get("reference_seconds", 0.0)
             share = metrics["train_seconds"] / (metrics["train_seconds"] + extra)
             speed = round(metrics["train_samples_per_s"] * share, 1)
             tokens = round(metrics["train_tokens_per_s"] * share)
-            row = {"stage": stage, "rows_per_s": speed, "tokens_per_s": tokens, **trl}
+            row = {"stage": stage, "rows_per_s": speed, "tokens_per_s": tokens, "library": library, **trl}
             row["ratio"] = round(speed / max(trl.values()), 2)
             print(json.dumps(row), flush=True)
 

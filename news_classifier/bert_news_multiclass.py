@@ -154,14 +154,14 @@ def small_bert(settings: NewsSettings, texts: list[str]):
 # ---------------------------------------------------------------- 3. 微调
 
 
-def finetune(run: Stage) -> dict:
+def finetune(stage: Stage) -> dict:
     """读数据 → 模型接上 15 类的分类层 → 训练，验证集上挑检查点 → 测试集上报数。返回运行记录。"""
     from transformers import DataCollatorWithPadding, TrainingArguments
 
     from nlp_common.train.metrics import classification_metrics
     from nlp_common.train.trainer import BucketTrainer, Progress, curves, run_trainer, trainer_arguments
 
-    settings = run.settings
+    settings = stage.settings
     splits, sources = load_data(settings)
     print("、".join(f"{name} {len(rows):,} 条" for name, rows in splits.items()))
     if splits["test"] is splits["validation"]:
@@ -177,7 +177,7 @@ def finetune(run: Stage) -> dict:
     rows["validation"].sort(key=lambda row: len(row["input_ids"]))  # 评测不打乱；长度相近的在一起，少算填充
 
     args = TrainingArguments(
-        **trainer_arguments(run, **precision_flags(run.device, settings.bf16, cpu_bf16=True)),
+        **trainer_arguments(stage, **precision_flags(stage.device, settings.bf16, cpu_bf16=True)),
         eval_strategy="steps",
         eval_steps=settings.eval_steps,
         save_steps=settings.eval_steps,
@@ -186,7 +186,7 @@ def finetune(run: Stage) -> dict:
         load_best_model_at_end=True,  # 验证正确率最高的检查点，不是最后一个
         metric_for_best_model="accuracy",
     )
-    progress = Progress("微调", [len(row["input_ids"]) for row in rows["train"]], run.seconds)
+    progress = Progress("微调", [len(row["input_ids"]) for row in rows["train"]], stage.seconds)
     trainer = BucketTrainer(
         model=model,
         args=args,
@@ -195,7 +195,7 @@ def finetune(run: Stage) -> dict:
         data_collator=DataCollatorWithPadding(tokenizer),  # 补到这一批里最长的，不是补到 max_length
         compute_metrics=classification_metrics,
     )
-    run_trainer(trainer, progress, run.checkpoint())
+    run_trainer(trainer, progress, stage.checkpoint())
 
     print("训练完了，评测，再训练一个对照（TF-IDF + 逻辑回归）…", flush=True)
     metrics, report = evaluate(model, tokenizer, splits["test"], settings)
@@ -209,7 +209,7 @@ def finetune(run: Stage) -> dict:
         title = "混淆矩阵|Confusion matrix"
         draw_confusion(folder / "confusion.png", np.array(report["confusion"]), names, title)
 
-    return run.finish(model, tokenizer, metrics, sources, history, start=start, draw=draw, **report)
+    return stage.finish(model, tokenizer, metrics, sources, history, start=start, draw=draw, **report)
 
 
 # ---------------------------------------------------------------- 4. 评测
@@ -293,16 +293,16 @@ def show_predictions(path: Path, texts: list[str], max_length: int) -> None:
 
 def dry_run(settings: NewsSettings) -> dict:
     """--dry_run：训练数据有几行、每行多长、读几遍，估算要多少内存、多久。"""
-    from nlp_common.train import dry_run_bert as bert_dry_run
+    from nlp_common.train import dry_run_bert
 
     large = settings.model or settings.preset == "full"
     if large and settings.dataset in FULL_DATASETS:
         rows = [settings.max_length] * min(FULL_ROWS, settings.max_train_samples or FULL_ROWS)
     else:
         texts = [row["text"] for row in load_data(settings)[0]["train"]]
-        rows = bert_dry_run.lengths(texts, settings.max_length)
+        rows = dry_run_bert.lengths(texts, settings.max_length)
     config = None if large else small_bert(settings, texts)[1].config
-    return bert_dry_run.dry_run(settings, len(LABELS), {"微调": (rows, settings.num_train_epochs)}, config)
+    return dry_run_bert.dry_run(settings, len(LABELS), {"微调": (rows, settings.num_train_epochs)}, config)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -314,12 +314,13 @@ def main(argv: list[str] | None = None) -> dict:
     path = Path(settings.output_dir or HOME / name)
     own = settings.dataset == TINY_DATASET
     grammar = {"headlines.py": file_sha256(HOME / "headlines.py")[:16]} if own else {}  # 改了语法就要重新训练
-    with open_result(path, "news", settings, fingerprint(settings, **grammar), reuse=settings.reuse()) as run:
-        if run.record is None:
-            finetune(run)
-        show_record(run.record, run.path)
-    show_predictions(run.path, texts, run.record["settings"]["max_length"])
-    return run.record
+    wanted = fingerprint(settings, **grammar)
+    with open_result(path, "news", settings, wanted, reuse=settings.reuse()) as stage:
+        if stage.record is None:
+            finetune(stage)
+        show_record(stage.record, stage.path)
+    show_predictions(stage.path, texts, stage.record["settings"]["max_length"])
+    return stage.record
 
 
 if __name__ == "__main__":

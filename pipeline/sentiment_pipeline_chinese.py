@@ -86,7 +86,8 @@ def prepare_tiny(settings) -> str:
     folder = Path(settings.output_dir or HERE / "outputs" / "tiny-chinese").resolve()
     if not settings.retrain and (record := load_run(folder)):
         made = record.get("settings", {})
-        if "mlm_epochs" not in made:
+        old = "sentiment" if "mlm_epochs" in made else None  # 早先的记录里没有 stage
+        if record.get("stage", old) != "sentiment":
             raise UserError(
                 f"{folder} 里的不是 bert_finetune_sentiment.py 训练的模型。用 --output_dir 换一个位置。"
             )

@@ -170,15 +170,15 @@ def pretrain(settings: SentimentSettings, splits: dict[str, list[dict]], folder:
     names = ("seed", "max_length", "hidden_size", "num_layers", "mlm_epochs", "mlm_learning_rate")
     wanted = {name: getattr(settings, name) for name in names}
     wanted["texts_sha256"] = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
-    with open_result(folder, "mlm", settings, wanted, reuse="derived") as run:
-        if run.record:
+    with open_result(folder, "mlm", settings, wanted, reuse="derived") as stage:
+        if stage.record:
             print(f"用已有的预训练结果 {folder.name}")
             return str(folder)
         tokenizer, config = small_bert(settings, texts)
         model = BertForMaskedLM(config)
         print(f"小 BERT：{model.num_parameters():,} 个参数，字表 {len(tokenizer):,} 个")
         if settings.mlm_epochs == 0:
-            run.finish(model, tokenizer, {}, {"texts": 0}, [])
+            stage.finish(model, tokenizer, {}, {"texts": 0}, [])
             return str(folder)
 
         class MLMTrainer(BucketTrainer):
@@ -192,23 +192,25 @@ def pretrain(settings: SentimentSettings, splits: dict[str, list[dict]], folder:
         print(
             f"预训练：{len(texts):,} 段没有标签的文字，切成 {len(rows):,} 行，读 {settings.mlm_epochs:g} 遍"
         )
-        kwargs = trainer_arguments(run, **precision_flags(run.device, settings.bf16, cpu_bf16=True)) | {
-            "learning_rate": settings.mlm_learning_rate,
-            "num_train_epochs": settings.mlm_epochs,
-            "save_steps": 0.2,
-            "logging_steps": 0.02,
-        }
-        progress = Progress("预训练", [len(row["input_ids"]) for row in rows], run.seconds)
+        kwargs = trainer_arguments(
+            stage,
+            learning_rate=settings.mlm_learning_rate,
+            num_train_epochs=settings.mlm_epochs,
+            save_steps=0.2,
+            logging_steps=0.02,
+            **precision_flags(stage.device, settings.bf16, cpu_bf16=True),
+        )
+        progress = Progress("预训练", [len(row["input_ids"]) for row in rows], stage.seconds)
         trainer = MLMTrainer(
             model=model,
             args=TrainingArguments(**kwargs),
             train_dataset=rows,
             data_collator=DataCollatorWithPadding(tokenizer),
         )
-        run_trainer(trainer, progress, run.checkpoint())
+        run_trainer(trainer, progress, stage.checkpoint())
         show_guesses(model, tokenizer, "房间很干净，服务也很[MASK]。")
         data = {"texts": len(texts), "rows": len(rows)}
-        run.finish(model, tokenizer, progress.metrics, data, curves(trainer.state.log_history))
+        stage.finish(model, tokenizer, progress.metrics, data, curves(trainer.state.log_history))
     return str(folder)
 
 
@@ -228,20 +230,20 @@ def show_guesses(model, tokenizer, text: str) -> None:
 # ---------------------------------------------------------------- 3. 微调
 
 
-def finetune(run: Stage) -> dict:
+def finetune(stage: Stage) -> dict:
     """读数据 → 得到预训练模型 → 换上分类层继续训练 → 测试集上的结果。返回运行记录。"""
     from transformers import DataCollatorWithPadding, TrainingArguments
 
     from nlp_common.train.metrics import classification_metrics
     from nlp_common.train.trainer import BucketTrainer, Progress, curves, run_trainer, trainer_arguments
 
-    settings = run.settings
+    settings = stage.settings
     splits, sources = load_data(settings)
     print("、".join(f"{name} {len(rows):,} 条" for name, rows in splits.items()))
     if settings.model or settings.preset == "full":
         start = require_model(settings.model or FULL_MODEL, settings.source)
     else:
-        start = pretrain(settings, splits, run.path.with_name(f"{run.path.name}-pretrained"))
+        start = pretrain(settings, splits, stage.path.with_name(f"{stage.path.name}-pretrained"))
 
     seed_everything(settings.seed)  # 预训练是刚做的还是早就有的，分类层的随机权重都一样
     # 预训练的输出层（猜字）丢掉，换上随机的分类层：[CLS] 的向量 → 2 个分数
@@ -252,7 +254,7 @@ def finetune(run: Stage) -> dict:
         rows[name], splits[name] = [rows[name][i] for i in order], [splits[name][i] for i in order]
 
     args = TrainingArguments(
-        **trainer_arguments(run, **precision_flags(run.device, settings.bf16, cpu_bf16=True)),
+        **trainer_arguments(stage, **precision_flags(stage.device, settings.bf16, cpu_bf16=True)),
         eval_strategy="steps",
         eval_steps=settings.eval_steps,
         save_steps=settings.eval_steps,
@@ -261,7 +263,7 @@ def finetune(run: Stage) -> dict:
         load_best_model_at_end=True,  # 验证正确率最高的检查点，不是最后一个
         metric_for_best_model="accuracy",
     )
-    progress = Progress("微调", [len(row["input_ids"]) for row in rows["train"]], run.seconds)
+    progress = Progress("微调", [len(row["input_ids"]) for row in rows["train"]], stage.seconds)
     trainer = BucketTrainer(
         model=model,
         args=args,
@@ -270,7 +272,7 @@ def finetune(run: Stage) -> dict:
         data_collator=DataCollatorWithPadding(tokenizer),  # 补到这一批里最长的，不是补到 max_length
         compute_metrics=classification_metrics,
     )
-    run_trainer(trainer, progress, run.checkpoint())
+    run_trainer(trainer, progress, stage.checkpoint())
 
     tested = trainer.predict(rows["test"], metric_key_prefix="test")
     metrics = {
@@ -282,7 +284,7 @@ def finetune(run: Stage) -> dict:
     }
     show_mistakes(splits["test"], torch.tensor(tested.predictions).softmax(-1))
     history = curves(trainer.state.log_history)
-    return run.finish(
+    return stage.finish(
         model,
         tokenizer,
         metrics,
@@ -341,22 +343,22 @@ def show_predictions(path: Path, texts: list[str], max_length: int) -> None:
 
 def dry_run(settings: SentimentSettings) -> dict:
     """--dry_run：各阶段有几行、每行多长、读几遍，估算要多少内存、多久。"""
-    from nlp_common.train import dry_run_bert as bert_dry_run
+    from nlp_common.train import dry_run_bert
 
     large = settings.model or settings.preset == "full"
     if large and settings.dataset == PRESETS["full"]["dataset"]:
         rows = [settings.max_length] * min(FULL_ROWS, settings.max_train_samples or FULL_ROWS)
-        return bert_dry_run.dry_run(settings, len(NAMES), {"微调": (rows, settings.num_train_epochs)})
+        return dry_run_bert.dry_run(settings, len(NAMES), {"微调": (rows, settings.num_train_epochs)})
     splits, _ = load_data(settings)
-    rows = bert_dry_run.lengths([row["text"] for row in splits["train"]], settings.max_length)
+    rows = dry_run_bert.lengths([row["text"] for row in splits["train"]], settings.max_length)
     stages = {"微调": (rows, settings.num_train_epochs)}
     if large:
-        return bert_dry_run.dry_run(settings, len(NAMES), stages)
+        return dry_run_bert.dry_run(settings, len(NAMES), stages)
     texts = unlabelled_texts(splits, settings.mlm_news)
     if settings.mlm_epochs > 0:
-        rows = bert_dry_run.lengths(cut(texts, settings.max_length - 2), settings.max_length)
+        rows = dry_run_bert.lengths(cut(texts, settings.max_length - 2), settings.max_length)
         stages = {"预训练": (rows, settings.mlm_epochs)} | stages
-    return bert_dry_run.dry_run(settings, len(NAMES), stages, small_bert(settings, texts)[1])
+    return dry_run_bert.dry_run(settings, len(NAMES), stages, small_bert(settings, texts)[1])
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -366,12 +368,12 @@ def main(argv: list[str] | None = None) -> dict:
         return dry_run(settings)
     name = "my_bert_model-tiny" if settings.preset == "tiny" else "my_bert_model"
     path = Path(settings.output_dir or HOME / name)
-    with open_result(path, "sentiment", settings, fingerprint(settings), reuse=settings.reuse()) as run:
-        if run.record is None:
-            finetune(run)
-        show_record(run.record, run.path)
-    show_predictions(run.path, texts, run.record["settings"]["max_length"])
-    return run.record
+    with open_result(path, "sentiment", settings, fingerprint(settings), reuse=settings.reuse()) as stage:
+        if stage.record is None:
+            finetune(stage)
+        show_record(stage.record, stage.path)
+    show_predictions(stage.path, texts, stage.record["settings"]["max_length"])
+    return stage.record
 
 
 if __name__ == "__main__":

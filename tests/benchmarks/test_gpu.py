@@ -1,7 +1,5 @@
 """benchmarks/gpu.py：没有 GPU 也跑得通；必须做的浮点运算，与 torch 数出来的一样多。"""
 
-from nlp_common.base.cli import UserError
-
 import importlib.util
 import json
 from pathlib import Path
@@ -13,6 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from nlp_common.base.errors import UserError
+from nlp_common.lm.loading import make_fast
 from nlp_common.lm.packing import collate_blocks
 from nlp_common.lm.pairs import collate_pairs
 from nlp_common.tiny import qwen
@@ -41,17 +41,15 @@ def net():
         num_key_value_heads=2,
         tie_word_embeddings=True,
     )
-    return Qwen2ForCausalLM(config).train()
+    return make_fast(Qwen2ForCausalLM(config)).train()
 
 
 def step(gpu, stage: str, net, rows: list) -> None:
-    """各阶段的训练器在一步里做的前向与反向；DPO 加上参考模型的一次前向。"""
+    """我们的循环在一步里做的前向与反向；DPO 加上参考模型的一次前向。"""
     if stage == "pretrain":
-        batch = collate_blocks(rows, 64, 0)
-        logits = net(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        return gpu.pretraining.causal_lm_loss(logits, batch["labels"], 1).backward()
+        return gpu.pretrain.causal_lm_loss(net, collate_blocks(rows, 64, 0))[0].backward()
     if stage == "sft":
-        return gpu.sft.answer_loss(net, **gpu.sft.collate(rows, 0), n_labels=1).backward()
+        return gpu.sft.answer_loss(net, gpu.sft.collate(rows, 0))[0].backward()
     batch = collate_pairs(rows, 0)
     with torch.no_grad():
         ref = gpu.dpo.sequence_logps(net, **batch)
@@ -78,8 +76,9 @@ def test_the_full_size_is_close_to_six_times_the_parameters(gpu):
 
 def test_tiny_runs_every_row(gpu, capsys):
     rows = gpu.main(["--tiny", "--steps", "1", "--peak_tflops", "0.05"])
-    sides = ["ours", "trl_default", "trl_no_checkpointing"]
-    expected = [("pretrain", "ours"), *(("sft", s) for s in sides), *(("dpo", s) for s in sides)]
+    sides = ["ours", "library", "trl_default", "trl_no_checkpointing"]
+    expected = [("pretrain", "ours"), ("pretrain", "library")]
+    expected += [*(("sft", s) for s in sides), *(("dpo", s) for s in sides)]
     assert [(row["stage"], row["side"]) for row in rows] == [*expected, ("ppo", "ours")]
     for row in rows[:-1]:
         assert "error" not in row
@@ -95,7 +94,7 @@ def test_tiny_runs_every_row(gpu, capsys):
 
 def test_a_tokenizer_gives_text_rows(gpu):
     tokenizer = qwen.build_tokenizer()
-    for stage in gpu.STAGES:
+    for stage in gpu.SIDES:
         rows = gpu.text_rows(stage, 6, SimpleNamespace(length=256), tokenizer)
         assert len(rows) == 6
         for row in rows if stage != "ppo" else ():

@@ -1,6 +1,9 @@
 """新闻分类脚本：训练、存、再加载、接着训练，标签的各种写法，写错的数据说清是哪一行。"""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import bert_news_multiclass as news
 import headlines as grammar
@@ -37,7 +40,7 @@ def test_folder_holds_a_normal_model_with_class_names(trained):
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["BertForSequenceClassification"]
     assert [config["id2label"][str(i)] for i in range(15)] == LABELS
-    assert load_run(folder)["id"] == record["id"]
+    assert load_run(folder)["id"] == record["id"] and record["stage"] == "news"
     assert (folder / "confusion.png").stat().st_size > 10_000 and (
         folder / "learning_curve.png"
     ).stat().st_size > 5_000
@@ -66,6 +69,19 @@ def test_second_run_loads_and_predicts(trained, monkeypatch, capsys):
     news.main([*SMALL, "--output_dir", str(folder), "--predict", "油价迎来拐点", "国足公布大名单"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("'")[1] for line in lines[-2:]] == ["油价迎来拐点", "国足公布大名单"]
+
+
+def test_second_run_imports_no_trainer(trained):
+    """第二次运行只加载模型就预测：不导入 Trainer、scikit-learn、matplotlib、datasets，所以快。"""
+    arguments = [*SMALL, "--output_dir", str(trained[0])]
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(news.__file__).parent)!r}); import bert_news_multiclass as s; "
+        f"s.main({arguments!r}); heavy = {{'transformers.trainer', 'sklearn', 'matplotlib', 'datasets'}}; "
+        "print('heavy:', heavy & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("heavy: set()")
 
 
 def test_predict_file_and_its_errors(trained, tmp_path, capsys):

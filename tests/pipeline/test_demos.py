@@ -202,3 +202,24 @@ def test_chinese_trains_when_there_is_no_model(small_bert, monkeypatch, tmp_path
     (tmp_path / "english" / "run.json").write_text('{"stage": "tiny_english"}')
     with pytest.raises(UserError, match=r"english 里的不是 bert_finetune_sentiment\.py 训练的模型"):
         chinese.prepare_tiny(SimpleNamespace(output_dir=str(tmp_path / "english"), retrain=False, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("record", "ours"),
+    [
+        ({"stage": "sentiment", "settings": {"seed": 0, "mlm_epochs": 2.0}}, True),
+        ({"settings": {"seed": 0, "mlm_epochs": 2.0}}, True),  # 早先的记录没有 stage
+        ({"stage": "mlm", "settings": {"seed": 0, "mlm_epochs": 2.0}}, False),  # 预训练的，还没有微调
+        ({"stage": "news", "settings": {"seed": 0}}, False),
+        ({"settings": {"seed": 0}}, False),
+    ],
+)
+def test_only_the_sentiment_script_s_own_models_are_loaded(record, ours, monkeypatch, tmp_path):
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("不该训练"))
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    settings = SimpleNamespace(output_dir=str(tmp_path), retrain=False, seed=0)
+    if ours:
+        assert chinese.prepare_tiny(settings) == str(tmp_path)
+    else:
+        with pytest.raises(UserError, match=r"里的不是 bert_finetune_sentiment\.py 训练的模型"):
+            chinese.prepare_tiny(settings)

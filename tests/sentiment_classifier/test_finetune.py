@@ -146,6 +146,8 @@ def test_learns_and_records(trained):
     metrics = record["metrics"]
     assert metrics["test_accuracy"] >= 0.9 and metrics["validation_accuracy"] >= 0.9
     assert record["settings"]["hidden_size"] == 32 and record["start"] == "model-pretrained"
+    pretrained = json.loads(folder.with_name("model-pretrained").joinpath("run.json").read_text("utf-8"))
+    assert (record["stage"], pretrained["stage"]) == ("sentiment", "mlm")
     assert [row["step"] for row in record["history"] if "eval_accuracy" in row] == [8, 16, 24, 32, 36]
     picture = folder / "learning_curve.png"
     assert picture.stat().st_size > 10_000
