@@ -20,6 +20,7 @@ from nlp_common.base.cli import run_main
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -29,6 +30,7 @@ from chain import CHAIN
 from nlp_common.base.arguments import option
 from nlp_common.base.errors import UserError
 from nlp_common.data.chats import to_chats
+from nlp_common.draw.tokens import token_boxes
 from nlp_common.lm.chatml import encode_chat
 from nlp_common.lm.loading import end_chat_turns, load_causal_lm
 from nlp_common.lm.losses import IGNORE, token_logps
@@ -112,17 +114,21 @@ def collate(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
     return {key: pad(key, fill[key]) for key in rows[0]}
 
 
-def show_batch(tokenizer, rows: list[dict], n: int = 3) -> None:
-    """逐个 token 打印：绿色是标签（模型要学着说的），灰色只是上文。"""
+def show_batch(tokenizer, rows: list[dict], picture: Path, n: int = 3) -> None:
+    """逐个 token 打印，并画成一张图：绿色是标签（模型要学着说的），灰色只是上文。"""
     console = Console()
+    drawn = []
     for row in rows[:n]:
+        pieces = [tokenizer.decode([token]) for token in row["input_ids"]]
+        learned = [label != IGNORE for label in row["labels"]]
         text = Text()
-        for token, label in zip(row["input_ids"], row["labels"], strict=True):
-            piece = tokenizer.decode([token]).replace("\n", "⏎\n")
-            text.append(piece, style="bright_black" if label == IGNORE else "bold green")
+        for piece, is_learned in zip(pieces, learned, strict=True):
+            text.append(piece.replace("\n", "⏎\n"), style="bold green" if is_learned else "bright_black")
         console.print(text)
-        learned = sum(label != IGNORE for label in row["labels"])
-        console.print(f"—— {len(row['labels'])} 个 token，其中 {learned} 个（绿色）算损失\n", style="cyan")
+        console.print(f"—— {len(learned)} 个 token，其中 {sum(learned)} 个（绿色）算损失\n", style="cyan")
+        drawn.append((pieces, learned))
+    token_boxes(picture, drawn)
+    print(f"图：{picture}")
 
 
 # ---------------------------------------------------------------- 2. 损失
@@ -180,7 +186,7 @@ def train(stage: Stage) -> dict:
     rows = [encode_row(tokenizer, row["messages"]) for row in train_rows]
     rows = drop_long(rows, chat_length, settings.max_length, "训练数据")
     if settings.show_batch:
-        show_batch(tokenizer, rows)
+        show_batch(tokenizer, rows, stage.path.parent / "sft-mask.svg")
         return {}
     heldout = [encode_row(tokenizer, row["messages"]) for row in heldout_rows]
     heldout = drop_long(heldout, chat_length, settings.max_length, "留出数据")

@@ -2,7 +2,7 @@
 
 以 N 个 token、float32 为例，一层要为反向留下：输入、q、k、v、注意力的输出、两处 dropout 的掩码、两个归一化的输入、
 第一个归一化的输出，共 10 份宽为 H 的；MLP 里激活函数的输入与输出 2 份宽为 I 的。逐步计算的注意力（CPU 上用它，见
-bert_model.attention）还要留下 softmax 的输出、dropout 的掩码和两者的乘积，每个头 3 份宽为 T 的。入口的归一化与 dropout
+lm/classifier.py 的 attention）还要留下 softmax 的输出、dropout 的掩码和两者的乘积，每个头 3 份宽为 T 的。入口的归一化与 dropout
 另有 2H。所以激活 = 4·N·[L·(10H + 2I + 3·头数·T) + 2H] 字节。预训练时 15% 的位置还有猜字的输出层，
 每个约 3 份宽为 V 的（打分、log-softmax、梯度）和 4 份宽为 H 的。
 """

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from chain import MODELS
 from nlp_common.draw.plots import bar_chart, histogram, line_chart
 from report.metrics import METRICS
 
+KINDS = {
+    "courteous": "有礼的整句",
+    "plain": "整句",
+    "terse": "一个词",
+    "wrong": "答错",
+    "unhelpful": "敷衍",
+    "small_talk": "寒暄",
+}
 ACCURACY = ("qa_accuracy", "preferred_rate", "judge_score")  # 都在 0 到 1 之间，可以画在一起
 
 
@@ -21,6 +31,27 @@ def _lines(records: dict, title: str, ylabel: str, wanted: list[tuple[str, str, 
     }
     series = {label: curve for label, curve in series.items() if curve[0]}
     return [line_chart(None, series, title, "步", ylabel, **hlines)] if series else []
+
+
+def save_pictures(folder: Path, records: dict) -> None:
+    """README 里的几张：各阶段的损失、奖励模型给各类回答的分、DPO 的 margin；没有的阶段就不画。"""
+    lines = [
+        ("pretrain", "loss", "预训练的损失", "nats/token", "pretrain-loss"),
+        ("sft", "loss", "SFT 的损失（只算助手的 token）", "nats/token", "sft-loss"),
+        ("dpo", "rewards/margins", "DPO：好、差回答的隐式奖励之差", "β·nats", "dpo-margin"),
+        ("ppo", "score", "PPO：奖励模型给采样回答的平均分", "分", "ppo-score"),
+    ]
+    for stage, key, title, ylabel, name in lines:
+        if stage not in records:
+            continue
+        metrics = records[stage]["metrics"]
+        floor = {"语法的熵（下限）": metrics["entropy_floor"]} if "entropy_floor" in metrics else None
+        series = {"训练": _curve(records[stage]["history"], key)}
+        line_chart(folder / f"{name}.svg", series, title, "步", ylabel, hlines=floor)
+    kinds = records.get("reward", {}).get("metrics", {}).get("mean_score")
+    if kinds:
+        bars = {"平均分": {KINDS.get(kind, kind): score for kind, score in kinds.items()}}
+        bar_chart(folder / "reward-kinds.svg", bars, "奖励模型给各类回答的平均分", "", "分")
 
 
 def loss_charts(records: dict) -> list[str]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from nlp_common.base.runs import load_run, write_json
+from report.charts import save_pictures
 from report.metrics import highlights
 from report.page import render_page
 
@@ -37,7 +38,7 @@ def build_report(records: dict[str, dict], preset: str, **extra) -> dict:
 
 
 def write_report(root: Path, stages: list[str], preset: str, with_targets: bool, **extra) -> dict:
-    """在 root 里写 report.json 与 report.html，返回 report.json 的内容。
+    """在 root 里写 report.json、report.html 与几张图（pictures/），返回 report.json 的内容。
 
     stages：写哪些阶段；只跑到一半的一次，不把文件夹里以前留下的后几个阶段混进来。
 
@@ -46,6 +47,7 @@ def write_report(root: Path, stages: list[str], preset: str, with_targets: bool,
     records, answers = load_records(root, stages)
     report = build_report(records, preset, **extra)
     write_json(root / "report.json", report)
+    save_pictures(root / "pictures", records)
     page = render_page(report, records, answers, highlights(report["stages"], with_targets))
     temporary = root / ".report.html.tmp"
     temporary.write_text(page, encoding="utf-8")

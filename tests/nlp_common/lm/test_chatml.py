@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import qwen3_training_chat_template
 
 from nlp_common.data.chats import to_chats
+from nlp_common.draw.tokens import LEARNED
 from nlp_common.lm.chatml import (
     CHAT_TEMPLATE,
     IM_END,
@@ -176,15 +178,18 @@ def test_collate_pads_right_and_ignores_padding(sft, tokenizer):
         assert set(ids[n:]) <= {tokenizer.pad_token_id} and set(labels[n:]) <= {IGNORE}
 
 
-def test_show_batch_prints_every_token_and_the_count(sft, tokenizer, capsys):
+def test_show_batch_prints_every_token_and_the_count(sft, tokenizer, capsys, tmp_path):
     rows = [sft.encode_row(tokenizer, HAND_MADE[0])]
-    sft.show_batch(tokenizer, rows)
+    sft.show_batch(tokenizer, rows, tmp_path / "mask.svg")
     printed = capsys.readouterr().out
     learned = sum(label != IGNORE for label in rows[0]["labels"])
     assert f"{len(rows[0]['labels'])} 个 token，其中 {learned} 个（绿色）算损失" in printed
     for message in HAND_MADE[0]:
         assert message["content"] in printed
     assert printed.count(IM_START) == 2
+    picture = ElementTree.parse(tmp_path / "mask.svg").getroot()
+    boxes = [box.get("fill") for box in picture if box.tag.endswith("rect")]
+    assert len(boxes) == len(rows[0]["labels"]) and boxes.count(LEARNED[0]) == learned
 
 
 def test_prompt_and_answer_join_into_the_chat(tokenizer):
