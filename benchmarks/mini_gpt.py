@@ -1,14 +1,14 @@
 """MiniGPT 的速度与质量：运行读者运行的那个脚本，打印一行 JSON。
 
-    python benchmarks/mini_gpt.py --data input.txt                       # 默认设置
-    python benchmarks/mini_gpt.py --data input.txt --optimizer adamw     # 其余参数原样交给 mini_gpt.py
+    python benchmarks/mini_gpt.py --data input.txt                       # mini_gpt.py --recipe fast
+    python benchmarks/mini_gpt.py --data input.txt --recipe gpt2         # 其余参数原样交给 mini_gpt.py
     python benchmarks/mini_gpt.py --data input.txt --nanogpt ~/nanoGPT   # 同一次里也跑 nanoGPT（你自己的克隆）
     python benchmarks/mini_gpt.py --data input.txt --nanogpt ~/nanoGPT --pairs 6   # 只比速度，两边轮流跑
 
 tokens_per_s 是训练的每秒字数（不算评测）；wall_s 是整条命令的秒数（导入、评测、存检查点都算）；val_loss 是最后的验证 loss；
 seconds_to_1_88 是从敲回车到验证 loss 第一次不高于 1.88 的秒数，没有到就是 null。
---pairs N：批和优化器和 nanoGPT 一样（12 段，AdamW），两边轮流各跑 300 步，共 N 对；speed_ratio 是各对比值的中位数。机器一阵忙一阵闲，
-只有轮流跑才比得出差百分之几的两样东西。
+--pairs N：默认的 --recipe gpt2（AdamW，12 段），只把两样改得和 nanoGPT 的这份配置一样：没有偏置、精确的 GELU。两边轮流各跑 300 步，
+共 N 对；speed_ratio 是各对比值的中位数。机器一阵忙一阵闲，只有轮流跑才比得出差百分之几的两样东西。
 nanoGPT 用它 README 里写的 CPU 配置；它的验证 loss 是随机 20 批的平均，我们的是整个验证集（同样的后 10%）。
 """
 
@@ -64,7 +64,7 @@ def run_ours(data: str, options: list[str]) -> dict:
     losses, speeds, wall = [], [], 0.0
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-u", str(SCRIPT), "--data", data, "--out", f"{folder}/mini_gpt.pt"]
-        command += ["--max_new_tokens", "1", "--eval_every", "100", *options]
+        command += ["--recipe", "fast", "--max_new_tokens", "1", "--eval_every", "100", *options]
         for wall, line in timed_lines(command):
             if found := re.search(r"验证 ([\d.]+)  ([\d,]+) 字/秒", line):
                 losses.append((wall, float(found[1])))
@@ -95,7 +95,8 @@ def run_nanogpt(folder: Path, *options: str) -> dict:
 
 def run_pairs(folder: Path, data: str, options: list[str], count: int) -> dict:
     speeds = {"ours": [], "nanogpt": []}
-    same = ["--batch", "12", "--optimizer", "adamw", "--lr", "4e-3", "--steps", "300", "--eval_every", "300"]
+    same = ["--recipe", "gpt2", "--batch", "12", "--no-bias", "--activation", "gelu"]
+    same += ["--steps", "300", "--eval_every", "300"]
     for _ in range(count):
         speeds["ours"].append(run_ours(data, [*same, *options])["tokens_per_s"])
         speeds["nanogpt"].append(run_nanogpt(folder, "--max_iters=300")["tokens_per_s"])

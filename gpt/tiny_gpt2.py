@@ -20,28 +20,40 @@ from nlp_common.base.device import describe, library_versions, pick_device, seed
 from nlp_common.base.runs import file_sha256, open_run
 
 END = "<|endoftext|>"
-SEED, STORIES, HELD_OUT, STEPS, BATCH, LENGTH = 0, 3000, 100, 280, 8, 128
+SEED = 0
+STORIES = 3000  # 训练用的故事
+HELD_OUT = 100  # 另编的故事，只用来量 loss
+STEPS = 280
+BATCH = 8
+LENGTH = 128  # 一段多少个 token
 
 # 越靠前的越常用（见 pick），所以下一个词的概率有高有低，各种采样的差别才看得出来。
-HEROES = "fox girl boy king bear old woman cat farmer mouse bird queen wolf"
-ADJECTIVES = "little brave young clever kind hungry lonely happy quiet proud"
-PLACES = "forest village castle house by the sea garden mountain city cave"
-THINGS = "apple golden key letter lamp map bell red book stone song boat"
-FRIENDS = "rabbit frog horse baker sailor owl child duck stranger"
-FEELINGS = "happy sad afraid tired surprised proud"
-TIMES = "one day,one morning,one night,in the spring,after the rain"
-TOGETHER = {"old": "old woman", "house": "house by the sea", "golden": "golden key", "red": "red book"}
+HEROES = [
+    "fox",
+    "girl",
+    "boy",
+    "king",
+    "bear",
+    "old woman",
+    "cat",
+    "farmer",
+    "mouse",
+    "bird",
+    "queen",
+    "wolf",
+]
+ADJECTIVES = ["little", "brave", "young", "clever", "kind", "hungry", "lonely", "happy", "quiet", "proud"]
+PLACES = ["forest", "village", "castle", "house by the sea", "garden", "mountain", "city", "cave"]
+THINGS = ["apple", "golden key", "letter", "lamp", "map", "bell", "red book", "stone", "song", "boat"]
+FRIENDS = ["rabbit", "frog", "horse", "baker", "sailor", "owl", "child", "duck", "stranger"]
+FEELINGS = ["happy", "sad", "afraid", "tired", "surprised", "proud"]
+TIMES = ["one day", "one morning", "one night", "in the spring", "after the rain"]
 
 
-def pick(rng: random.Random, words: str) -> str:
+def pick(rng: random.Random, words: list[str]) -> str:
     """第 k 个词的机会是第一个的 1/k（Zipf 定律：真的语言里也大致如此）。"""
-    separator = "," if "," in words else " "
-    options = words.split(separator)
-    for first, phrase in TOGETHER.items():  # 几个词的词组占一格
-        if phrase in words:
-            start = options.index(first)
-            options[start : start + len(phrase.split())] = [phrase]
-    return rng.choices(options, [1 / (k + 1) for k in range(len(options))])[0]
+    weights = [1 / (k + 1) for k in range(len(words))]
+    return rng.choices(words, weights)[0]
 
 
 def article(phrase: str) -> str:
@@ -53,20 +65,19 @@ def write_story(rng: random.Random) -> str:
     hero, friend, thing = pick(rng, HEROES), pick(rng, FRIENDS), pick(rng, THINGS)
     place, other = pick(rng, PLACES), pick(rng, PLACES)
     who = article(f"{pick(rng, ADJECTIVES)} {hero}")
-    opening = rng.choices(
-        [
-            f"once upon a time there was {who} who lived in {article(place)} .",
-            f"once upon a time {who} lived in {article(place)} .",
-            f"once upon a time , in {article(place)} , there lived {who} .",
-            f"once upon a time in {article(place)} there was {who} .",
-            f"once upon a time the {hero} of the {place} was very {pick(rng, FEELINGS)} .",
-            f"once upon a time , when animals could talk , there was {who} .",
-            f"once upon a time two friends , {article(friend)} and {who} , lived in {article(place)} .",
-            f"once upon a time all was quiet in the {place} . only the {hero} was there .",
-            f"long ago there was {who} in {article(place)} .",
-        ],
-        [8, 5, 3, 3, 2, 1, 1, 1, 4],
-    )[0]
+    openings = [  # (这种开头多常见, 开头)
+        (8, f"once upon a time there was {who} who lived in {article(place)} ."),
+        (5, f"once upon a time {who} lived in {article(place)} ."),
+        (3, f"once upon a time , in {article(place)} , there lived {who} ."),
+        (3, f"once upon a time in {article(place)} there was {who} ."),
+        (2, f"once upon a time the {hero} of the {place} was very {pick(rng, FEELINGS)} ."),
+        (1, f"once upon a time , when animals could talk , there was {who} ."),
+        (1, f"once upon a time two friends , {article(friend)} and {who} , lived in {article(place)} ."),
+        (1, f"once upon a time all was quiet in the {place} . only the {hero} was there ."),
+        (4, f"long ago there was {who} in {article(place)} ."),
+    ]
+    weights = [weight for weight, _ in openings]
+    _, opening = rng.choices(openings, weights)[0]
     meeting = rng.choice(
         [
             f"{pick(rng, TIMES)} the {hero} went to the {other} and met {article(friend)} .",

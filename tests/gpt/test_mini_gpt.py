@@ -3,19 +3,18 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import mini_gpt as mg
+import muon
 import pytest
 import torch
 
-SMALL = mg.settings(layers=3, heads=2, dim=32, block=16, batch=4, steps=12, warmup=3, eval_every=4)
+SMALL = mg.Config(layers=3, heads=2, dim=32, block=16, batch=4, steps=12, warmup=3)
+FAST = replace(SMALL, bias=False, gain=False, activation="relu", optimizer="muon")  # --recipe fast 的结构
+BOTH = pytest.mark.parametrize("config", [SMALL, FAST], ids=["gpt2", "fast"])
 VOCAB = 37
-
-
-def replace(settings, **changes):
-    return SimpleNamespace(**vars(settings) | changes)
 
 
 def make(settings=SMALL, seed=0, vocab=VOCAB):
@@ -34,7 +33,7 @@ def take(stream):
 # ---------- 和 GPT-2 相等 ----------
 @pytest.fixture(scope="module")
 def gpt2_pair():
-    """同一套随机权重：transformers 的 GPT2LMHeadModel 与 MiniGPT。"""
+    """同一套随机权重：transformers 的 GPT2LMHeadModel 与 MiniGPT，后者用默认的结构。"""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(1)
@@ -43,7 +42,7 @@ def gpt2_pair():
     reference = GPT2LMHeadModel(config).eval()
     for parameter in reference.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    ours = mg.MiniGPT(VOCAB, replace(SMALL, gpt2=True)).eval()
+    ours = mg.MiniGPT(VOCAB, SMALL).eval()
     state = {name.removeprefix("transformer."): value for name, value in reference.state_dict().items()}
     for name in state:
         if re.search(r"(c_attn|c_proj|c_fc)\.weight", name):  # Conv1D 存的是 nn.Linear 的转置
@@ -74,10 +73,47 @@ def test_same_greedy_text_as_gpt2(gpt2_pair):
     assert take(mg.generate(ours, ids, 13, greedy=True)) == expected[0, 3:].tolist()
 
 
+def test_default_is_the_architecture_of_gpt2_and_fast_leaves_things_out(monkeypatch):
+    """命令行的默认与 --recipe：结构、优化器；单独敲的参数比一整套的优先。"""
+    seen = []
+    monkeypatch.setattr(mg, "run_file", seen.append)
+    monkeypatch.setattr(mg, "run_toy", seen.append)
+    mg.main(["--data", "x"])
+    mg.main(["--data", "x", "--recipe", "fast"])
+    mg.main(["--data", "x", "--recipe", "fast", "--optimizer", "adamw", "--gain", "--batch", "7"])
+    mg.main(["--recipe", "fast"])
+    mg.main(["--no-bias", "--activation", "gelu"])
+    gpt2, fast, mixed, toy_fast, toy = seen
+    assert (gpt2.bias, gpt2.gain, gpt2.activation, gpt2.optimizer) == (True, True, "gelu_tanh", "adamw")
+    assert (fast.bias, fast.gain, fast.activation, fast.optimizer) == (False, False, "relu", "muon")
+    assert (mixed.bias, mixed.gain, mixed.activation, mixed.optimizer) == (False, True, "relu", "adamw")
+    assert mixed.batch == 7 and mixed.lr == fast.lr
+    assert (toy_fast.bias, toy_fast.optimizer, toy_fast.layers, toy_fast.lr) == (False, "muon", 2, 3e-3)
+    assert (toy.bias, toy.gain, toy.activation, toy.steps) == (False, True, "gelu", 100)
+    names = [name for name, _ in mg.MiniGPT(VOCAB, gpt2).named_parameters()]
+    kept = [name for name in names if not name.endswith("bias") and "ln_" not in name]
+    assert kept == [name for name, _ in mg.MiniGPT(VOCAB, fast).named_parameters()] and len(kept) < len(names)
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu"])
+def test_activation_by_hand(activation):
+    block = mg.MiniGPT(VOCAB, replace(SMALL, activation=activation)).h[0]
+    x = torch.randn(2, 3, 32, dtype=torch.float64)
+    block.double()
+    h = block.mlp.c_fc(x)
+    by_hand = {
+        "gelu_tanh": 0.5 * h * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3))),
+        "gelu": 0.5 * h * (1 + torch.erf(h / 2**0.5)),
+        "relu": h * (h > 0),
+    }
+    torch.testing.assert_close(block.mlp(x), block.mlp.c_proj(by_hand[activation]), atol=1e-12, rtol=1e-9)
+
+
 # ---------- 因果、缓存、loss ----------
+@BOTH
 @pytest.mark.parametrize("attention", ["manual", "sdpa"])
-def test_a_later_token_changes_no_earlier_logit(attention):
-    model = make(replace(SMALL, attention=attention))
+def test_a_later_token_changes_no_earlier_logit(attention, config):
+    model = make(replace(config, attention=attention))
     ids = torch.randint(VOCAB, (2, 16))
     with torch.no_grad():
         before = model(ids)
@@ -93,7 +129,7 @@ def test_a_later_token_changes_no_earlier_logit(attention):
 @pytest.mark.parametrize("count", [10, 30], ids=["inside the context", "past the context"])
 def test_cached_generation_equals_uncached(attention, count):
     # 偏置和增益也随机，又挑了种子：贪心写出来的才不总是一两个词
-    model = make(replace(SMALL, attention=attention, gpt2=True), seed=5)
+    model = make(replace(SMALL, attention=attention), seed=57)
     ids = torch.tensor([[1, 2, 3]])
     for how in ({"greedy": True}, {"temperature": 1.3, "seed": 4}):
         cached = take(mg.generate(model, ids, count, **how))
@@ -107,6 +143,24 @@ def test_cache_feeds_one_token_at_a_time():
     model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     take(mg.generate(model, torch.tensor([[1, 2, 3]]), 16, greedy=True))
     assert lengths == [3] + [1] * 13 + [16, 16]
+
+
+def test_cache_holds_what_each_position_computed():
+    """一次喂完和一个一个地喂，缓存里是同样的 K、V，最后一个位置的 logits 也相同。"""
+    model = make()
+    ids = torch.randint(VOCAB, (1, 9))
+    whole, single = ([mg.KVCache(SMALL, ids.device) for _ in model.h] for _ in range(2))
+    assert whole[0].k.shape == (1, 2, 0, 16)
+    with torch.no_grad():
+        expected = model(ids, whole)
+        torch.testing.assert_close(expected, model(ids), atol=1e-6, rtol=1e-5)
+        for t in range(9):
+            logits = model(ids[:, t : t + 1], single)
+            torch.testing.assert_close(logits[:, 0], expected[:, t], atol=1e-5, rtol=1e-5)
+    for a, b in zip(whole, single, strict=True):
+        assert a.k.shape == a.v.shape == (1, 2, 9, 16)
+        torch.testing.assert_close(a.k, b.k, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a.v, b.v, atol=1e-5, rtol=1e-5)
 
 
 def test_loss_is_cross_entropy_by_hand():
@@ -132,7 +186,7 @@ def test_evaluate_covers_the_whole_split_once():
 def test_orthogonalize_keeps_directions_and_evens_sizes(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     matrix[:, 0] *= 20  # 有一个方向特别大
-    result = mg.orthogonalize(matrix[None])[0]
+    result = muon.orthogonalize(matrix[None])[0]
     sizes = torch.linalg.svdvals(result)
     assert torch.linalg.svdvals(matrix).max() / torch.linalg.svdvals(matrix).min() > 10
     assert sizes.min() > 0.5 and sizes.max() < 1.3
@@ -147,8 +201,8 @@ def test_same_update_as_pytorch_muon():
     start = [torch.randn(24, 8), torch.randn(24, 8) * 3, torch.randn(8, 24)]
     mine = [torch.nn.Parameter(p.clone()) for p in start]
     theirs = [torch.nn.Parameter(p.clone()) for p in start]
-    same = [{"params": mine[:2]}, {"params": mine[2:]}]  # 前两个叠成一批
-    a = mg.Muon(same, {"lr": 0.1, "weight_decay": 0.2})
+    a = muon.Muon(mine, lr=0.1, weight_decay=0.2)
+    assert [len(group["params"]) for group in a.param_groups] == [2, 1]  # 前两个形状相同，叠成一批
     b = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         for p, q in zip(mine, theirs, strict=True):
@@ -162,11 +216,12 @@ def test_same_update_as_pytorch_muon():
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_every_parameter_is_trained_once_and_only_matrices_decay(optimizer):
-    s = replace(SMALL, gpt2=True, optimizer=optimizer, weight_decay=0.3, beta2=0.9)
+    s = replace(SMALL, optimizer=optimizer, weight_decay=0.3, beta2=0.9)
     model = mg.MiniGPT(VOCAB, s)
     groups = [group for each in mg.make_optimizers(model, s) for group in each.param_groups]
     trained = [id(p) for group in groups for p in group["params"]]
     assert sorted(trained) == sorted(id(p) for p in model.parameters())
+    assert len({id(p) for group in groups for p in group["params"] if p.dim() == 2}) == 2 + 4 * 3
     for group in groups:
         assert {(p.dim(), group["weight_decay"]) for p in group["params"]} in ({(2, 0.3)}, {(1, 0.0)})
         assert group.get("betas", (0.9, 0.9)) == (0.9, 0.9)
@@ -255,9 +310,10 @@ class Stop(BaseException):
     pass
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_resumed_training_equals_uninterrupted(text_file, monkeypatch, capsys, optimizer):
-    more = ["--optimizer", optimizer]
+@pytest.mark.parametrize(
+    "more", [[], ["--recipe", "fast"], ["--optimizer", "muon"], ["--recipe", "fast", "--optimizer", "adamw"]]
+)
+def test_resumed_training_equals_uninterrupted(text_file, monkeypatch, capsys, more):
     whole = text_file.with_name("whole.pt")
     mg.main(arguments(text_file, "--out", str(whole), *more))
     uninterrupted = capsys.readouterr().out
@@ -327,7 +383,11 @@ def test_changed_settings_and_data_are_named_and_refused(text_file, monkeypatch)
     changed = arguments(text_file, "--lr", "0.5", "--seed", "3")
     message = error_of(monkeypatch, *changed)
     assert (
-        "lr：已有 0.014，这次 0.5" in message and "seed：已有 0，这次 3" in message and "--retrain" in message
+        "lr：已有 0.006，这次 0.5" in message and "seed：已有 0，这次 3" in message and "--retrain" in message
+    )
+    message = error_of(monkeypatch, *arguments(text_file, "--recipe", "fast"))
+    assert (
+        "activation：已有 gelu_tanh，这次 relu" in message and "optimizer：已有 adamw，这次 muon" in message
     )
     text_file.write_text(TEXT + "a", encoding="utf-8")
     message = error_of(monkeypatch, *arguments(text_file))
@@ -343,7 +403,7 @@ def test_a_checkpoint_of_older_code_is_said(text_file, monkeypatch):
     del state["settings"]["version"]
     torch.save(state, out)
     message = error_of(monkeypatch, *arguments(text_file))
-    assert "version：已有 None，这次 2" in message and "--retrain" in message
+    assert "version：已有 None，这次 3" in message and "--retrain" in message
 
 
 def test_a_broken_checkpoint_is_said(text_file, monkeypatch):
@@ -371,7 +431,11 @@ def test_a_checkpoint_that_cannot_be_written_is_said(text_file, monkeypatch):
         (["--steps", "abc"], ["参数写错了", "--steps", "'abc'", "--help"]),
         (["--step", "5"], ["参数写错了", "--step 5"]),
         (["--attention", "flash"], ["--attention 只有 manual、sdpa（现在是 flash）"]),
-        (["--optimizer", "sgd"], ["--optimizer 只有 muon、adamw"]),
+        (["--optimizer", "sgd"], ["--optimizer 只有 muon、adamw（现在是 sgd）"]),
+        (["--recipe", "slow"], ["--recipe 只有 gpt2、fast（现在是 slow）"]),
+        (["--activation", "silu"], ["--activation 只有 gelu_tanh、gelu、relu（现在是 silu）"]),
+        (["--seed", "0.5"], ["参数写错了", "--seed", "'0.5'"]),
+        (["--gpt2"], ["参数写错了", "--gpt2"]),
         (["--clip", "0"], ["--clip 要大于 0"]),
         (["--min_lr", "-1"], ["--min_lr 不能是负数"]),
         (["--weight_decay", "inf"], ["--weight_decay 不能是负数"]),
@@ -409,13 +473,46 @@ def test_a_long_prompt_is_cropped_and_said(text_file, capsys):
     )
 
 
+def test_attention_may_change_and_the_checkpoint_still_serves(text_file, monkeypatch, capsys):
+    mg.main(arguments(text_file, "--greedy"))
+    first = capsys.readouterr().out
+    monkeypatch.setattr(mg, "train_step", lambda *args: pytest.fail("不该再训练"))
+    mg.main(arguments(text_file, "--greedy", "--attention", "manual"))
+    again = capsys.readouterr().out
+    assert "从第 12 步继续" in again and again[again.index("生成") :] == first[first.index("生成") :]
+
+
 # ---------- 像读者那样运行 ----------
-def test_toy_run_as_a_reader(tmp_path):
-    script = tmp_path / "mini_gpt.py"  # 拷到别处也能运行：不依赖本仓库
-    script.write_bytes(Path(mg.__file__).read_bytes())
-    done = subprocess.run(
-        [sys.executable, script.name], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=120
+def run_alone(tmp_path, *argv):
+    """把 mini_gpt.py 一个文件拷到别处运行：不依赖本仓库。"""
+    (tmp_path / "mini_gpt.py").write_bytes(Path(mg.__file__).read_bytes())
+    command = [sys.executable, "mini_gpt.py", *argv]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=120)
+
+
+def test_muon_without_its_file_is_said(tmp_path):
+    done = run_alone(tmp_path, "--recipe", "fast")
+    assert done.returncode == 1 and done.stderr.startswith("错误：") and "Traceback" not in done.stderr
+    assert "muon.py" in done.stderr and "--optimizer adamw" in done.stderr
+    assert run_alone(tmp_path, "--recipe", "fast", "--optimizer", "adamw").returncode == 0
+    (tmp_path / "muon.py").write_bytes(Path(muon.__file__).read_bytes())
+    done = run_alone(tmp_path, "--recipe", "fast")
+    assert done.returncode == 0 and "贪心：i love cats\n" in done.stdout
+
+
+def test_help_is_complete(tmp_path):
+    done = run_alone(tmp_path, "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    text = re.sub(r"\s", "", done.stdout)
+    assert (
+        "--no-bias" in text
+        and "（默认adamw；fastmuon；玩具同）" in text
+        and "（默认4；fast同；玩具2）" in text
     )
+
+
+def test_toy_run_as_a_reader(tmp_path):
+    done = run_alone(tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     losses = [float(x) for x in re.findall(r"epoch +\d+  loss ([\d.]+)", done.stdout)]
     assert losses[0] == pytest.approx(1.81, abs=0.07) and losses[-1] < 0.3
