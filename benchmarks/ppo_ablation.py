@@ -52,7 +52,10 @@ def run(name: str, flags: dict, chain: Path, seed: int) -> dict:
         "output_dir": chain / "ablation" / f"{list(VARIANTS).index(name)}-seed{seed}",
         "seed": seed,
     } | flags
-    return ppo_alignment.main([text for key, value in flags.items() for text in (f"--{key}", str(value))])
+    arguments = []
+    for key, value in flags.items():
+        arguments += [f"--{key}", str(value)]
+    return ppo_alignment.main(arguments)
 
 
 def main() -> None:

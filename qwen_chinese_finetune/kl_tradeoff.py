@@ -29,10 +29,8 @@ from nlp_common.base.arguments import option, parse_arguments
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import load_run, write_json
 from nlp_common.draw.plots import line_chart
-from nlp_common.lm.chatml import prompt_ids
-from nlp_common.lm.generation import generate
 from nlp_common.lm.loading import end_chat_turns, load_causal_lm, load_reward_model
-from nlp_common.lm.replies import reply_of, score_replies, token_kl
+from nlp_common.lm.replies import reply_to, score_replies, token_kl
 from nlp_common.tiny import world
 from nlp_common.tiny.judge import judge, measure_chat
 from nlp_common.train.splits import EVAL_SEED
@@ -53,17 +51,40 @@ class TradeoffSettings:
     hacking_steps: int = option("看奖励作弊时 PPO 走多少步", 120)
 
 
+def run_parts(parts: list[str], root: Path, settings: TradeoffSettings) -> dict:
+    """依次做各部分，每做完一部分就存一次；没做的部分照旧。返回 tradeoff.json 的内容。"""
+    tokenizer, sft = load_causal_lm(f"{settings.chain}/sft")
+    end_chat_turns(sft, tokenizer)
+    reward = load_reward_model(f"{settings.chain}/reward", tokenizer).eval()
+    questions = world.heldout_questions(settings.n, EVAL_SEED)
+    variants = {"ppo": (ppo_alignment, "kl_coef", KL_COEFS), "dpo": (dpo_chinese_qwen, "beta", BETAS)}
+    saved = root / "tradeoff.json"
+    result = json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {}
+    for part in parts:
+        print(f"—— {part}")
+        if part == "best_of_n":
+            result[part] = best_of_n(sft, reward, tokenizer, questions, settings.seed)
+        elif part == "hacking":
+            result[part] = hacking_curves(root, settings)
+        else:
+            script, flag, values = variants[part]
+            result[part] = []
+            for value in values:
+                folder = train(script, root, f"{part}-{value}", settings, **{flag: value})
+                result[part].append(measure(folder, f"β={value}", sft, reward, tokenizer, questions))
+        write_json(saved, result)
+    return result
+
+
 # ---------------------------------------------------------------- 1. best-of-n
 
 
 @torch.no_grad()
 def best_of_n(sft, reward, tokenizer, questions: list[dict], seed: int) -> list[dict]:
     """每道题采样 max(NS) 个回答；取前 n 个里奖励最高的，n 从小到大。"""
-    prompts = [prompt_ids(tokenizer, q["messages"]) for q in questions]
     scores, verdicts = [], []
     for k in range(max(NS)):
-        ids = generate(sft, tokenizer, prompts, 32, temperature=1.0, seed=seed * 1000 + k)
-        replies = [reply_of(tokenizer, each) for each in ids]
+        replies = reply_to(sft, tokenizer, questions, temperature=1.0, seed=seed * 1000 + k)
         scores.append(score_replies(reward, tokenizer, questions, replies))
         judged = [judge(q, r["text"], r["ended"]).score for q, r in zip(questions, replies, strict=True)]
         verdicts.append(torch.tensor(judged))
@@ -106,7 +127,10 @@ def train(script, root: Path, name: str, settings: TradeoffSettings, **flags) ->
     flags = {"preset": "tiny", "seed": settings.seed, "model": chain / "sft", "output_dir": out} | flags
     if script is ppo_alignment:
         flags["reward_model"] = chain / "reward"
-    script.main([text for key, value in flags.items() for text in (f"--{key}", str(value))])
+    arguments = []
+    for key, value in flags.items():
+        arguments += [f"--{key}", str(value)]
+    script.main(arguments)
     return out
 
 
@@ -142,7 +166,7 @@ def smoothed(history: list[dict], key: str, window: int = 5) -> tuple[list[int],
     return [row["step"] for row in history], means
 
 
-# ---------------------------------------------------------------- 4. 图
+# ---------------------------------------------------------------- 4. 图与主程序
 
 
 def draw(root: Path, result: dict) -> None:
@@ -180,9 +204,6 @@ def show(result: dict) -> None:
             )
 
 
-# ---------------------------------------------------------------- 5. 主程序
-
-
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_arguments(TradeoffSettings, argv)
     parts = settings.parts.split(",")
@@ -196,30 +217,7 @@ def main(argv: list[str] | None = None) -> dict:
             )
     root = Path(settings.output_dir or Path(settings.chain) / "tradeoff").expanduser().resolve()
     root.mkdir(parents=True, exist_ok=True)
-
-    tokenizer, sft = load_causal_lm(f"{settings.chain}/sft")
-    end_chat_turns(sft, tokenizer)
-    reward = load_reward_model(f"{settings.chain}/reward", tokenizer).eval()
-    questions = world.heldout_questions(settings.n, EVAL_SEED)
-    variants = {
-        "ppo": (ppo_alignment, "kl_coef", KL_COEFS, "β"),
-        "dpo": (dpo_chinese_qwen, "beta", BETAS, "β"),
-    }
-    saved = root / "tradeoff.json"
-    result = json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {}
-    for part in parts:
-        print(f"—— {part}")
-        if part == "best_of_n":
-            result[part] = best_of_n(sft, reward, tokenizer, questions, settings.seed)
-        elif part == "hacking":
-            result[part] = hacking_curves(root, settings)
-        else:
-            script, flag, values, symbol = variants[part]
-            result[part] = []
-            for value in values:
-                folder = train(script, root, f"{part}-{value}", settings, **{flag: value})
-                result[part].append(measure(folder, f"{symbol}={value}", sft, reward, tokenizer, questions))
-        write_json(saved, result)
+    result = run_parts(parts, root, settings)
     draw(root, result)
     show(result)
     print(f"图和数字在 {root}")

@@ -6,9 +6,12 @@ import argparse
 import difflib
 import re
 import sys
-from dataclasses import field, fields
+from dataclasses import field
+from typing import Any, NoReturn, TypeVar
 
 from nlp_common.base.errors import UserError
+
+S = TypeVar("S")  # 各脚本自己的设置，dataclass
 
 # argparse 的英文报错 → 中文；没有列出的原样显示。
 MESSAGES = [
@@ -21,7 +24,7 @@ MESSAGES = [
 ]
 
 
-def option(help: str, default=None, **extra):
+def option(help: str, default: Any = None, **extra: Any) -> Any:
     """dataclass 字段；default 为 None 的参数由预设补上。"""
     return field(default=default, metadata={"help": help, **extra})
 
@@ -34,12 +37,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help or ''}{'（默认 %(default)s）' if shown else ''}"
 
 
-def parse_arguments(settings_class, argv: list[str] | None):
+def parse_arguments(settings_class: type[S], argv: list[str] | None) -> S:
     """按 dataclass 的字段解析 argv（None 是 sys.argv）；``--help`` 先印脚本开头的说明。"""
     from transformers.hf_argparser import HfArgumentParser
 
     class Parser(HfArgumentParser):
-        def error(self, message: str):
+        def error(self, message: str) -> NoReturn:
             for pattern, chinese in MESSAGES:
                 message = re.sub(pattern, chinese, message)
             raise UserError(f"命令行参数不对：{message}。加 --help 看全部参数。")
@@ -49,9 +52,7 @@ def parse_arguments(settings_class, argv: list[str] | None):
     parser = Parser(settings_class, description=script, allow_abbrev=False, formatter_class=HelpFormatter)
     settings, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
-        close = difflib.get_close_matches(
-            unknown[0], [f"--{each.name}" for each in fields(settings_class)], n=1
-        )
+        close = difflib.get_close_matches(unknown[0], [f"--{name}" for name in vars(settings)], n=1)
         raise UserError(
             f"命令行参数不对：不认识 {' '.join(unknown)}{f'，是不是 {close[0]}？' if close else '。'}加 --help 看全部参数。"
         )

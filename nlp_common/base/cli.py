@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from nlp_common.base.errors import UserError
 from nlp_common.base.processes import is_main, leave, lost_another
@@ -17,10 +18,11 @@ def run_main(main: Callable[[], object]) -> None:
 
     accelerate launch 开了几个进程时，只有主进程往屏幕上打印。
     """
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # 终端的编码读不懂、写不出的字换成问号，不中途报错
+    streams: tuple[Any, ...] = (sys.stdin, sys.stdout, sys.stderr)
+    for stream in streams:  # 终端的编码读不懂、写不出的字换成问号，不中途报错
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    sys.stdout.reconfigure(line_buffering=True)  # 输出接到文件或管道时，也随时看得到
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # 输出接到文件或管道时，也随时看得到
     if not is_main():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 （一直开到进程结束）
     try:

@@ -9,6 +9,7 @@ import re
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,7 +58,7 @@ def precision_flags(
     if bf16 is not None:
         return {"bf16": bf16, "fp16": False}
     if cpu_bf16 and device.type == "cpu":
-        has = getattr(torch.cpu, "get_capabilities", dict)()  # 旧版 torch 没有它
+        has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # 旧版 torch 没有它
         return {"bf16": bool(has.get("amx_bf16") or has.get("avx512_bf16")), "fp16": False}
     chosen = precision(device)
     return {"bf16": chosen == "bf16", "fp16": chosen == "fp16"}

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 LAUNCHER = (
@@ -72,7 +72,7 @@ def on_main(function: Callable[[], T]) -> T:
     join()
     from accelerate.utils import broadcast_object_list
 
-    box = [function() if is_main() else None]
+    box: list[Any] = [function() if is_main() else None]
     broadcast_object_list(box)
     return box[0]
 

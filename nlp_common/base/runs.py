@@ -29,14 +29,18 @@ NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}  # 没有
 CHECKPOINT_DONE = "complete.json"  # 检查点写完之后才写它；没有它的检查点是半个
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """先写临时文件再改名：读到的要么是旧内容，要么是新内容。"""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=2)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2))
 
 
 def load_run(folder: Path) -> dict | None:
@@ -54,7 +58,8 @@ def load_run(folder: Path) -> dict | None:
 
 def run_record(path: str) -> dict:
     """运行记录；不是我们训练的模型没有，返回空的。"""
-    return load_run(Path(path)) if (Path(path) / RUN_FILE).exists() else {}
+    folder = Path(path)
+    return (load_run(folder) or {}) if (folder / RUN_FILE).exists() else {}
 
 
 def file_sha256(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from nlp_common.base.errors import UserError
 from nlp_common.data.files import read_file, row_place
@@ -66,7 +67,14 @@ def check_enough(rows: list[dict], batch_size: int, where: str) -> None:
         )
 
 
-def texts_to_predict(settings, text_fields: Sequence[str] = ("text",)) -> list[str]:
+class ToPredict(Protocol):
+    """设置里这里要用的两项。"""
+
+    predict: list[str] | None
+    predict_file: str | None
+
+
+def texts_to_predict(settings: ToPredict, text_fields: Sequence[str] = ("text",)) -> list[str]:
     """--predict 与 --predict_file 里的文字；空的、缺栏的是 UserError，说出是哪一段、哪一行。"""
     texts = list(settings.predict or [])
     if any(not text.strip() for text in texts):

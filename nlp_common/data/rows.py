@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from nlp_common.base.errors import UserError
-from nlp_common.data.files import READERS, read_file, sha256_of
+from nlp_common.data.files import READERS, read_file, sha256_of, without_bom
 from nlp_common.data.online import hub_rows
 from nlp_common.data.people_daily import SPLITS, people_daily
 
@@ -86,6 +86,8 @@ def read_rows(
     rows = list(islice((row for row in found if keep is None or keep(row)), limit))
     if hasattr(found, "close"):  # 读够了：关上文件，网上读来的行存进缓存
         found.close()
+    if kind == "hub":
+        rows = without_bom(rows)  # 文件的在读时就去掉了
     if not rows:
         raise UserError(f"{name} 的 {split} 里没有一行符合要求的数据。")
     return Rows(
@@ -157,7 +159,8 @@ def _split_files(folder: Path, split: str) -> tuple[str, list[Path]]:
             f"  里面有：{'、'.join(inside[:20]) or '（空的）'}{' 等' if len(inside) > 20 else ''}\n"
             f"  要有：{split}.jsonl 这样的文件（后缀可以是 {' '.join(READERS)}）；或者用 --dataset 直接给出一个文件。"
         )
-    shards = {int(re.search(_SHARD + "$", file.stem)[1] or 1) for file in files}
+    matches = [re.search(_SHARD + "$", file.stem) for file in files]  # 不分片的也匹配，只是没有第一组
+    shards = {int(match[1] or 1) for match in matches if match}
     if shards != {len(files)} or len({(file.parent, file.suffix.lower()) for file in files}) > 1:
         names = "、".join(file.name for file in files)
         raise UserError(

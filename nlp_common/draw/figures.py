@@ -8,8 +8,14 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nlp_common.base.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    Draw = Callable[[Axes, Callable[[str], str]], None]
 
 BROWSER_FONTS = (
     "system-ui, 'PingFang SC', 'Microsoft YaHei', 'Noto Sans CJK SC', 'Noto Sans SC', "
@@ -48,7 +54,13 @@ def _english(label: str) -> str:
     return english or re.sub(r"[^\x20-\u024f]+", " ", chinese).strip() or "?"
 
 
-def render(path, draw, legend: list[str], labels: tuple[str, str, str], min_width: float = 0) -> str:
+def render(
+    path: str | Path | None,
+    draw: Draw,
+    legend: list[str],
+    labels: tuple[str, str, str],
+    min_width: float = 0,
+) -> str:
     """画一张图，返回 SVG，给了 path 再写成文件。
 
     draw(axes, text) 往坐标区里画，text 把 "中文|英文" 变成这次该用的那一半；legend 是图例各项，

@@ -106,13 +106,14 @@ def _colors(count: int, skip: int = 0) -> list[str]:
 def learning_curve(path: Path, history: list[dict]) -> None:
     """训练 loss、验证 loss、验证错误率随步数的变化，画成一张图。history 来自 training.curves。"""
 
-    def points(name: str, change=lambda y: y) -> tuple[list, list]:
+    def points(name: str) -> tuple[list, list]:
         rows = [row for row in history if name in row]
-        return [row["step"] for row in rows], [change(row[name]) for row in rows]
+        return [row["step"] for row in rows], [row[name] for row in rows]
 
-    series = {
+    steps, accuracies = points("eval_accuracy")
+    series: dict[str, tuple[Sequence[float], Sequence[float]]] = {
         "训练 loss|train loss": points("loss"),
         "验证 loss|validation loss": points("eval_loss"),
-        "验证错误率|validation error": points("eval_accuracy", lambda accuracy: 1 - accuracy),
+        "验证错误率|validation error": (steps, [1 - accuracy for accuracy in accuracies]),
     }
     line_chart(path, series, "学习曲线|Learning curve", "步数|step", "")

@@ -16,18 +16,23 @@ Q、注意力、MLP、最后的归一都不必算。用得着的列，数值与�
 from __future__ import annotations
 
 from functools import partial, update_wrapper
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import ModelOutput
+
 KNOWN = {"Qwen2Attention", "LlamaAttention"}  # 下面 _last_layer 照着写的结构
 
 
-def use_read_columns(model: torch.nn.Module) -> torch.nn.Module:
+def use_read_columns(model: PreTrainedModel) -> PreTrainedModel:
     """装到 model 上，返回 model。"""
-    backbone = getattr(model, model.base_model_prefix, None)
-    last = backbone.layers[-1] if hasattr(backbone, "layers") else None
+    backbone: Any = getattr(model, model.base_model_prefix, None)
+    last: Any = backbone.layers[-1] if hasattr(backbone, "layers") else None
     ways = {"ForCausalLM": _causal, "ForTokenClassification": _values, "ForSequenceClassification": _scores}
     way = next((way for kind, way in ways.items() if type(model).__name__.endswith(kind)), None)
     if way is None or type(getattr(last, "self_attn", None)).__name__ not in KNOWN:
@@ -40,13 +45,17 @@ def use_read_columns(model: torch.nn.Module) -> torch.nn.Module:
 # ---------------------------------------------------------------- 三种模型
 
 
-def _causal(model, *args, logits_to_keep=0, **kwargs):
+def _causal(
+    model: PreTrainedModel, *args: Any, logits_to_keep: int | torch.Tensor = 0, **kwargs: Any
+) -> ModelOutput:
     if isinstance(logits_to_keep, torch.Tensor) and _can_skip(model, kwargs):
         kwargs["read_columns"], logits_to_keep = logits_to_keep, 0
     return type(model).forward(model, *args, logits_to_keep=logits_to_keep, **kwargs)
 
 
-def _values(model, *args, logits_to_keep=None, **kwargs):
+def _values(
+    model: PreTrainedModel, *args: Any, logits_to_keep: torch.Tensor | None = None, **kwargs: Any
+) -> ModelOutput:
     if logits_to_keep is not None and _can_skip(model, kwargs):
         return type(model).forward(model, *args, read_columns=logits_to_keep, **kwargs)
     out = type(model).forward(model, *args, **kwargs)
@@ -55,7 +64,12 @@ def _values(model, *args, logits_to_keep=None, **kwargs):
     return out
 
 
-def _scores(model, input_ids=None, labels=None, **kwargs):
+def _scores(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> ModelOutput:
     if input_ids is None or labels is not None or not _can_skip(model, kwargs):
         return type(model).forward(model, input_ids=input_ids, labels=labels, **kwargs)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -67,7 +81,7 @@ def _scores(model, input_ids=None, labels=None, **kwargs):
     return SequenceClassifierOutputWithPast(logits=model.score(hidden[rows, place]))  # (B, 1)
 
 
-def _can_skip(model, kwargs: dict) -> bool:
+def _can_skip(model: PreTrainedModel, kwargs: dict) -> bool:
     """掩码要是 (B, 1, T, T) 或没有（flash attention 的不是），没有滑动窗口，不要缓存，反向时不重算。"""
     last = getattr(model, model.base_model_prefix).layers[-1]
     attn = last.self_attn
@@ -86,12 +100,12 @@ def _can_skip(model, kwargs: dict) -> bool:
 
 
 def _last_layer(
-    layer,
-    hidden_states,
-    attention_mask=None,
-    position_embeddings=None,
-    read_columns=None,
-    **kwargs,
+    layer: Any,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    read_columns: torch.Tensor | None = None,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """一层 decoder，(B, T, H) → (B, C, H)，只有 read_columns 那些列；K、V 仍来自所有的列。没给列号就照常。"""
     if read_columns is None:
@@ -109,6 +123,7 @@ def _last_layer(
     def heads(x: torch.Tensor) -> torch.Tensor:
         return x.view(batch, x.shape[1], -1, attn.head_dim).transpose(1, 2)  # (B, nh, ·, hs)
 
+    assert position_embeddings is not None
     cos, sin = position_embeddings  # (B, T, hs)
     q = _rotate(heads(attn.q_proj(some)), cos[:, read_columns], sin[:, read_columns])
     k = _rotate(heads(attn.k_proj(normed)), cos, sin)

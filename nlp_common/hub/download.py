@@ -57,7 +57,7 @@ def _from_modelscope(name: str) -> str:
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """一行话的原因。huggingface_hub 有时只说"找不到"，真正的原因在它的 __cause__ 里。"""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nlp_common.base.errors import UserError
 from nlp_common.hub.download import download_model
-from nlp_common.hub.model_folder import check_model_folder, has_tokenizer, missing_file
+from nlp_common.hub.model_folder import check_model_folder, has_tokenizer, missing_file, what_file
 from nlp_common.hub.network import MIRROR, TIMEOUT, endpoint, hub_reachable, offline
 from nlp_common.hub.verify import verify_model
 
@@ -31,7 +31,7 @@ def find_model(name: str, source: str = "hf") -> str | None:
         check_model_folder(folder)
         return str(folder)
     if folder.is_file():
-        raise UserError(f"{name} 是一个文件；--model 要的是装着 config.json 和权重的文件夹。")
+        raise UserError(what_file(folder))
     if _is_path(name):
         raise UserError(f"没有这个文件夹：{name}（当前目录是 {Path.cwd()}）。请检查路径的写法。")
     if cached := _cached(name, source):
@@ -88,8 +88,8 @@ def _snapshot(name: str, source: str) -> Path | None:
 def _broken_copy(name: str, source: str) -> str | None:
     """缓存里有这个模型、只是坏了一个文件，而现在又连不上网时，说出是哪个文件。"""
     found = None if name == BUILT_IN else _snapshot(name, source)
-    broken = found and missing_file(found)
-    if not broken or not (found / broken).exists():
+    broken = missing_file(found) if found else None
+    if not found or not broken or not (found / broken).exists():
         return None
     return (
         f"缓存里有模型 {name}，但其中的 {found / broken} 没写完或坏了，现在又连不上 {endpoint(source)}。"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from nlp_common.base.device import accelerator_available
 from nlp_common.base.errors import UserError
@@ -10,18 +11,24 @@ from nlp_common.hub.models import find_model, why_not
 from nlp_common.hub.network import endpoint
 
 PRESETS = ("auto", "tiny", "full")
+Preset = Literal["auto", "tiny", "full"]
 
 
 @dataclass(frozen=True)
 class Choice:
     """选定的预设（``tiny`` 或 ``full``）与原因。"""
 
-    preset: str
+    preset: Preset
     reason: str
 
 
 def choose_preset(
-    requested: str, model: str | None, *, full_model: str, needs_accelerator: bool, source: str = "hf"
+    requested: Preset,
+    model: str | None,
+    *,
+    full_model: str,
+    needs_accelerator: bool,
+    source: str = "hf",
 ) -> Choice:
     """定下预设。requested 是 --preset，model 是 --model（没给是 None），full_model 是 full 的默认模型。
 

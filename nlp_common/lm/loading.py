@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,28 +17,27 @@ from nlp_common.base.errors import UserError
 from nlp_common.fast.columns import use_read_columns
 from nlp_common.fast.rms_norm import use_fused_norms
 from nlp_common.lm.chatml import CHAT_TEMPLATE, END_OF_TEXT, IM_END, IM_START
+from nlp_common.lm.checks import (
+    check_config,
+    check_decoder,
+    check_tokenizer,
+    check_vocabulary,
+    load_weights,
+    quiet,
+    readable_errors,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logging.disable_progress_bar()  # 只关"载入权重"的进度条，警告照常显示
 
 
-@contextlib.contextmanager
-def readable_errors(path: str) -> Iterator[None]:
-    """文件坏了、不是模型：各个库的异常类型都不同，一律说成读者能照着做的话。"""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(
-            f"载入 {path} 失败：{reason}\n如果是从 hub 下载的，加 --verify 看是哪个文件坏了；"
-            "如果是自己复制来的，重新复制一遍，或用 --model 换一个模型。"
-        ) from error
-
-
-def load_tokenizer(path: str):
-    with readable_errors(path):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    check_config(path)
+    with readable_errors(path), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    check_tokenizer(tokenizer, path)
     # 填充不能与 <|im_end|> 同一个 token：奖励模型靠"不是填充"找最后一个真实 token。
     if tokenizer.pad_token in (None, IM_END):
         tokenizer.pad_token = END_OF_TEXT
@@ -50,20 +47,21 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
-def load_causal_lm(path: str):
+def load_causal_lm(path: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """→ (分词器, 模型)。权重一律用 float32 载入：混合精度训练要 float32 的主权重。"""
+    check_decoder(path)
     tokenizer = load_tokenizer(path)
-    with readable_errors(path):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model, _ = load_weights(AutoModelForCausalLM, path)
+    check_vocabulary(model, tokenizer, path)
     return tokenizer, make_fast(model)
 
 
-def make_fast(model):
+def make_fast(model: PreTrainedModel) -> PreTrainedModel:
     """装上只为快、结果不变的部分（nlp_common/fast），返回 model；此后照常调用。"""
     return use_read_columns(use_fused_norms(model))
 
 
-def end_chat_turns(model, tokenizer) -> None:
+def end_chat_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """聊天模型一轮的结束是 <|im_end|>：基座 Qwen 的 eos 是 <|endoftext|>，不改它，生成就停不下来。"""
     tokenizer.eos_token = IM_END
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -73,23 +71,22 @@ def end_chat_turns(model, tokenizer) -> None:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-def load_reward_model(path: str, tokenizer):
+def load_reward_model(path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """骨干来自 path 的标量打分模型；path 是 SFT 模型时，打分头是新初始化的。"""
     return _load_with_head(AutoModelForSequenceClassification, path, tokenizer)
 
 
-def load_value_model(path: str, tokenizer):
+def load_value_model(path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """每个位置给出一个价值的模型，骨干和头都从奖励模型 path 开始。"""
     return _load_with_head(AutoModelForTokenClassification, path, tokenizer)
 
 
-def _load_with_head(auto_class, path: str, tokenizer):
-    config = AutoConfig.from_pretrained(path, num_labels=1)
+def _load_with_head(auto_class: Any, path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    check_decoder(path, scores=True)
+    with readable_errors(path), quiet():
+        config = AutoConfig.from_pretrained(path, num_labels=1, trust_remote_code=False)
     config.pad_token_id = tokenizer.pad_token_id
     config.classifier_dropout = 0.0  # 打分和估值都要确定的数
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # "LM head 没用上、打分头是新的"正是我们要的，不必警告
-    try:
-        return make_fast(auto_class.from_pretrained(path, config=config, dtype=torch.float32))
-    finally:
-        logging.set_verbosity(level)
+    model, _ = load_weights(auto_class, path, new=("score.",), config=config)  # 只有打分头可以是新的
+    check_vocabulary(model, tokenizer, path)
+    return make_fast(model)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IGNORE = -100  # 交叉熵忽略的标签
 
@@ -14,7 +19,11 @@ def count_labels(batch: dict[str, torch.Tensor]) -> int:
 
 
 def token_logps(
-    model, input_ids: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0, **inputs
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float = 1.0,
+    **inputs: Any,
 ) -> torch.Tensor:
     """有标签的 token 的对数概率 log π(y_t | x, y_<t)：(B, T) 与 (B, T) → (B, C)，没有标签的位置是 0。
 

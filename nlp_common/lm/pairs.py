@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from nlp_common.lm.chatml import answer_ids, encode_text, prompt_ids
 from nlp_common.lm.losses import IGNORE
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def encode_pair(tokenizer, row: dict, with_end: bool = True) -> dict[str, list[int]]:
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, row: dict, with_end: bool = True) -> dict[str, list[int]]:
     """一对 → ``prompt_ids``、``chosen_ids``、``rejected_ids``。
 
     with_end：回答要不要带结尾的 <|im_end|>。DPO 要（说完也是回答的一部分），奖励模型不要（它在最后一个字上打分）。

@@ -1,4 +1,4 @@
-"""评判：小世界里程序知道标准答案，所以每个回复的好坏是算出来的，不是估出来的。奖励模型从没见过这些分数。"""
+"""一批题的回复：生成（reply_to），奖励模型打分（score_replies），离参考模型多远（token_kl），用词多样（distinct_n）。"""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def token_kl(
         lengths = torch.tensor([len(replies[i]["ids"]) for i in batch], device=ids.device)
         width = int(lengths.max())
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": padded_positions(mask)}
-        logps = [
-            model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, :-1].float().log_softmax(-1)
-            for model in (policy, reference)
-        ]  # (B, width, V)
+        logps = []  # policy 的、reference 的，都是 (B, width, V)
+        for model in (policy, reference):
+            logits = model(**inputs, use_cache=False, logits_to_keep=width + 1).logits[:, :-1]
+            logps.append(logits.float().log_softmax(-1))
         kl = (logps[0].exp() * (logps[0] - logps[1])).sum(-1)  # (B, width)
         is_reply = torch.arange(width, device=ids.device) >= width - lengths[:, None]
         total += (kl * is_reply).sum().item()

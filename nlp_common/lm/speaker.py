@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -17,6 +17,17 @@ from nlp_common.base.runs import run_record
 from nlp_common.lm.generation import stop_tokens, stream_tokens
 from nlp_common.lm.loading import load_causal_lm
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Sampling(Protocol):
+    """设置里这里要用的几项。"""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+
 
 @dataclass
 class Speaker:
@@ -24,15 +35,16 @@ class Speaker:
 
     name: str
     path: str
-    tokenizer: Any
-    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
     run: dict
     generator: torch.Generator
 
 
 def load_speaker(title: str, path: str, seed: int) -> Speaker:
     """载入一个模型；文件夹不完整、不是会说话的模型是 UserError。"""
-    folder, run = Path(path), {}
+    folder = Path(path)
+    run: dict = {}
     if folder.is_dir():
         run = run_record(path)
         architectures = json.loads((folder / "config.json").read_text("utf-8")).get("architectures") or [""]
@@ -52,18 +64,19 @@ class Reply:
     end: str | None = None
 
 
-def room(speaker: Speaker, settings) -> int:
+def room(speaker: Speaker, settings: Sampling) -> int:
     """提示最多多少个 token，才给回答留得下 max_new_tokens 个。"""
     return speaker.model.config.max_position_embeddings - settings.max_new_tokens
 
 
-def stream_reply(speaker: Speaker, prompt: list[int], settings, reply: Reply) -> Iterator[str]:
+def stream_reply(speaker: Speaker, prompt: list[int], settings: Sampling, reply: Reply) -> Iterator[str]:
     """一边生成一边给出新的文字，并记进 reply。
 
     一个汉字是三个字节，可能由几个 token 拼成：解码的结尾是半个字（U+FFFD）时先等着，凑齐了再给出。
     """
     tokenizer = speaker.tokenizer
-    stops, ids = stop_tokens(tokenizer), []
+    stops = stop_tokens(tokenizer)
+    ids: list[int] = []
     input_ids = torch.tensor([prompt], device=speaker.model.device)  # (1, T)
     for token in stream_tokens(
         speaker.model,
@@ -76,17 +89,18 @@ def stream_reply(speaker: Speaker, prompt: list[int], settings, reply: Reply) ->
         settings.top_p,
         speaker.generator,
     ):
-        if token.item() in stops:
-            reply.end = tokenizer.convert_ids_to_tokens(token.item())
+        token_id = int(token)
+        if token_id in stops:
+            reply.end = tokenizer.convert_ids_to_tokens(token_id)
             return
-        ids.append(token.item())
+        ids.append(token_id)
         text = tokenizer.decode(ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}") and len(text) > len(reply.text):
             new, reply.text = text[len(reply.text) :], text
             yield new
 
 
-def say(speaker: Speaker, prompt: list[int], settings, reply: Reply) -> None:
+def say(speaker: Speaker, prompt: list[int], settings: Sampling, reply: Reply) -> None:
     """边生成边打印（不换行）。Ctrl-C 照常抛出，已经说出的话在 reply 里。"""
     for piece in stream_reply(speaker, prompt, settings, reply):
         print(printable(piece), end="", flush=True)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from nlp_common.lm.classifier import attention
+
+if TYPE_CHECKING:
+    from transformers import BertConfig, BertTokenizer
 
 MAX_POSITIONS = 512  # bert-base-chinese 的位置个数，小 BERT 也一样
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def character_tokenizer(texts: Sequence[str], min_count: int = 2):
+def character_tokenizer(texts: Sequence[str], min_count: int = 2) -> BertTokenizer:
     """从文字里数出字表，搭一个 BERT 分词器：一个汉字一个 token，英文和数字也逐个字符切开。
 
     bert-base-chinese 的字表也几乎都是单字；这里的小得多，因为小模型的大半参数都在字表上。
@@ -28,7 +32,7 @@ def character_tokenizer(texts: Sequence[str], min_count: int = 2):
     return BertTokenizer(vocab=vocab, do_lower_case=True)
 
 
-def small_config(vocab_size: int, hidden_size: int, num_layers: int, **more):
+def small_config(vocab_size: int, hidden_size: int, num_layers: int, **more: Any) -> BertConfig:
     """小 BERT 的尺寸：宽度之外都照 BERT 的比例，64 宽一个头，中间层是 4 倍宽。"""
     from transformers import BertConfig
 

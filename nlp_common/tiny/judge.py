@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from nlp_common.fast.together import together
 from nlp_common.lm.replies import distinct_n, reply_to, score_replies, token_kl
 from nlp_common.tiny.world import OPENINGS, WORLD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def judge(question: dict, reply: str, ended: bool) -> Verdict:
 
 
 def measure_chat(
-    model, tokenizer, questions: list[dict], seed: int = 0
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[dict], seed: int = 0
 ) -> tuple[dict, list[dict], list[dict]]:
     """小世界的对话指标，各处同一个定义。返回 (指标, 贪心回复, 采样回复)。
 
@@ -78,7 +82,12 @@ def measure_chat(
 
 
 def measure_aligned(
-    policy, reference, reward_model, tokenizer, questions: list[dict], max_new_tokens: int
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    reward_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[dict],
+    max_new_tokens: int,
 ) -> dict:
     """对齐前（reference，名字带 _before）与对齐后（policy）：奖励的均值与标准差，policy 对 reference 的 KL。
 

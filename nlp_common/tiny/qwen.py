@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from nlp_common.lm.chatml import CHAT_TEMPLATE, END_OF_TEXT, IM_END, IM_START
 from nlp_common.tiny import world
@@ -53,7 +54,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def share_low_frequencies(attention, first_pair: int = 10, gain: float = 1.5) -> None:
+def share_low_frequencies(attention: Qwen2Attention, first_pair: int = 10, gain: float = 1.5) -> None:
     """让第一层第一个头的 K 在低频的维度上等于 Q：q·k 一开始就偏向"相同的字互相注意"，不论隔多远。
 
     判断"这句话与故事合不合"，要看刚说的字故事里有没有；全部随机初始化时，这么小的模型很难自己学出这个

@@ -14,6 +14,7 @@ import math
 import random
 import zlib
 from collections.abc import Callable
+from typing import TypeVar
 
 # 每个词的最后一个字只属于它自己：看到这个字，就知道故事里有没有这个词。
 # 同类的词也尽量不同头：十个"老×"要先写出"老"再往回找，这一类总是最晚才学会，有的种子学不会。
@@ -88,6 +89,9 @@ STYLES = {"courteous": 0.28, "plain": 0.45, "terse": 0.22, "unhelpful": 0.05}
 QUALITY = ["courteous", "plain", "terse", "wrong", "unhelpful"]
 
 
+T = TypeVar("T")
+
+
 class Draw:
     """做随机选择，并记下选择的信息量：从 n 个里等概率选一个是 ln(n) nats。"""
 
@@ -95,7 +99,7 @@ class Draw:
         self.rng = rng
         self.nats = 0.0
 
-    def pick(self, options: list):
+    def pick(self, options: list[T]) -> T:
         self.nats += math.log(len(options))
         return options[self.rng.randrange(len(options))]
 
@@ -269,9 +273,9 @@ def pairs(n: int, seed: int, heldout: bool = False) -> list[dict]:
     for _ in range(n):
         if rng.random() < 0.05:
             ask, reply = _small_talk(rng)
-            rejected = _turn("assistant", rng.choice(UNHELPFUL))
+            useless = _turn("assistant", rng.choice(UNHELPFUL))
             kinds = ["small_talk", "unhelpful"]
-            rows.append({"prompt": [ask], "chosen": [reply], "rejected": [rejected], "kinds": kinds})
+            rows.append({"prompt": [ask], "chosen": [reply], "rejected": [useless], "kinds": kinds})
             continue
         question, slots = _question(rng, heldout)
         slot = question["slot"]

@@ -12,8 +12,8 @@ from nlp_common.tiny.bert import MAX_POSITIONS
 from nlp_common.train.stage import RunSettings
 
 FULL_MODEL = "bert-base-chinese"
-POSITIVE = ("per_device_train_batch_size", "max_length", "num_train_epochs", "eval_steps", "learning_rate")
-POSITIVE += ("max_train_samples", "hidden_size", "num_layers", "mlm_learning_rate")
+POSITIVE = ["per_device_train_batch_size", "max_length", "num_train_epochs", "eval_steps", "learning_rate"]
+POSITIVE += ["max_train_samples", "hidden_size", "num_layers", "mlm_learning_rate"]
 
 
 @dataclass

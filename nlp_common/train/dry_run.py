@@ -5,21 +5,30 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from nlp_common.base.errors import UserError
 from nlp_common.hub.models import how_to_get
+from nlp_common.lm.checks import check_config, readable_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 MEASURABLE = 50_000_000  # CPU 上参数再多，三步也要等很久
 
 
-def read_config(found: str | None, name: str, source: str, full_model: str, sizes: Callable):
+def read_config(
+    found: str | None, name: str, source: str, full_model: str, sizes: Callable[[], PreTrainedConfig]
+) -> tuple[PreTrainedConfig, str]:
     """→ (配置, 它从哪里来)。只读 config.json，不碰权重；found 是 find_model 的结果，sizes() 是内置的尺寸表。"""
     if found is not None and (found != name or os.path.isdir(found) or source == "hf"):
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(found), f"{found} 的 config.json"
+        check_config(found)
+        with readable_errors(found):
+            return AutoConfig.from_pretrained(found, trust_remote_code=False), f"{found} 的 config.json"
     if found is None:
         why = f"本地缓存里没有 {name}，也连不上它的服务器"
     else:  # ModelScope 上有；读 config.json 要先把整个模型下载到缓存
@@ -75,7 +84,12 @@ def cannot_measure(needed: int, n_parameters: int, device: torch.device, room: i
     return None
 
 
-def seconds_per_step(model, loss: Callable[[], torch.Tensor], device: torch.device, amp=None) -> float:
+def seconds_per_step(
+    model: torch.nn.Module,
+    loss: Callable[[], torch.Tensor],
+    device: torch.device,
+    amp: torch.dtype | None = None,
+) -> float:
     """真的走三步（前向、反向、AdamW），取后两步的平均。loss() 算一次损失；amp 是自动混合精度的类型。"""
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(3):

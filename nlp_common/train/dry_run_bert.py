@@ -38,7 +38,9 @@ def bert_base_chinese() -> BertConfig:
     return BertConfig(vocab_size=21128)
 
 
-def saved_bytes(config, n_tokens: int, length: int, half: bool, eager: bool, mlm: bool = False) -> int:
+def saved_bytes(
+    config: BertConfig, n_tokens: int, length: int, half: bool, eager: bool, mlm: bool = False
+) -> int:
     """前向为反向留下多少字节。length 是每行多少个 token；half：矩阵乘的输入是 2 字节的副本，归一化仍是 float32。"""
     hidden, inner = config.hidden_size, config.intermediate_size
     each = 3 * config.num_attention_heads * length if eager else 0  # 一个 token 的注意力权重，3 份
@@ -54,7 +56,9 @@ def lengths(texts: Sequence[str], max_length: int) -> list[int]:
     return [min(len(text) + 2, max_length) for text in texts]
 
 
-def estimate(settings, config, per_row: Sequence[int], epochs: float, half: bool, mlm: bool) -> dict:
+def estimate(
+    settings: BertSettings, config: BertConfig, per_row: Sequence[int], epochs: float, half: bool, mlm: bool
+) -> dict:
     """一个阶段的各项字节数与步数。per_row：每行多少个 token；内存按每行都满 max_length 算，是上限。"""
     build = BertForMaskedLM if mlm else BertForSequenceClassification
     parameters, tensors = count(lambda: build(config))
@@ -73,7 +77,9 @@ def estimate(settings, config, per_row: Sequence[int], epochs: float, half: bool
     }
 
 
-def seconds_each(settings, config, length: int, device, amp) -> float:
+def seconds_each(
+    settings: BertSettings, config: BertConfig, length: int, device: torch.device, amp: torch.dtype | None
+) -> float:
     """同样尺寸、随机权重的分类模型走一步要几秒，每行 length 个 token。"""
     model = BertForSequenceClassification._from_config(config, attn_implementation=attention()).to(device)
     shape = (settings.per_device_train_batch_size, length)
@@ -83,7 +89,10 @@ def seconds_each(settings, config, length: int, device, amp) -> float:
 
 
 def dry_run(
-    settings: BertSettings, n_labels: int, stages: dict[str, tuple[Sequence[int], float]], config=None
+    settings: BertSettings,
+    n_labels: int,
+    stages: dict[str, tuple[Sequence[int], float]],
+    config: BertConfig | None = None,
 ) -> dict:
     """打印并返回估计，不写任何文件。stages：阶段名 → (每行多少个 token, 几遍)；config 不给就去找 full 的。"""
     source = "这次要搭的小 BERT"

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedConfig,
     Qwen2Config,
 )
 
@@ -33,6 +35,7 @@ from nlp_common.train.dry_run import (
     seconds_per_step,
     show_fixed,
 )
+from nlp_common.train.stage import StageSettings
 
 # 各阶段手里有哪些模型：(名字, 类, 训练吗)
 CAUSAL, SCORE, VALUES = (
@@ -40,7 +43,7 @@ CAUSAL, SCORE, VALUES = (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-MODELS = {
+MODELS: dict[str, list[tuple[str, Any, bool]]] = {
     "pretrain": [("模型", CAUSAL, True)],
     "sft": [("模型", CAUSAL, True)],
     "reward": [("奖励模型", SCORE, True)],
@@ -67,7 +70,7 @@ def qwen_0_5b() -> Qwen2Config:
     )
 
 
-def find_config(settings, full_model: str):
+def find_config(settings: StageSettings, full_model: str) -> tuple[PreTrainedConfig, str]:
     """→ (配置, 它从哪里来)。只读 config.json，不碰权重。"""
     if settings.preset == "tiny" and not settings.model:
         from nlp_common.tiny.qwen import build_model, build_tokenizer
@@ -78,7 +81,7 @@ def find_config(settings, full_model: str):
     return read_config(found, name, settings.source, full_model, qwen_0_5b)
 
 
-def count_parameters(model_class, config) -> tuple[int, int]:
+def count_parameters(model_class: Any, config: PreTrainedConfig) -> tuple[int, int]:
     """→ (参数个数, 张量个数)；共用的嵌入只数一次。"""
     config = copy.deepcopy(config)
     if model_class is not CAUSAL:
@@ -86,7 +89,7 @@ def count_parameters(model_class, config) -> tuple[int, int]:
     return count(lambda: model_class.from_config(config, dtype=torch.float32))
 
 
-def layer_bytes(config, n_tokens: int, n_read: int, half: bool) -> int:
+def layer_bytes(config: PreTrainedConfig, n_tokens: int, n_read: int, half: bool) -> int:
     """一层为反向留下多少字节；除了 K、V 和它们的输入，只算 n_read 个 token。
 
     half：自动混合精度，矩阵乘的输入是 2 字节的副本，归一化仍是 float32。
@@ -101,7 +104,12 @@ def layer_bytes(config, n_tokens: int, n_read: int, half: bool) -> int:
 
 
 def saved_bytes(
-    config, n_tokens: int, half: bool, head: bool, checkpointing: bool = False, n_read: int | None = None
+    config: PreTrainedConfig,
+    n_tokens: int,
+    half: bool,
+    head: bool,
+    checkpointing: bool = False,
+    n_read: int | None = None,
 ) -> int:
     """前向为反向留下多少字节。n_read：最后一层与词表只算其中几个 token，默认全算。"""
     hidden, layers = config.hidden_size, config.num_hidden_layers
@@ -114,12 +122,14 @@ def saved_bytes(
     return (layers - 1) * whole + last + vocabulary
 
 
-def logits_bytes(config, n_tokens: int) -> int:
+def logits_bytes(config: PreTrainedConfig, n_tokens: int) -> int:
     """log-softmax 之外，logits 与它的梯度（都按 float32）。"""
     return n_tokens * 2 * 4 * config.vocab_size
 
 
-def estimate(name: str, settings, config, half: bool, cpu: bool = False) -> dict:
+def estimate(
+    name: str, settings: StageSettings, config: PreTrainedConfig, half: bool, cpu: bool = False
+) -> dict:
     """各项的字节数与步数；token 数按每行都满 max_length 算，是上限。"""
     models = [(label, *count_parameters(cls, config), trained) for label, cls, trained in MODELS[name]]
     total = sum(n for _, n, _, _ in models)
@@ -158,27 +168,29 @@ def estimate(name: str, settings, config, half: bool, cpu: bool = False) -> dict
     }
 
 
-def seconds_per_forward(name: str, config, settings, device, n_tokens: int) -> float:
+def seconds_per_forward(
+    name: str, config: PreTrainedConfig, settings: StageSettings, device: torch.device, n_tokens: int
+) -> float:
     """同样尺寸、随机权重的模型走一步（一次前向、反向）要几秒。"""
     model = MODELS[name][0][1].from_config(config, dtype=torch.float32).to(device).train()
     ids = torch.randint(0, config.vocab_size, (n_tokens // settings.max_length, settings.max_length))
     ids = ids.to(device)
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision(device))
 
-    def loss():
+    def loss() -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).mean()
 
     return seconds_per_step(model, loss, device, amp)
 
 
-def why_not_measured(name: str, result: dict, settings, device, room: int | None) -> str | None:
+def why_not_measured(name: str, result: dict, device: torch.device, room: int | None) -> str | None:
     """不能量时间的原因；能量给 None。"""
     if name == "ppo":
         return "PPO 的一步大半花在采样上，单走前向与反向估不准"
     return cannot_measure(result["total"][False], sum(result["models"].values()), device, room)
 
 
-def dry_run(name: str, settings, full_model: str) -> dict:
+def dry_run(name: str, settings: StageSettings, full_model: str) -> dict:
     """打印并返回估计；不写任何文件。"""
     device = pick_device()
     config, source = find_config(settings, full_model)
@@ -216,7 +228,7 @@ def dry_run(name: str, settings, full_model: str) -> dict:
             )
             + ("" if name == "ppo" else "--max_length，或加 --gradient_checkpointing True。")
         )
-    if reason := why_not_measured(name, result, settings, device, room):
+    if reason := why_not_measured(name, result, device, room):
         print(f"  没有实测时间：{reason}。")
     else:
         each = seconds_per_forward(name, config, settings, device, tokens)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -20,7 +21,13 @@ from nlp_common.train.batches import my_batches
 from nlp_common.train.checkpoints import load_checkpoint, save_checkpoint
 from nlp_common.train.progress import average, progress_bar, speed
 from nlp_common.train.setup import gather_state, make_accelerator, recompute_activations
-from nlp_common.train.stage import Stage
+from nlp_common.train.stage import Stage, StageSettings
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# 一批的损失：(模型, 一批) → (损失的和, 另外要记录的数)
+Loss = Callable[[torch.nn.Module, dict], tuple[torch.Tensor, dict]]
 
 
 @dataclass
@@ -38,7 +45,7 @@ def train_loop(
     model: torch.nn.Module,
     rows: list,
     collate: Callable[[list], dict],
-    loss: Callable[[torch.nn.Module, dict], tuple[torch.Tensor, dict]],
+    loss: Loss,
     tokens: list[int],
     lengths: list[int] | None = None,
     count: Callable[[dict], int] = count_labels,
@@ -65,7 +72,8 @@ def train_loop(
 
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(schedule)
-    step, history = 0, []
+    step = 0
+    history: list[dict] = []
     if latest := stage.checkpoint():
         step, history = load_checkpoint(latest, accelerator)
     first_step, started, paused = step, time.perf_counter(), 0.0
@@ -102,7 +110,15 @@ def train_loop(
     return Trained(history, metrics, gather_state(accelerator, model))
 
 
-def update(accelerator, model, optimizer, micro_batches, loss, count, settings) -> dict[str, torch.Tensor]:
+def update(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[dict],
+    loss: Loss,
+    count: Callable[[dict], int],
+    settings: StageSettings,
+) -> dict[str, torch.Tensor]:
     """一个更新步：几批的梯度累加，裁剪，更新。返回每项平均的损失，与 loss 另给的数的平均。
 
     损失是和，除以整个更新步、所有进程里的项数，所以 1×8 累积成 8×1、一个进程换成八个，走出的都是同一步；
@@ -110,7 +126,7 @@ def update(accelerator, model, optimizer, micro_batches, loss, count, settings) 
     """
     n_items = torch.tensor(float(sum(count(batch) for batch in micro_batches)), device=accelerator.device)
     n_items = accelerator.reduce(n_items, "mean")
-    totals = {"loss": 0.0}
+    totals: dict[str, Any] = {"loss": 0.0}
     for index, batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1  # 最后一批才在进程之间求平均
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
@@ -125,7 +141,7 @@ def update(accelerator, model, optimizer, micro_batches, loss, count, settings) 
     return totals
 
 
-def make_optimizer(model: torch.nn.Module, settings) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, settings: StageSettings) -> torch.optim.Optimizer:
     """AdamW（Loshchilov & Hutter 2019）：矩阵才衰减，偏置和归一化的增益往 0 拉没有道理。"""
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
@@ -137,7 +153,7 @@ def make_optimizer(model: torch.nn.Module, settings) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, settings.learning_rate, betas, fused=True)  # fused：一次更新全部参数
 
 
-def in_groups(loader, size: int, device: torch.device):
+def in_groups(loader: DataLoader, size: int, device: torch.device) -> Iterator[list[dict]]:
     """每 size 批一组，搬到 device 上；最后一组可能不满。"""
     group = []
     for batch in loader:

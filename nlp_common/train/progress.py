@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from nlp_common.base.processes import is_main
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def progress_bar(label: str, total: int, initial: int = 0) -> tqdm:
@@ -33,7 +37,7 @@ def speed(epochs: float, tokens: list[int], seconds: float) -> dict[str, float]:
     }
 
 
-def average(accelerator, steps: list[dict]) -> dict[str, float]:
+def average(accelerator: Accelerator, steps: list[dict]) -> dict[str, float]:
     """几步的 ``{名字: 标量张量}`` 的平均，几个进程的合起来。"""
     means = {name: sum(each[name] for each in steps) / len(steps) for name in steps[0]}
     return {name: round(accelerator.reduce(value, "mean").item(), 5) for name, value in means.items()}

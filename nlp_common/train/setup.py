@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from accelerate import Accelerator, DistributedType
 
 from nlp_common.base.device import precision
 from nlp_common.base.errors import UserError
+from nlp_common.train.stage import StageSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def make_accelerator(device: torch.device, settings) -> Accelerator:
+def make_accelerator(device: torch.device, settings: StageSettings) -> Accelerator:
     """按设备定精度（nlp_common/base/device.py）的 Accelerator；几个进程、分片都由它管。"""
     mixed_precision = precision(device)
     if mixed_precision == "fp32":
@@ -27,7 +33,7 @@ def make_accelerator(device: torch.device, settings) -> Accelerator:
     return accelerator
 
 
-def recompute_activations(model: torch.nn.Module) -> None:
+def recompute_activations(model: PreTrainedModel) -> None:
     """前向不留激活，反向时重算：用时间换显存（gradient checkpointing）。transformers 5.23 起改名。"""
     new_name = getattr(model, "activation_checkpointing_enable", None)
     (new_name or model.gradient_checkpointing_enable)()

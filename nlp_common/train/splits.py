@@ -10,6 +10,7 @@ from nlp_common.base.errors import UserError
 from nlp_common.base.processes import on_main
 from nlp_common.data.rows import has_split, read_rows, sha256_of_rows
 from nlp_common.tiny import world
+from nlp_common.train.stage import StageSettings
 
 EVAL_SEED = 0  # 留出的题与训练种子无关：不同种子的结果可以相比
 TINY_ROWS = {
@@ -20,7 +21,9 @@ TINY_ROWS = {
 }
 
 
-def load_train_and_eval(settings, kind: str, convert: Callable) -> tuple[list[dict], list[dict], dict]:
+def load_train_and_eval(
+    settings: StageSettings, kind: str, convert: Callable
+) -> tuple[list[dict], list[dict], dict]:
     """→ (训练行, 留出行, 数据来源)；kind 是小世界里的数据种类，convert 是 data/chats.py 里的 to_*。
 
     留出行依次取自：--eval_dataset；数据集自带的 validation；都没有就从训练行里固定地分出 5%。
@@ -31,7 +34,9 @@ def load_train_and_eval(settings, kind: str, convert: Callable) -> tuple[list[di
     return train, heldout, data
 
 
-def _train_and_eval(settings, kind: str, convert: Callable) -> tuple[list[dict], list[dict], dict]:
+def _train_and_eval(
+    settings: StageSettings, kind: str, convert: Callable
+) -> tuple[list[dict], list[dict], dict]:
     train, source = _read(settings, kind, convert, settings.dataset, "train", settings.max_train_samples)
     data = {"train": source}
     if settings.eval_dataset:
@@ -55,7 +60,7 @@ def _train_and_eval(settings, kind: str, convert: Callable) -> tuple[list[dict],
 
 
 def _read(
-    settings, kind: str, convert: Callable, name: str, split: str, limit: int | None
+    settings: StageSettings, kind: str, convert: Callable, name: str, split: str, limit: int | None
 ) -> tuple[list[dict], dict]:
     """一份数据 → (统一写法的行, 来历)。小世界的行由语法直接写出，已经是统一的写法。"""
     if name != "tiny_world":

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from nlp_common.base.arguments import option, parse_arguments
 from nlp_common.base.device import describe, library_versions, peak_memory_mb, pick_device, seed_everything
 from nlp_common.base.errors import UserError
+from nlp_common.base.measurements import record_run, split_prefix
 from nlp_common.base.processes import num_processes, on_main, without_launcher
 from nlp_common.base.runs import (
     CHECKPOINT_DONE,
@@ -31,6 +32,9 @@ from nlp_common.data.rows import check_path, data_sha256
 from nlp_common.hub.models import require_model
 from nlp_common.hub.preset import announce, choose_preset
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 # ---------------------------------------------------------------- 参数
 
 
@@ -40,7 +44,14 @@ class RunSettings:
 
     COMMON: ClassVar[dict] = {}  # 各预设相同的默认值
     # 这些参数不影响结果，改了也可以直接用已有的结果。
-    NOT_IN_FINGERPRINT: ClassVar[set[str]] = {"preset", "output_dir", "source", "retrain", "dry_run"}
+    NOT_IN_FINGERPRINT: ClassVar[set[str]] = {
+        "preset",
+        "output_dir",
+        "source",
+        "retrain",
+        "dry_run",
+        "record",
+    }
 
     preset: Literal["auto", "tiny", "full"] = option(
         "tiny：离线的小模型和自带的数据，CPU 几分钟；full：真模型真数据；auto：有加速器又拿得到模型才用 full",
@@ -52,6 +63,7 @@ class RunSettings:
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
     dry_run: bool = option("只估算要多少内存、多少步、多久，不下载权重也不训练", False)
     retrain: bool = option("不用已有的结果，重新训练", False)
+    record: str | None = option("把这次量到的数记进 docs/measurements，名字以它开头，例如 sentiment.reviews")
     seed: int = option("随机种子：同一种子，结果相同", 0)
     max_train_samples: int | None = option("最多用多少行训练数据")
     max_length: int | None = option("每行最多多少个 token")
@@ -120,6 +132,7 @@ class StageSettings(RunSettings):
         check_path(self.eval_dataset)
 
 
+S = TypeVar("S", bound=RunSettings)  # 各脚本自己的设置
 _announced = ContextVar("announced", default=False)
 
 
@@ -133,7 +146,9 @@ def preset_announced() -> Iterator[None]:
         _announced.reset(token)
 
 
-def parse_settings(settings_class, presets: dict[str, dict], argv: list[str] | None, full_model: str):
+def parse_settings(
+    settings_class: type[S], presets: dict[str, dict], argv: list[str] | None, full_model: str
+) -> S:
     """命令行 → 设置：先选预设（第一行就说选了哪个、为什么），再把没给的参数用预设补上，然后检查。"""
     settings = parse_arguments(settings_class, argv)
     choice = on_main(
@@ -152,11 +167,13 @@ def parse_settings(settings_class, presets: dict[str, dict], argv: list[str] | N
         if getattr(settings, name) is None:
             setattr(settings, name, value)
     settings.check()
+    if settings.record:
+        split_prefix(settings.record)  # 写错了就说
     check_path(settings.dataset)  # 路径写错了，不必等上一阶段训练完才知道
     return settings
 
 
-def fingerprint(settings: RunSettings, **more) -> dict:
+def fingerprint(settings: RunSettings, **more: Any) -> dict:
     """决定结果的一切：设置、本地数据的内容、进程数，以及 more（如上游模型的编号）。"""
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in settings.NOT_IN_FINGERPRINT}
     for name in ("dataset", "eval_dataset"):
@@ -176,7 +193,8 @@ class Stage:
     def __init__(
         self, name: str, settings: RunSettings, folder: RunFolder, wanted: dict, parents: dict[str, dict]
     ):
-        self.name, self.settings, self.folder, self.parents = name, settings, folder, parents
+        self.name, self.folder, self.parents = name, folder, parents
+        self.settings: Any = settings  # 各脚本自己的 RunSettings
         self.fingerprint = wanted
         self.path, self.device, self.started = folder.path, pick_device(), time.time()
         self.record: dict | None = None
@@ -198,14 +216,14 @@ class Stage:
 
     def finish(
         self,
-        model,
-        tokenizer,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         metrics: dict,
         data: dict,
         history: list[dict],
         state: dict | None = None,
         draw: Callable[[Path], object] | None = None,
-        **extra,
+        **extra: Any,
     ) -> dict:
         """把模型、分词器和 run.json 写成完成的文件夹，返回记录。
 
@@ -257,6 +275,8 @@ def open_result(
             on_main(lambda: folder.start(wanted))
             seed_everything(settings.seed)
         elif reuse != "derived":
+            if settings.record:
+                raise UserError(f"{folder.path} 是以前的结果，--record 只记这次量到的：再加上 --retrain。")
             print(f"已有训练结果，直接加载：{folder.path}（--retrain 重新训练）")
         yield stage
 
@@ -322,6 +342,8 @@ def run_stage(
             if record := train(stage):
                 show_metrics(record["metrics"])
                 print(f"已存到 {stage.path}（{record['seconds']:.0f} 秒）\n")
+                if settings.record:
+                    record_run(settings.record, record)
             return record
         show_metrics(stage.record["metrics"])
         return stage.record
@@ -341,6 +363,10 @@ def _find_parents(
         if parent is None:
             _train_first(settings, folder, field, stage, chain)
             parent = find_trained(None, folder)
+        if stage == "reward":
+            from nlp_common.lm.checks import check_scores  # 用到才导入：它要导入 transformers
+
+            check_scores(parent["path"], f"--{field}")
         found[field] = {key: parent[key] for key in ("path", "stage", "id")}
     return found
 

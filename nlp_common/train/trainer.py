@@ -10,9 +10,17 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.utils import logging
 
 from nlp_common.base.device import precision_flags
@@ -42,7 +50,7 @@ PASSED_ON = {
 }
 
 
-def trainer_arguments(stage: Stage, **changes) -> dict:
+def trainer_arguments(stage: Stage, **changes: Any) -> dict:
     """stage.settings → TrainingArguments、DPOConfig、RewardConfig 等共有的参数；changes 改掉其中几个。"""
     # transformers 5.23 起改名；TRL 的配置默认开着它，所以总要写明
     fields = TrainingArguments.__dataclass_fields__
@@ -68,7 +76,7 @@ def trainer_arguments(stage: Stage, **changes) -> dict:
 class BucketTrainer(Trainer):
     """训练数据按长度分批的 Trainer。行是 ``{"input_ids": [...], …}``；其余与 Trainer 完全相同。"""
 
-    def _get_train_sampler(self, *_):
+    def _get_train_sampler(self, *_: Any) -> LengthBucketSampler:
         lengths = [len(row["input_ids"]) for row in self.train_dataset]
         return LengthBucketSampler(lengths, self.args.per_device_train_batch_size, self.args.seed)
 
@@ -82,18 +90,24 @@ class Progress(TrainerCallback):
         self.paused = 0.0  # 评测与存盘花掉的秒数，不算进训练速度
         self.step_ended: float | None = None
 
-    def on_train_begin(self, args, state, control, **_):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self.first_epoch, self.started = state.epoch or 0, time.perf_counter()
         if state.is_world_process_zero:
             self.bar = progress_bar(self.label, state.max_steps, state.global_step)
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         if control.should_evaluate or control.should_save:
             self.step_ended = time.perf_counter()
         if self.bar is not None:
             self.bar.update(1)
 
-    def on_step_begin(self, args, state, control, **_):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self._resume_clock()
 
     def _resume_clock(self) -> None:
@@ -101,7 +115,14 @@ class Progress(TrainerCallback):
             self.paused += time.perf_counter() - self.step_ended
             self.step_ended = None
 
-    def on_evaluate(self, args, state, control, metrics=None, **_):
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict | None = None,
+        **_: Any,
+    ) -> None:
         if self.bar is not None and metrics:
             shown = "  ".join(
                 f"{name.removeprefix('eval_')} {metrics[name]:.4f}"
@@ -112,17 +133,28 @@ class Progress(TrainerCallback):
                 f"  第 {state.global_step} 步（{state.epoch:.1f} 遍）验证：{shown}", file=sys.stdout
             )
 
-    def on_log(self, args, state, control, logs=None, **_):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **_: Any,
+    ) -> None:
         if self.bar is not None and logs and "loss" in logs:
             self.bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
 
-    def on_save(self, args, state, control, **_):
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         wait()  # 别的进程的随机数状态、优化器的分片也写完了，才算写完
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_json(folder / CHECKPOINT_DONE, {"seconds": self.seconds()})
 
-    def on_train_end(self, args, state, control, **_):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self._resume_clock()
         seconds = time.perf_counter() - self.started - self.paused
         self.metrics = speed(state.epoch - self.first_epoch, self.tokens, seconds)

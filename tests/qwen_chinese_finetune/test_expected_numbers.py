@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 HOME = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,6 @@ def test_overflow_skips_the_step_halves_the_scale_and_goes_on(
 
 @pytest.fixture
 def ppo_arguments(ppo, monkeypatch, chat_folder, reward_folder, tmp_path) -> list[str]:
-    monkeypatch.setattr(ppo, "precision", lambda _: "fp16")
     monkeypatch.setattr(ppo, "together", lambda *tasks: [task() for task in tasks])  # 在加速器上就是这样
     arguments = ["--model", str(chat_folder), "--reward_model", str(reward_folder)]
     arguments += ["--output_dir", str(tmp_path / "ppo"), "--max_train_samples", "8", "--max_steps", "6"]

@@ -17,6 +17,7 @@ from fake_hub import FakeHub
 from nlp_common.tiny import world
 
 HOME = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"
+pytestmark = pytest.mark.slow
 # 一个进程依次运行几个脚本的 main：省去每次导入 torch。
 RUN = """
 import importlib.util, json, sys

@@ -98,6 +98,7 @@ def launch(stages, root: Path, parents: Path) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(one, tmp_path):
     """先训练 SFT，写完第一个检查点就 Ctrl-C；再从检查点继续，并训练其余的阶段。"""
     process = launch(["sft"], tmp_path, one)
@@ -180,6 +181,7 @@ torch.multiprocessing.start_processes(train, (2,), 2, start_method="fork")  # �
 """
 
 
+@pytest.mark.slow
 def test_sharded_sft_equals_one_process(sft, model64, chat_folder, chat_tokenizer, tmp_path):
     """FSDP2：两个进程各放一半参数、各算一半的行，三步之后与一个进程的参数相等。"""
     (tmp_path / "sharded.py").write_text(SHARDED, encoding="utf-8")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 HOME = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"
+pytestmark = pytest.mark.slow
 SCRIPTS = {
     "pretrain": "pretrain_chinese-nvidia.py",
     "sft": "sft_chinese_qwen.py",

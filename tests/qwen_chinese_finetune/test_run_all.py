@@ -53,6 +53,7 @@ def run_all(load_script):
     return load_script("run_all")
 
 
+@pytest.mark.slow
 def test_whole_chain_leaves_a_report(chain):
     root, out = chain
     for number, title in enumerate(("预训练", "SFT", "奖励模型", "DPO", "PPO", "对比"), 1):
@@ -79,6 +80,7 @@ def test_whole_chain_leaves_a_report(chain):
     assert page.startswith("<!doctype html>") and "<svg" in page
 
 
+@pytest.mark.slow
 def test_second_run_skips_everything(chain, run_all, capsys):
     root, _ = chain
     before, compared = ids(root), load_run(root / "compare")
@@ -88,6 +90,7 @@ def test_second_run_skips_everything(chain, run_all, capsys):
     assert ids(root) == before and load_run(root / "compare") == compared
 
 
+@pytest.mark.slow
 def test_one_process_gives_the_same_models_as_separate_scripts(chain, load_script):
     """前面的阶段用掉的随机数、改过的全局状态，都不影响后面的阶段。"""
     root, _ = chain
@@ -96,6 +99,7 @@ def test_one_process_gives_the_same_models_as_separate_scripts(chain, load_scrip
     assert ids(root) == before
 
 
+@pytest.mark.slow
 def test_killed_chain_goes_on(chain, run_all, tmp_path, capsys):
     root = tmp_path / "again"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -110,6 +114,7 @@ def test_killed_chain_goes_on(chain, run_all, tmp_path, capsys):
     assert "已有训练结果" in capsys.readouterr().out and ids(root) == ids(chain[0])
 
 
+@pytest.mark.slow
 def test_until_stops_early_and_reports_only_that(run_all, tmp_path, capsys):
     root = tmp_path / "part"
     run_all.main([*SMALL, "--output_dir", str(root), "--until", "pretrain"])
@@ -128,6 +133,28 @@ def test_bad_arguments(run_all):
     for arguments, hint in ((["--until", "rlhf"], "compare"), (["--steps", "2"], "--steps")):
         with pytest.raises(UserError, match=hint):
             run_all.main(arguments)
+
+
+def test_record_takes_only_a_whole_fresh_chain(run_all, tmp_path):
+    whole = ["--preset", "tiny", "--record", "--output_dir", str(tmp_path)]
+    for arguments in (["--max_steps", "2"], ["--model", "smollm2"], ["--per_device_train_batch_size", "4"]):
+        with pytest.raises(UserError, match="默认的整条链"):
+            run_all.main([*whole, *arguments])
+    (tmp_path / "sft").mkdir()
+    with pytest.raises(UserError, match="以前的结果"):
+        run_all.main(whole)
+
+
+def test_record_keeps_the_names_of_the_report(run_all, monkeypatch):
+    recorded = {}
+    monkeypatch.setattr(
+        run_all, "record", lambda topic, values, seed: recorded.update({topic: (values, seed)})
+    )
+    stages = {"sft": {"seconds": 33.0, "qa_accuracy": 1.0}, "compare": {"seconds": 5.0}}
+    report = {"stages": stages, "seconds": 38.0, "wall_seconds": 45.0, "peak_memory_mb": 1000.0, "seed": 3}
+    run_all.record_report(report)
+    whole = {"seconds": 38.0, "wall_seconds": 45.0, "peak_memory_mb": 1000.0}
+    assert recorded == {"qwen": ({**stages, "run_all": whole}, 3)}
 
 
 def test_mac_configuration_on_apple_silicon(run_all, monkeypatch):
