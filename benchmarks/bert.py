@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="reviews", help="训练数据，写法同脚本的 --dataset")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--record", action="store_true", help="记进 docs/measurements")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         seconds = startup(folder, args.repeat)
@@ -184,6 +185,11 @@ def main() -> None:
         "transformers": version("transformers"),
     }
     print(json.dumps(result, ensure_ascii=False))
+    if args.record:
+        from nlp_common.base.measurements import record
+
+        names = ("rows_per_s", "seconds", "times_max_length", "times_best_dynamic", "times_import")
+        record("sentiment", {"speed": {name: result[name] for name in names}})
 
 
 if __name__ == "__main__":

@@ -404,6 +404,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     }
     for name, text in helps.items():
         parser.add_argument(f"--{name}", type=int, help=f"{text}（默认 {SIZES[name]}）")
+    parser.add_argument("--record", action="store_true", help="记进 docs/measurements")
     args = parser.parse_args(argv)
     for name, value in (TINY if args.tiny else SIZES).items():
         if getattr(args, name) is None:
@@ -442,6 +443,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
         for side in SIDES[stage]:
             rows.append(measure(stage, side, config, tokenizer, args, device, peak))
             print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
+            if args.record:
+                from nlp_common.base.measurements import record
+
+                record("qwen", {f"gpu.{stage}.{side}": rows[-1]}, unit={"mfu": "fraction"})
     print("\n" + markdown(rows))
     return rows
 

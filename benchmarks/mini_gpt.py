@@ -111,6 +111,9 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="文本文件，例如 tinyshakespeare 的 input.txt")
     parser.add_argument("--nanogpt", type=Path, help="nanoGPT 的文件夹（git clone 下来的）")
     parser.add_argument("--pairs", type=int, help="只比速度：和 nanoGPT 轮流跑这么多对")
+    parser.add_argument(
+        "--record", metavar="名字", help="记进 docs/measurements，名字如 fast、fast_360、gpt2"
+    )
     args, options = parser.parse_known_args()
     if args.pairs is not None and (args.pairs < 1 or not args.nanogpt):
         parser.error("--pairs 要是正整数，并且要用 --nanogpt 给出 nanoGPT 的文件夹")
@@ -118,15 +121,19 @@ def main() -> None:
         nanogpt = args.nanogpt.resolve()
         prepare_nanogpt(nanogpt, args.data)
     if args.pairs:
-        print(json.dumps(run_pairs(nanogpt, args.data, options, args.pairs)))
-        return
-    row = run_ours(args.data, options)
-    if args.nanogpt:
-        peer = run_nanogpt(nanogpt)
+        row = run_pairs(nanogpt, args.data, options, args.pairs)
+    elif args.nanogpt:
+        row, peer = run_ours(args.data, options), run_nanogpt(nanogpt)
         row["nanogpt"] = peer
         row["speed_ratio"] = round(row["tokens_per_s"] / peer["tokens_per_s"], 2)
         row["wall_ratio"] = round(row["wall_s"] / peer["wall_s"], 2)
+    else:
+        row = run_ours(args.data, options)
     print(json.dumps(row))
+    if args.record:
+        from nlp_common.base.measurements import record
+
+        record("gpt", {args.record: row}, unit={"seconds_to_1_88": "s"}, seed=0)
 
 
 if __name__ == "__main__":

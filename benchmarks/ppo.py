@@ -187,6 +187,7 @@ def main() -> None:
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--mini_batches", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--checkpointing", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--record", action="store_true", help="记进 docs/measurements")
     args = parser.parse_args()
     if args.side == "ours":
         return print(json.dumps(ours(args.model, args.rounds)))
@@ -201,7 +202,13 @@ def main() -> None:
         from nlp_common.tiny import qwen
 
         qwen.save_tiny_base(Path(folder) / "model", seed=0)
-        print(json.dumps(compare(args, folder)))
+        result = compare(args, folder)
+        print(json.dumps(result))
+        if args.record:
+            from nlp_common.base.measurements import record
+
+            units = {name: "answers/s" for name in result if name.startswith("trl_")}
+            record("qwen", {"ppo_speed_fast_trl" if args.fast_trl else "ppo_speed": result}, unit=units)
 
 
 if __name__ == "__main__":

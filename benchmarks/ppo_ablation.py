@@ -58,6 +58,28 @@ def run(name: str, flags: dict, chain: Path, seed: int) -> dict:
     return ppo_alignment.main(arguments)
 
 
+SLUGS = {  # 变体 → docs/measurements 里的名字
+    "默认": "default",
+    "自适应 KL（目标 0.05）": "adaptive_kl",
+    "没有 KL 惩罚": "no_kl",
+    "KL 用 k2 估计": "kl_k2",
+    "KL 用 k3 估计": "kl_k3",
+    "没说完不罚": "no_end_penalty",
+    "不裁剪概率比": "no_ratio_clip",
+    "不裁剪价值": "no_value_clip",
+    "不裁剪梯度": "no_grad_clip",
+    "不预热": "no_warmup",
+    "KL 超过 0.02 提前停": "early_stop",
+    "5 倍学习率": "lr5",
+    "5 倍学习率，不裁剪概率比": "lr5_no_ratio_clip",
+    "5 倍学习率，不裁剪梯度": "lr5_no_grad_clip",
+    "5 倍学习率，不预热": "lr5_no_warmup",
+    "5 倍学习率，预热 10 步": "lr5_warmup10",
+    "5 倍学习率，KL 超过 0.02 提前停": "lr5_early_stop",
+    "5 倍学习率，自适应 KL（目标 0.05）": "lr5_adaptive_kl",
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -67,6 +89,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="PPO 的随机种子")
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="变体")
+    parser.add_argument("--record", action="store_true", help="记进 docs/measurements")
     args = parser.parse_args()
     for stage in ("sft", "reward"):
         if not (args.chain / stage / "run.json").exists():
@@ -81,6 +104,12 @@ def main() -> None:
             record = run(name, VARIANTS[name], args.chain.resolve(), seed)
             metrics = [f"{record['metrics'][key]:.3f}" for key in columns]
             largest = max(row["ratio_max"] for row in record["history"])
+            if args.record:
+                from nlp_common.base import measurements
+
+                values = {key: record["metrics"][key] for key in columns} | {"ratio_max": largest}
+                rows = {f"ablation.{SLUGS[name]}": values}
+                measurements.record("qwen", rows, unit={"ratio_max": "ratio"}, seed=seed)
             lines.append(f"| {name} | {seed} | {' | '.join(metrics)} | {largest:.1f} |")
     print("\n".join(lines))
 

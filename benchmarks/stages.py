@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--model", help="模型文件夹；默认是没训练过的小模型")
     parser.add_argument("--chats", help="SFT 的行（jsonl）；默认用小世界的 2400 段对话")
     parser.add_argument("--pairs", help="偏好对（jsonl）；默认用小世界的 1500 对")
+    parser.add_argument("--record", action="store_true", help="记进 docs/measurements")
     for hidden in ("--peer", "--data", "--folder"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
@@ -122,6 +123,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model, data = prepare(folder, args)
+        from nlp_common.base.measurements import record
+
         for stage in args.stages:
             metrics = ours(stage, "loop", model, data[stage], folder)
             library = ours(stage, "library", model, data[stage], folder)["train_samples_per_s"]
@@ -137,6 +140,9 @@ def main() -> None:
             row = {"stage": stage, "rows_per_s": speed, "tokens_per_s": tokens, "library": library, **trl}
             row["ratio"] = round(speed / max(trl.values()), 2)
             print(json.dumps(row), flush=True)
+            if args.record:
+                names = ("library", "trl_default", "trl_no_checkpointing")
+                record("qwen", {f"speed.{stage}": row}, unit=dict.fromkeys(names, "rows/s"))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def wall_seconds(arguments: list[str], folder: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeat", type=int, default=5, help="每个脚本量几次，取中位数（1 以上）")
-    repeat = parser.parse_args().repeat
+    parser.add_argument("--record", action="store_true", help="记进 docs/measurements")
+    args = parser.parse_args()
+    repeat = args.repeat
     if repeat < 1:
         parser.error(f"--repeat 要 1 以上，现在是 {repeat}")
     seconds: dict[str, list[float]] = {name: [] for name in ["import torch", *SCRIPTS]}
@@ -67,6 +69,11 @@ def main() -> None:
         "torch": version("torch"),
     }
     print(json.dumps(result, ensure_ascii=False))
+    if args.record:
+        from nlp_common.base.measurements import record
+
+        names = ("import_torch_seconds", "times_import_torch")
+        record("simple_demo", {"startup": {name: result[name] for name in names}})
 
 
 if __name__ == "__main__":

@@ -33,9 +33,10 @@ from headlines import LABELS, bayes_accuracy, headlines, posterior
 from nlp_common.base.arguments import option
 from nlp_common.base.device import precision_flags
 from nlp_common.base.errors import UserError
+from nlp_common.base.measurements import record_run
 from nlp_common.base.runs import file_sha256
-from nlp_common.data.labels import check_enough, labelled, text_key, texts_to_predict
-from nlp_common.data.rows import Rows, has_split, read_rows
+from nlp_common.data.labels import check_enough, labelled, text_key, texts_to_predict, without_duplicates
+from nlp_common.data.rows import has_split, read_rows
 from nlp_common.draw.plots import learning_curve
 from nlp_common.hub.models import require_model
 from nlp_common.lm.classifier import encode, load_classifier, predict
@@ -90,13 +91,9 @@ def read_split(settings: NewsSettings, split: str) -> tuple[list[dict], dict]:
     limit = settings.max_train_samples if split == "train" else None
     builtins = {TINY_DATASET: headlines}
     found = read_rows(settings.dataset, split=split, limit=limit, builtins=builtins, source=settings.source)
-    known = {code: i for i, code in enumerate(CLUE_CODES)}
-    known |= {f"news_{name}": i for i, name in enumerate(CLUE_NAMES)}
-    rows = []
-    for row in found.rows:
-        label = row.get("label")
-        rows.append(row | {"label": known.get(label, label)} if isinstance(label, str) else row)
-    return labelled(Rows(rows, found.source), TEXT_FIELDS, LABELS), found.source
+    codes = {code: i for i, code in enumerate(CLUE_CODES)}
+    codes |= {f"news_{name}": i for i, name in enumerate(CLUE_NAMES)}
+    return labelled(found, TEXT_FIELDS, LABELS, codes=codes), found.source
 
 
 def load_data(settings: NewsSettings) -> tuple[dict[str, list[dict]], dict]:
@@ -121,11 +118,10 @@ def load_data(settings: NewsSettings) -> tuple[dict[str, list[dict]], dict]:
     ):
         validation, sources["validation"] = read_split(settings, "validation")
     else:
-        held = {
-            row["text"]
-            for row in train
-            if hashlib.sha256(text_key(row["text"]).encode()).digest()[0] % 10 == 0
-        }
+        train = without_duplicates(train, settings.dataset)
+        bucket = {row["text"]: hashlib.sha256(text_key(row["text"]).encode()).digest()[0] for row in train}
+        held = {text for text, number in bucket.items() if number % 10 == 0}
+        held = held or {min(bucket, key=lambda text: (bucket[text], text))}  # 只有几行：至少留出一行
         validation = [row for row in train if row["text"] in held]
         train = [row for row in train if row["text"] not in held]
     test = validation
@@ -318,6 +314,8 @@ def main(argv: list[str] | None = None) -> dict:
     with open_result(path, "news", settings, wanted, reuse=settings.reuse()) as stage:
         if stage.record is None:
             finetune(stage)
+            if settings.record:
+                record_run(settings.record, stage.record)
         show_record(stage.record, stage.path)
     show_predictions(stage.path, texts, stage.record["settings"]["max_length"])
     return stage.record

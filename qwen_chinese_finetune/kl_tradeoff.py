@@ -27,6 +27,7 @@ import ppo_alignment
 from chain import HOME
 from nlp_common.base.arguments import option, parse_arguments
 from nlp_common.base.errors import UserError
+from nlp_common.base.measurements import record
 from nlp_common.base.runs import load_run, write_json
 from nlp_common.draw.plots import line_chart
 from nlp_common.lm.loading import end_chat_turns, load_causal_lm, load_reward_model
@@ -49,6 +50,7 @@ class TradeoffSettings:
     seed: int = option("随机种子", 0)
     n: int = option("用多少道留出的题", 500)
     hacking_steps: int = option("看奖励作弊时 PPO 走多少步", 120)
+    record: bool = option("把表里的数记进 docs/measurements", False)
 
 
 def run_parts(parts: list[str], root: Path, settings: TradeoffSettings) -> dict:
@@ -204,6 +206,19 @@ def show(result: dict) -> None:
             )
 
 
+def record_result(result: dict, seed: int) -> None:
+    """README 的两张表里的数，记进 docs/measurements。"""
+    values = {}
+    for part, names in (("best_of_n", NS), ("ppo", KL_COEFS), ("dpo", BETAS)):
+        for name, point in zip(names, result.get(part, []), strict=False):
+            values[f"{part}.{name}"] = point
+    for name, rows in result.get("hacking", {}).items():
+        for row in (rows[0], rows[len(rows) // 2], rows[-1]):
+            key = f"hacking.{name.removeprefix('β = ')}.step_{row['step']}"
+            values[key] = {"score": row["score"], "judge_score": row["judge_score"]}
+    record("qwen", {"tradeoff": values}, unit={"kl_per_answer": "nats/answer"}, seed=seed)
+
+
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_arguments(TradeoffSettings, argv)
     parts = settings.parts.split(",")
@@ -220,6 +235,8 @@ def main(argv: list[str] | None = None) -> dict:
     result = run_parts(parts, root, settings)
     draw(root, result)
     show(result)
+    if settings.record:
+        record_result(result, settings.seed)
     print(f"图和数字在 {root}")
     return result
 

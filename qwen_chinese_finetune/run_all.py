@@ -35,6 +35,7 @@ from nlp_common.base.arguments import option, parse_arguments
 from nlp_common.base.device import accelerator_available, describe, peak_memory_mb, pick_device
 from nlp_common.base.environment import STARTED
 from nlp_common.base.errors import UserError
+from nlp_common.base.measurements import current_commit, record
 from nlp_common.hub.preset import announce, choose_preset
 from nlp_common.train.stage import preset_announced
 from report.metrics import highlights
@@ -63,6 +64,7 @@ class RunAllSettings:
     model: str | None = option("预训练从哪个模型开始：hub 名或本地文件夹；默认 tiny 是内置的小模型")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
     retrain: bool = option("不用已有的结果，全部重来", False)
+    record: bool = option("把各阶段的数、秒数、内存记进 docs/measurements/qwen.jsonl", False)
     seed: int = option("随机种子：同一种子，结果相同", 0)
     max_steps: int | None = option("每个训练阶段最多更新几步：试运行用")
     max_train_samples: int | None = option("每个训练阶段最多用多少行数据：试运行用")
@@ -165,6 +167,26 @@ def check_machine(settings: RunAllSettings) -> None:
         )
 
 
+def check_record(settings: RunAllSettings, stages: list[str], root: Path) -> None:
+    """--record 只记这一次从头到尾量到的；不能记的，跑之前就说。"""
+    current_commit()
+    changed = settings.tried_out() or settings.model or settings.per_device_train_batch_size
+    if settings.preset != "tiny" or changed:
+        raise UserError(
+            "--record 记的是 --preset tiny 默认的整条链，不要与 --max_steps、--model 一类的参数一起用。"
+        )
+    if not settings.retrain and any((root / stage).exists() for stage in stages):
+        raise UserError(
+            f"{root} 里有以前的结果，--record 只记这次量到的：再加上 --retrain，或换一个 --output_dir。"
+        )
+
+
+def record_report(report: dict) -> None:
+    """名字与 report.json、run.json 里的相同：qwen.sft.qa_accuracy、qwen.sft.seconds……"""
+    whole = {name: report[name] for name in ("seconds", "wall_seconds", "peak_memory_mb")}
+    record("qwen", {**report["stages"], "run_all": whole}, seed=report["seed"])
+
+
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_arguments(RunAllSettings, argv)
     choice = choose_preset(
@@ -175,6 +197,8 @@ def main(argv: list[str] | None = None) -> dict:
     check_machine(settings)
     root = Path(settings.output_dir or HOME / "outputs" / settings.preset).expanduser().resolve()
     stages = list(STAGES)[: list(STAGES).index(settings.until) + 1]
+    if settings.record:
+        check_record(settings, stages, root)
     console = Console()
     print(f"共 {len(stages)} 个阶段，设备 {describe(pick_device())}，结果放在 {root}")
     run_stages(settings, stages, root, console)
@@ -196,6 +220,8 @@ def main(argv: list[str] | None = None) -> dict:
         f"各阶段共 {report['seconds']:.0f} 秒；这次用了 {report['wall_seconds']:.0f} 秒（含导入和直接加载）。"
     )
     print(f"报告：{root / 'report.html'}（用浏览器打开，不用联网）")
+    if settings.record:
+        record_report(report)
     return report
 
 

@@ -31,7 +31,7 @@ from nlp_common.base.arguments import option
 from nlp_common.base.errors import UserError
 from nlp_common.data.chats import to_chats
 from nlp_common.draw.tokens import token_boxes
-from nlp_common.lm.chatml import encode_chat
+from nlp_common.lm.chatml import encode_chat, whole_pieces
 from nlp_common.lm.loading import end_chat_turns, load_causal_lm
 from nlp_common.lm.losses import IGNORE, token_logps
 from nlp_common.lm.packing import pack_documents
@@ -119,7 +119,7 @@ def show_batch(tokenizer, rows: list[dict], picture: Path, n: int = 3) -> None:
     console = Console()
     drawn = []
     for row in rows[:n]:
-        pieces = [tokenizer.decode([token]) for token in row["input_ids"]]
+        pieces = whole_pieces(tokenizer, row["input_ids"])
         learned = [label != IGNORE for label in row["labels"]]
         text = Text()
         for piece, is_learned in zip(pieces, learned, strict=True):

@@ -29,7 +29,8 @@ import torch.nn.functional as F
 
 from nlp_common.base.arguments import option
 from nlp_common.base.device import precision_flags, seed_everything
-from nlp_common.data.labels import check_enough, labelled, text_key, texts_to_predict, unique
+from nlp_common.base.measurements import record_run
+from nlp_common.data.labels import check_enough, labelled, text_key, texts_to_predict, without_duplicates
 from nlp_common.data.people_daily import people_daily
 from nlp_common.data.reviews import raw_reviews, reviews
 from nlp_common.data.rows import has_split, read_rows
@@ -100,7 +101,7 @@ def load_data(settings: SentimentSettings) -> tuple[dict[str, list[dict]], dict]
             splits[name], sources[name] = labelled(found, TEXT_FIELDS, NAMES), found.source
     check_enough(splits["train"], settings.per_device_train_batch_size, settings.dataset)
     if len(splits) < 3:
-        splits["train"] = unique(splits["train"])
+        splits["train"] = without_duplicates(splits["train"], settings.dataset)
         random.Random(0).shuffle(splits["train"])
         held = max(1, len(splits["train"]) // 10)
         for name in sorted({"validation", "test"} - splits.keys()):
@@ -371,6 +372,8 @@ def main(argv: list[str] | None = None) -> dict:
     with open_result(path, "sentiment", settings, fingerprint(settings), reuse=settings.reuse()) as stage:
         if stage.record is None:
             finetune(stage)
+            if settings.record:
+                record_run(settings.record, stage.record)
         show_record(stage.record, stage.path)
     show_predictions(stage.path, texts, stage.record["settings"]["max_length"])
     return stage.record

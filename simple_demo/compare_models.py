@@ -16,6 +16,7 @@
 
 import argparse
 import importlib.util
+import json
 import multiprocessing
 import random
 import re
@@ -342,6 +343,7 @@ def main():
         help=f"比哪几个，默认全部：{' '.join(MODELS)}",
     )
     parser.add_argument("--seed", type=seed_number, default=0, help="网络的初始值和次序；数据的分法不变")
+    parser.add_argument("--json", type=Path, metavar="文件", help="把表里的数也写成 JSON")
     args = parser.parse_args()
     if "snownlp" in args.models and importlib.util.find_spec("snownlp") is None:
         raise UserError("snownlp 还没有安装。请 pip install snownlp，或用 --models 列出别的几个。")
@@ -376,6 +378,8 @@ def main():
             print("  snownlp   没有在时限内做完，这次不比它")
         pool.terminate()
     print_table(results, splits["test"])
+    if args.json:
+        args.json.write_text(json.dumps(results, ensure_ascii=False, indent=2), encoding="utf-8")
     try:
         draw(results, OUTPUT_DIR / "compare_models.png")
         print(f"图：{OUTPUT_DIR / 'compare_models.png'}")

@@ -1,24 +1,46 @@
-"""各测试文件共用：能导入 qwen_chinese_finetune 里的模块；并行时一个进程只用一个核；整个会话只造一次的小模型。"""
-
-import nlp_common  # noqa: F401, I001  要在导入任何 Hugging Face 库之前
+"""各测试文件共用：不受读者的环境变量影响；能导入 qwen_chinese_finetune 里的模块；并行时一个进程只用一个核；整个会话只造一次的小模型。"""
 
 import copy
 import functools
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+# 读者为自己设的：镜像、离线、缓存在哪里、代理、几个线程、语言。测试自己要哪个，自己设。
+READERS_OWN = re.compile(
+    r"(HF|HUGGINGFACE|TRANSFORMERS|DATASETS|MODELSCOPE|TRL|TOKENIZERS|ACCELERATE|NLP_LEARNING|OMP|LC)_.*"
+    r"|.*_PROXY|LANG|LANGUAGE|PYTHONIOENCODING",
+    re.IGNORECASE,
+)
+
+
+def clear_environment() -> None:
+    """这些库一导入就读环境变量，等到 fixture 就晚了：在下面的导入之前做，测试启动的脚本也继承它。"""
+    for name in list(os.environ):
+        if READERS_OWN.fullmatch(name):
+            del os.environ[name]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+
+clear_environment()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "qwen_chinese_finetune"))
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # 要在导入 torch 之前；测试启动的脚本也继承它
-    os.environ["OMP_NUM_THREADS"] = "1"
+import nlp_common  # noqa: F401, I001  要在导入任何 Hugging Face 库之前
 
 import torch
 
-from nlp_common.lm.loading import end_chat_turns, load_causal_lm, load_reward_model, load_tokenizer
+from nlp_common.lm.loading import (
+    end_chat_turns,
+    load_causal_lm,
+    load_reward_model,
+    load_tokenizer,
+    load_value_model,
+)
 from nlp_common.tiny import qwen
 
 QWEN = Path(__file__).resolve().parents[1] / "qwen_chinese_finetune"
@@ -31,6 +53,12 @@ def _load(name: str):
     sys.modules[spec.name] = module  # dataclass 与参数解析要按名字找到它
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def readers_own() -> re.Pattern:
+    """哪些环境变量是读者自己的，开始时就清掉了。"""
+    return READERS_OWN
 
 
 @pytest.fixture(scope="session")
@@ -172,6 +200,12 @@ def reward_folder(chat_folder, chat_tokenizer, tmp_path_factory) -> Path:
 def reward_net(reward_folder, chat_tokenizer):
     """奖励模型，eval 状态；只读。"""
     return load_reward_model(str(reward_folder), chat_tokenizer).eval()
+
+
+@pytest.fixture(scope="session")
+def value_net(reward_folder, chat_tokenizer):
+    """价值模型，从奖励模型开始，eval 状态；只读。"""
+    return load_value_model(str(reward_folder), chat_tokenizer).eval()
 
 
 # float64 的副本：两种算法若只差舍入，差别在 1e-7 以下，1e-5 的界就不靠运气

@@ -47,6 +47,7 @@ def load_run(folder: Path) -> dict | None:
     """读已完成的运行记录；文件夹不存在返回 None，存在却没有记录是 UserError。"""
     if not folder.exists():
         return None
+    refuse_others(folder)
     try:
         return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -54,6 +55,21 @@ def load_run(folder: Path) -> dict | None:
             f"{folder} 存在，但里面没有可用的 {RUN_FILE}（{error.__class__.__name__}），不是一次完整的运行结果。"
             "请移走或删掉这个文件夹，或用 --output_dir 换一个位置。"
         ) from error
+
+
+def refuse_others(folder: Path) -> None:
+    """folder 里是别的东西（没有 run.json）就是 UserError：不是这里训练的结果，不能替换掉，也不该叫人删掉。"""
+    if not folder.exists() or (folder / RUN_FILE).exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} 是一个文件，结果要写成文件夹：请用 --output_dir 换一个位置。")
+    inside = sorted(item.name for item in folder.iterdir())
+    if inside:
+        names = "、".join(inside[:3]) + (f" 等 {len(inside)} 项" if len(inside) > 3 else "")
+        raise UserError(
+            f"{folder} 里是别的东西（{names}；没有 {RUN_FILE}），不是这里训练的结果，不会动它。"
+            f"请换一个还不存在的文件夹，例如 --output_dir {folder / 'result'}。"
+        )
 
 
 def run_record(path: str) -> dict:
@@ -174,6 +190,7 @@ def open_run(path: Path) -> Iterator[RunFolder]:
             )
             try:
                 folder.recover()
+                refuse_others(path)  # --retrain 也只替换我们自己的结果
                 yield folder
             finally:
                 with contextlib.suppress(OSError):

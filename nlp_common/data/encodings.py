@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 BOM = "\ufeff"
-# 中日韩的文字与标点：UTF-8 解出来的好字多半在这里；GBK 的字节误当 UTF-8 解，解不出它们
-_CJK = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")
+# 中日韩的文字与标点：UTF-8 解出来的好字多半在这里；GBK 的字节误当 UTF-8 解，偶尔才碰巧解出一个
+_CJK = re.compile(r"[\u3000-\u30ff\u4e00-\u9fff\uff00-\uffef]")
 
 
 def raw_lines(path: Path) -> Iterator[bytes]:
@@ -36,7 +36,7 @@ def what_is_wrong(path: Path, number: int, error: UnicodeDecodeError) -> str:
         return f"{start} 编码（是 UTF-16）。请用编辑器另存为 UTF-8，或运行：iconv -f UTF-16 -t UTF-8 {path} > 新文件"
     bad, good = _count(path)
     good_text, encoding = sum(good.values()), _whole_encoding(path)
-    if encoding and good_text * 20 <= sum(bad.values()):
+    if encoding and good_text * 4 <= sum(bad.values()):
         return (
             f"{start} 编码（多半是 {encoding[0]}）。"
             f"请用编辑器另存为 UTF-8；也可以运行：iconv -f {encoding[1]} -t UTF-8 {path} > 新文件"

@@ -160,9 +160,9 @@ def _table(path: Path) -> Iterator[tuple[int, list[str]]]:
     """csv、tsv 的每一条（表头也算）→ (开始于第几行, 各格)；空行不算。"""
     tab = path.suffix.lower() == ".tsv"
     if tab and not _all_quoted(path):
-        for number, line in enumerate(_lines(path), 1):
-            if line.strip("\r\n"):
-                yield number, line.rstrip("\r\n").split("\t")
+        for number, text in enumerate(_lines(path), 1):
+            if text.strip("\r\n"):
+                yield number, text.rstrip("\r\n").split("\t")
         return
     csv.field_size_limit(2**31 - 1)  # 默认 128 KiB，长文章会超过
     reader = csv.reader(_lines(path), delimiter="\t" if tab else ",", strict=True)
@@ -216,7 +216,7 @@ def _read_parquet(path: Path) -> Iterator[dict]:
 
 
 def _read_txt(path: Path) -> Iterator[dict]:
-    if _holds_json(path):
+    if holds_json(path):
         yield from _read_json(path)
         return
     text = "".join(_lines(path)).replace("\r\n", "\n").replace("\r", "\n").strip()
@@ -226,7 +226,7 @@ def _read_txt(path: Path) -> Iterator[dict]:
             yield {"text": document.strip()}
 
 
-def _holds_json(path: Path) -> bool:
+def holds_json(path: Path) -> bool:
     """一个 .txt 里其实是 JSON：头几行里有一行是完整的对象，或整个文件是对象的列表。"""
     first = ""
     for line in islice((line for line in _lines(path) if line.strip()), 5):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nlp_common.base.errors import UserError
-from nlp_common.hub.network import MIRROR, TIMEOUT, cache_root, endpoint, hub_reachable, offline
+from nlp_common.hub.network import MIRROR, TIMEOUT, cache_root, endpoint, hub_reachable, why_unreachable
 
 WAYS_OUT = f"""可以这样做（任选一种）：
   用镜像：        先设环境变量 HF_ENDPOINT={MIRROR}，再运行同一条命令
@@ -56,8 +56,7 @@ def hub_rows(name: str, split: str, source: str = "hf") -> Iterator[dict]:
         print(f"连不上 {endpoint()}：数据集 {name} 用上次存下的（{folder / saved}.jsonl）。")
         yield from read_through(folder / f"{saved}.jsonl", lambda count: _no_more(name, count))
     else:
-        why = "HF_HUB_OFFLINE=1 要求不联网" if offline() else f"{TIMEOUT:g} 秒内连不上 {endpoint()}"
-        raise UserError(f"{why}，本地也没有存过，读不了数据集 {repo}。\n{WAYS_OUT}")
+        raise UserError(f"{why_unreachable()}，本地也没有存过，读不了数据集 {repo}。\n{WAYS_OUT}")
 
 
 def _stream(place: str, name: str, split: str, revision: str | None = None, skip: int = 0) -> Iterator[dict]:

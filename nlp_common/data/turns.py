@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-Turn = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": str}
+import ast
+import json
+import re
+from typing import Any
+
+Turn = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": str}，不学的一轮另有 "weight": 0
 
 ROLES = {
     "system": "system",
@@ -34,16 +39,23 @@ def turn(role: str, content: object, column: str) -> Turn:
 
 
 def as_turns(value: object, column: str, role: str | None = None) -> list[Turn]:
-    """一栏 → 消息列表。认得：消息的列表，一条消息，以及（给了 role 时）只有内容的字符串。
+    """一栏 → 消息列表。认得：消息的列表，一条消息，写成 JSON 字符串的消息列表，hh-rlhf 的 ``\\n\\nHuman: …`` 字符串，
+    以及（给了 role 时）只有内容的字符串。
 
-    一条消息写作 ``{"role", "content"}`` 或 ShareGPT 的 ``{"from", "value"}``。
+    一条消息写作 ``{"role", "content"}`` 或 ShareGPT 的 ``{"from", "value"}``。助手的一轮 weight 是 0（或 train、loss
+    是 false）时不学，记作 ``"weight": 0``。
     """
     if value is None:
         return []
-    if role and isinstance(value, str):
-        return [turn(role, value, column)]
+    if isinstance(value, str):
+        if is_spoken(value):
+            return _spoken(value)
+        written = _written_list(value, any_list=role is None)
+        if written is None and role:
+            return [turn(role, value, column)]
+        value = value if written is None else written
     turns = []
-    for message in value if isinstance(value, list) else [value]:
+    for number, message in enumerate(value if isinstance(value, list) else [value], 1):
         if not isinstance(message, dict):
             kind = _TYPE_NAMES.get(type(message), type(message).__name__)
             raise Malformed(f"{column} 应是消息的列表，如 [{{'role': 'user', 'content': '…'}}]，这里有{kind}")
@@ -52,23 +64,117 @@ def as_turns(value: object, column: str, role: str | None = None) -> list[Turn]:
             raise Malformed(
                 f"{column} 里的一条消息要有 role 和 content（或 from 和 value），这里只有 {'、'.join(message)}"
             )
-        if (name := str(message[speaker])) not in ROLES:
-            raise Malformed(f"{column} 里的角色 {name} 不认识，要是 {'、'.join(ROLES)} 之一")
-        turns.append(turn(ROLES[name], message[content], column))
+        if (name := str(message[speaker]).strip().lower()) not in ROLES:
+            raise Malformed(f"{column} 里的角色 {message[speaker]} 不认识，要是 {'、'.join(ROLES)} 之一")
+        place = f"第 {number} 轮 {name} 的 {content}"
+        spoken: Turn = {"role": ROLES[name], "content": _joined(message[content], column, place)}
+        if ROLES[name] == "assistant" and not _learned(message, f"{column} 第 {number} 轮"):
+            spoken["weight"] = 0
+        turns.append(spoken)
     return turns
 
 
+# hh-rlhf 的写法：整段对话是一个字符串，"\n\nHuman: 问\n\nAssistant: 答"
+_ASKER = re.compile(r"\s*(?:Human|User|用户|人类)[:：]")
+_ANSWERER = re.compile(r"\n\s*\n\s*(?:Assistant|助手)[:：]")
+_NEXT_SPEAKER = re.compile(r"(?:^|\n\s*\n)\s*(Human|User|Assistant|用户|人类|助手)[:：]")
+
+
+def is_spoken(text: str) -> bool:
+    """一个字符串里写着一整段对话：以提问的人开头，空一行之后有助手。"""
+    return bool(_ASKER.match(text) and _ANSWERER.search(text))
+
+
+def _spoken(text: str) -> list[Turn]:
+    """一个字符串里的对话 → 消息；结尾空着的 Assistant: 只是请它接着说，不算一轮。"""
+    pieces = _NEXT_SPEAKER.split(text)
+    turns = []
+    for name, content in zip(pieces[1::2], pieces[2::2], strict=True):
+        role = "assistant" if name in ("Assistant", "助手") else "user"
+        turns.append({"role": role, "content": content.strip()})
+    if turns and turns[-1]["role"] == "assistant" and not turns[-1]["content"]:
+        turns.pop()
+    return turns
+
+
+def _written_list(text: str, any_list: bool) -> list | None:
+    """写成字符串的消息列表（JSON，或 pandas 存 csv 时的 Python 写法）→ 列表；不是的给 None。
+
+    any_list：这一栏只能是列表；不然（提问、回答本来就是字符串）要每一项都像一条消息才算。
+    """
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        try:
+            value = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return None
+    if not isinstance(value, list):
+        return None
+    messages = [
+        isinstance(each, dict) and ({"role", "content"} <= each.keys() or {"from", "value"} <= each.keys())
+        for each in value
+    ]
+    return value if any_list or (messages and all(messages)) else None
+
+
+def _joined(content: object, column: str, place: str) -> str:
+    """一轮的内容：字符串；或几部分的列表，文字的接起来，别的（图片、声音）不认，说出是哪一轮的哪一项。"""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, dict):
+        content = content.get("parts") or [content]
+    if not isinstance(content, list):
+        kind = _TYPE_NAMES.get(type(content), type(content).__name__)
+        raise Malformed(
+            f'{column} 应是字符串，这里是{kind}：{place} 是 {content}，请加上引号写成 "{content}"'
+        )
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+            shown = kind if isinstance(part, dict) else _TYPE_NAMES.get(type(part), type(part).__name__)
+            raise Malformed(f"{column} {place} 里有 {shown}：这里只用文字，请删去它，或去掉这一条")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _learned(message: dict, place: str) -> bool:
+    """助手的这一轮要不要学：OpenAI 的 weight（0 或 1），别家的 train、loss（真假）。"""
+    for name in ("weight", "train", "loss"):
+        value = message.get(name)
+        if value is None:
+            continue
+        if value not in (0, 1):
+            raise Malformed(f"{place}的 {name} 是 {value!r}，只能是 0（不学）或 1（学）")
+        if not value:
+            return False
+    return True
+
+
 def opening(row: dict, turns: list[Turn]) -> list[Turn]:
-    """在对话前面加上 system 和 history（``[[问, 答], …]``）两栏的内容；没有或空的就不加。"""
+    """在对话前面加上 system 和 history（``[[问, 答], …]`` 或消息的列表）两栏的内容；没有或空的就不加。"""
     before: list[Turn] = []
     system = as_string(row.get("system"), "system")
     if system.strip() and not (turns and turns[0]["role"] == "system"):
         before.append(turn("system", system, "system"))
     history = row.get("history") or []
-    if not isinstance(history, list) or any(not isinstance(qa, list) or len(qa) != 2 for qa in history):
+    if isinstance(history, str):  # csv 里写成字符串
+        history = _written_list(history, any_list=True) or history
+    if isinstance(history, list) and history and all(isinstance(each, dict) for each in history):
+        before += as_turns(history, "history")
+    elif not isinstance(history, list) or any(
+        not isinstance(qa, list | tuple) or len(qa) != 2 for qa in history
+    ):
         raise Malformed("history 应是 [[问, 答], …]")
-    for question, answer in history:
-        before += [turn("user", question, "history"), turn("assistant", answer, "history")]
+    else:
+        for question, answer in history:
+            before += [turn("user", question, "history"), turn("assistant", answer, "history")]
+    if turns and turns[0]["role"] == "system" and before:  # 对话自己的 system 仍在最前面
+        return [turns[0], *before, *turns[1:]]
     return before + turns
 
 
@@ -83,4 +189,7 @@ def checked(turns: list[Turn], last: str) -> list[Turn]:
     spoken = turns[1:] if turns[0]["role"] == "system" else turns
     if any(message["role"] != ("user", "assistant")[i % 2] for i, message in enumerate(spoken)):
         raise Skip("不是一问一答")
+    answers = [message for message in spoken if message["role"] == "assistant"]
+    if answers and all("weight" in message for message in answers):
+        raise Skip("没有一轮回答要学（weight 全是 0）")
     return turns

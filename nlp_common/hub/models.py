@@ -10,7 +10,7 @@ from pathlib import Path
 from nlp_common.base.errors import UserError
 from nlp_common.hub.download import download_model
 from nlp_common.hub.model_folder import check_model_folder, has_tokenizer, missing_file, what_file
-from nlp_common.hub.network import MIRROR, TIMEOUT, endpoint, hub_reachable, offline
+from nlp_common.hub.network import MIRROR, endpoint, hub_reachable, offline, why_unreachable
 from nlp_common.hub.verify import verify_model
 
 BUILT_IN = "smollm2"  # 内置名字；同名的本地文件夹写成 ./smollm2
@@ -130,4 +130,4 @@ def how_to_get(name: str, source: str = "hf") -> str:
 def why_not(source: str) -> str:
     if source == "hf" and offline():
         return "本地缓存里没有，而 HF_HUB_OFFLINE=1 要求不联网"
-    return f"本地缓存里没有，{TIMEOUT:g} 秒内也连不上 {endpoint(source)}"
+    return f"本地缓存里没有，{why_unreachable(source).replace('秒内连不上', '秒内也连不上')}"

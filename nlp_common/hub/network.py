@@ -7,7 +7,9 @@ import http.client
 import os
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 
 from nlp_common.base.errors import UserError
@@ -43,10 +45,16 @@ def hub_reachable(timeout: float = TIMEOUT, source: str = "hf") -> bool:
 @functools.cache
 def _answers(url: str, timeout: float) -> bool:
     answered = []
+    socks = _socks_proxy(url)
+    if socks and _cannot_use(socks):
+        return False
 
     def ask() -> None:
         request = urllib.request.Request(url, method="HEAD")
         try:
+            if socks:  # urllib 不会用 SOCKS 代理，httpx 会
+                answered.append(_ask_through_httpx(url, timeout))
+                return
             with urllib.request.urlopen(request, timeout=timeout):  # 会用 HTTPS_PROXY 等代理设置
                 answered.append(True)
         except urllib.error.HTTPError as error:
@@ -60,6 +68,46 @@ def _answers(url: str, timeout: float) -> bool:
     thread.start()
     thread.join(timeout)
     return bool(answered and answered[0])
+
+
+def _socks_proxy(url: str) -> str | None:
+    """这个网址要走的 SOCKS 代理（环境变量 HTTPS_PROXY、ALL_PROXY 等）；不走是 None。"""
+    parts = urllib.parse.urlsplit(url)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
+    if not proxy.lower().startswith("socks") or urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    return proxy
+
+
+def _cannot_use(socks: str) -> str | None:
+    """不能用这个 SOCKS 代理的原因与改法；能用是 None。"""
+    if not socks.lower().startswith(("socks5://", "socks5h://")):
+        right = "socks5://" + socks.split("://", 1)[-1]
+        return f"代理 {socks} 的写法认不出，改成：export ALL_PROXY={right}"
+    if not find_spec("socksio"):
+        return f'要走的是 SOCKS 代理 {socks}，而没有安装它要的包，先运行：pip install "httpx[socks]"'
+    return None
+
+
+def _ask_through_httpx(url: str, timeout: float) -> bool:
+    import httpx
+
+    try:
+        code = httpx.head(url, timeout=timeout).status_code
+    except (httpx.HTTPError, ImportError, ValueError):
+        return False
+    return code < 500 and code != 407
+
+
+def why_unreachable(source: str = "hf") -> str:
+    """连不上 hub 的原因，一句话。"""
+    server = endpoint(source)
+    if source == "hf" and offline():
+        return "HF_HUB_OFFLINE=1 要求不联网"
+    socks = _socks_proxy(server)
+    reason = _cannot_use(socks) if socks else None
+    return f"连不上 {server}（{reason}）" if reason else f"{TIMEOUT:g} 秒内连不上 {server}"
 
 
 def cache_root() -> Path:

@@ -48,7 +48,10 @@ def _fixed(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> tuple[list[int], list[int]]:
-    """一段对话 → (input_ids, is_answer)，等长；is_answer 为 1 的是助手说的内容和它后面的 <|im_end|>。"""
+    """一段对话 → (input_ids, is_answer)，等长；is_answer 为 1 的是助手说的内容和它后面的 <|im_end|>。
+
+    weight 是 0 的一轮（data/turns.py）只是上文，不学。
+    """
     start, end = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
     newline = _fixed(tokenizer, "\n")
     input_ids: list[int] = []
@@ -57,7 +60,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> tup
     for message, ids in zip(messages, contents, strict=True):
         header = [start, *_fixed(tokenizer, message["role"] + "\n")]
         content = [*ids, end]
-        answer = int(message["role"] == "assistant")
+        answer = int(message["role"] == "assistant" and message.get("weight") != 0)
         input_ids += header + content + newline
         is_answer += [0] * len(header) + [answer] * len(content) + [0] * len(newline)
     return input_ids, is_answer
@@ -73,3 +76,22 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list
 def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """一个回复的 token，以 <|im_end|> 结尾。"""
     return [*encode_text(tokenizer, text), tokenizer.convert_tokens_to_ids(IM_END)]
+
+
+def whole_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """每个 token 的文字。一个字（emoji、生僻字）由几个 token 拼成时，整个字记在最后一个上，前面几个是空的。"""
+    pieces: list[str] = []
+    waiting: list[int] = []
+    for token in ids:
+        waiting.append(token)
+        text = tokenizer.decode(waiting)
+        if (
+            "\N{REPLACEMENT CHARACTER}" in text and len(waiting) < 8
+        ):  # 一个字至多四个字节；真有坏字节也不永远等
+            pieces.append("")
+            continue
+        pieces.append(text)
+        waiting = []
+    if waiting:
+        pieces[-1] = tokenizer.decode(waiting)
+    return pieces

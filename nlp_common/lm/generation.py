@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from nlp_common.lm.chatml import IM_END
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def stop_tokens(tokenizer) -> list[int]:
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """对话遇到哪些 token 就算说完：聊天用 <|im_end|>，基座模型训练时见过的文档结束符也算。"""
     ids = [tokenizer.convert_tokens_to_ids(IM_END), tokenizer.eos_token_id]
     return sorted({i for i in ids if i is not None and i >= 0})
 
 
-def pad_left(sequences: list[list[int]], pad_id: int, device=None) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_left(
+    sequences: list[list[int]], pad_id: int, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """→ (input_ids, attention_mask)，形状都是 (B, T)。生成要左填充：每一行的最后一列都是真实 token。"""
     width = max(map(len, sequences))
     ids = torch.tensor([[pad_id] * (width - len(s)) + s for s in sequences], device=device)
@@ -56,7 +62,7 @@ def pick_next(
 
 @torch.no_grad()
 def stream_tokens(
-    model,
+    model: PreTrainedModel,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     max_new_tokens: int,
@@ -103,8 +109,8 @@ def batches_by_length(lengths: list[int], batch_size: int) -> list[list[int]]:
 
 
 def generate(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     max_new_tokens: int,
     temperature: float = 0.0,

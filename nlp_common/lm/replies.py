@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from nlp_common.lm.chatml import prompt_ids
 from nlp_common.lm.generation import batches_by_length, generate, pad_left, padded_positions, stop_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_REPLY = 32  # 小世界里最长的回复约 25 个 token
 
@@ -17,7 +22,11 @@ def distinct_n(texts: list[str], n: int = 2) -> float:
 
 
 def reply_to(
-    model, tokenizer, questions: list[dict], max_new_tokens: int = MAX_REPLY, **sampling
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[dict],
+    max_new_tokens: int = MAX_REPLY,
+    **sampling: Any,
 ) -> list[dict]:
     """对每道题生成回复：``{"text", "ids", "ended"}``；sampling 是 generate 的 temperature、seed 等。"""
     prompts = [prompt_ids(tokenizer, question["messages"]) for question in questions]
@@ -25,7 +34,7 @@ def reply_to(
     return [reply_of(tokenizer, ids) for ids in replies]
 
 
-def reply_of(tokenizer, ids: list[int]) -> dict:
+def reply_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> dict:
     """生成的 token → ``{"text", "ids", "ended"}``。"""
     stops = stop_tokens(tokenizer)
     chat_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -35,7 +44,11 @@ def reply_of(tokenizer, ids: list[int]) -> dict:
 
 @torch.no_grad()
 def score_replies(
-    reward_model, tokenizer, questions: list[dict], replies: list[dict], batch_size: int = 64
+    reward_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[dict],
+    replies: list[dict],
+    batch_size: int = 64,
 ) -> torch.Tensor:
     """奖励模型给每个回复的分，(N,)；与训练它时一样，不给它看结束符。"""
     stops = set(stop_tokens(tokenizer))
@@ -55,7 +68,12 @@ def score_replies(
 
 @torch.no_grad()
 def token_kl(
-    policy, reference, tokenizer, questions: list[dict], replies: list[dict], batch_size: int = 8
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[dict],
+    replies: list[dict],
+    batch_size: int = 8,
 ) -> float:
     """policy 采样的回复上，每个 token 的 KL(policy‖reference) 均值，单位 nats。
 

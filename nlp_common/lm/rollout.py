@@ -13,14 +13,18 @@ score_with_logps、score_with_values 是它们不要梯度的合用，reference_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from nlp_common.lm.chatml import prompt_ids
 from nlp_common.lm.generation import pad_left, padded_positions, stop_tokens, stream_tokens
 from nlp_common.lm.losses import IGNORE, token_logps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -78,7 +82,7 @@ class Rollout:
             yield index, part, *(tensor[index, :width] for tensor in each_token)
 
 
-def with_prompts(tokenizer, rows: list[dict]) -> list[dict]:
+def with_prompts(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[dict]:
     """每行（带 ``"messages"``）加上 ``"prompt"``：等着模型接下去的 token 列表。"""
     return [row | {"prompt": prompt_ids(tokenizer, row["messages"])} for row in rows]
 
@@ -88,9 +92,9 @@ def prompt_length(row: dict) -> int:
 
 
 def roll_out(
-    policy,
+    policy: PreTrainedModel,
     prompts: list[list[int]],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
@@ -129,7 +133,7 @@ def roll_out(
 
 
 def response_logps(
-    model, rollout: Rollout, temperature: float = 1.0, micro_batch_size: int | None = None
+    model: PreTrainedModel, rollout: Rollout, temperature: float = 1.0, micro_batch_size: int | None = None
 ) -> torch.Tensor:
     """log π(a_t | s_t)，(B, R)：每个回答 token 的对数概率，回答之外是 0。"""
     logps = torch.zeros(rollout.mask.shape, device=rollout.ids.device)
@@ -145,7 +149,9 @@ def response_logps(
     return logps
 
 
-def response_values(model, rollout: Rollout, micro_batch_size: int | None = None) -> torch.Tensor:
+def response_values(
+    model: PreTrainedModel, rollout: Rollout, micro_batch_size: int | None = None
+) -> torch.Tensor:
     """V(s_t)，(B, R)：写出第 t 个 token 之前，估计整段最终能拿多少分；回答之外的数没有意义。
 
     model 是 loading.load_value_model 载入的：只算 logits_to_keep 那几列。
@@ -165,7 +171,7 @@ def response_values(model, rollout: Rollout, micro_batch_size: int | None = None
 
 @torch.no_grad()
 def score_responses(
-    reward_model, rollout: Rollout, pad_id: int, micro_batch_size: int | None = None
+    reward_model: PreTrainedModel, rollout: Rollout, pad_id: int, micro_batch_size: int | None = None
 ) -> torch.Tensor:
     """奖励模型在回答的最后一个字上的分，(B,)。
 
@@ -188,23 +194,31 @@ def score_responses(
 
 
 @torch.no_grad()
-def score_with_logps(models, rollout: Rollout, temperature: float, micro_batch_size: int | None):
+def score_with_logps(
+    models: Sequence[PreTrainedModel], rollout: Rollout, temperature: float, micro_batch_size: int | None
+) -> list[torch.Tensor]:
     """几个语言模型（更新之前的 policy、reference）各自的 log π → 列表，每个是 (B, R)。"""
     return [response_logps(model, rollout, temperature, micro_batch_size) for model in models]
 
 
 @torch.no_grad()
-def score_with_values(value_model, reward_model, rollout: Rollout, pad_id: int, micro_batch_size: int | None):
+def score_with_values(
+    value_model: PreTrainedModel,
+    reward_model: PreTrainedModel,
+    rollout: Rollout,
+    pad_id: int,
+    micro_batch_size: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """更新之前的价值 (B, R)，与整段的分 (B,)。"""
     values = response_values(value_model, rollout, micro_batch_size)
     return values, score_responses(reward_model, rollout, pad_id, micro_batch_size)
 
 
 def reference_scores(
-    reference,
-    reward_model,
+    reference: PreTrainedModel,
+    reward_model: PreTrainedModel,
     prompts: list[list[int]],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     temperature: float,
     seed: int,

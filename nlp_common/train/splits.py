@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -50,13 +51,40 @@ def _train_and_eval(
             settings, kind, convert, settings.dataset, "validation", settings.max_eval_samples
         )
     else:
+        train = distinct_rows(train, settings.dataset)
+        if len(train) < 2:
+            raise UserError(
+                f"{settings.dataset} 只有 {len(train)} 行，至少要两行：一行训练，一行留出。"
+                "请给多一些数据，或用 --eval_dataset 另给留出的数据。"
+            )
         n = max(1, min(settings.max_eval_samples, len(train) // 20))
         order = list(range(len(train)))
         random.Random(0).shuffle(order)
         heldout = [train[i] for i in order[:n]]
         train = [train[i] for i in sorted(order[n:])]
         data["eval"] = {"name": f"{settings.dataset} 里固定留出的 {n} 行", "rows": n}
+    if settings.dataset != "tiny_world":
+        seen = {_content(row) for row in train}
+        if both := sum(_content(row) in seen for row in heldout):
+            print(f"留出的 {len(heldout)} 行里有 {both} 行训练数据里也有：留出的成绩会偏高。")
     return train, heldout, data
+
+
+def distinct_rows(rows: list[dict], where: str) -> list[dict]:
+    """内容相同（只差空白也算）的行只留第一行，说出去掉几行：先去重再分，同一行才不会训练和留出两边都有。"""
+    kept: dict[str, dict] = {}
+    for row in rows:
+        kept.setdefault(_content(row), row)
+    if repeated := len(rows) - len(kept):
+        print(f"{where}：去掉重复的 {repeated} 行，剩 {len(kept)} 行，再从里面留出。")
+    return list(kept.values())
+
+
+def _content(row: dict) -> str:
+    """一行里要学的内容（data/chats.py 统一的那几栏），别的栏不管。"""
+    parts = [row[name] for name in ("text", "messages", "prompt", "chosen", "rejected") if name in row]
+    text = json.dumps(parts, ensure_ascii=False)
+    return " ".join(text.replace("\\n", " ").replace("\\t", " ").split())
 
 
 def _read(

@@ -37,6 +37,17 @@ if TYPE_CHECKING:
 
 # ---------------------------------------------------------------- 参数
 
+# transformers 的 get_scheduler 里，只要预热步数与总步数就能用的
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+
 
 @dataclass
 class RunSettings:
@@ -116,7 +127,7 @@ class StageSettings(RunSettings):
     max_steps: int | None = option("最多更新几步；-1 表示由 num_train_epochs 决定")
     adam_beta2: float | None = option("Adam 二阶矩的衰减：步数少时取小些，跟得上梯度的变化")
     max_grad_norm: float | None = option("梯度裁剪的范数")
-    lr_scheduler_type: str | None = option("学习率曲线：linear、cosine、constant …")
+    lr_scheduler_type: str | None = option("学习率曲线", choices=SCHEDULES)
     gradient_checkpointing: bool | None = option("用时间换显存：反向时重算激活")
     dataloader_num_workers: int | None = option("读数据的进程数")
     logging_steps: int | None = option("每几步记一次 loss")

@@ -5,13 +5,16 @@ BERT 脚本用它们，Qwen 链的 ``--trainer library`` 也用它们。
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import (
     PrinterCallback,
@@ -162,13 +165,39 @@ class Progress(TrainerCallback):
             self.bar.close()
 
 
+class HarmlessMissingKeys:
+    """从检查点继续时，Trainer 说缺了共用的权重（lm_head 就是嵌入那张表，只存一份）：不缺，不显示；真缺的译成中文。"""
+
+    def __init__(self, model: torch.nn.Module):
+        names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        self.shared = {name for same in names.values() if len(same) > 1 for name in same}
+
+    def filter(self, record: LogRecord) -> bool:
+        message = record.getMessage()
+        if not message.startswith("There were missing keys"):
+            return True
+        missing = set(re.findall(r"'([^']+)'", message))
+        if missing <= self.shared:
+            return False
+        record.msg, record.args = f"检查点里缺这些权重：{'、'.join(sorted(missing - self.shared))}", ()
+        return True
+
+
 def run_trainer(trainer: Trainer, progress: Progress, checkpoint: Path | None) -> None:
     """训练到底，有检查点就从检查点继续。"""
     logging.disable_progress_bar()  # 每存一次检查点就闪一条"写权重"的进度条；警告照常显示
     trainer.args._n_gpu = 1  # 不用 DataParallel：python 直接运行只用一块 GPU，几块用 accelerate launch
     trainer.remove_callback(PrinterCallback)  # 它把每条日志原样打印成字典；进度条上已有 loss
     trainer.add_callback(progress)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    harmless = HarmlessMissingKeys(trainer.model)
+    logger = logging.get_logger("transformers.trainer")
+    logger.addFilter(harmless)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        logger.removeFilter(harmless)
 
 
 def run_library(trainer: Trainer, stage: Stage, label: str, tokens: list[int]) -> Trained:

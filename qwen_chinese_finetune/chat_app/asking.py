@@ -51,7 +51,7 @@ def read_lines(settings: AskSettings) -> list[str]:
         except OSError as error:
             where = "" if path.is_absolute() else f"（当前目录是 {Path.cwd()}）"
             raise UserError(f"读不了 --file {path}{where}：{error.strerror}。请检查路径。") from error
-        found = [line.strip() for line in text.split("\n") if line.strip()]
+        found = [line.strip() for line in text.replace("\ufeff", "").split("\n") if line.strip()]
         if not found:
             raise UserError(f"--file {path} 里一行问题也没有；请一行写一个问题，存成 UTF-8。")
         lines += found

@@ -177,7 +177,8 @@ def read_line(prompt: str) -> str | None:
         except KeyboardInterrupt:
             print(f"\n{hint}" if hint else "")
             continue
+        line = line.replace("\ufeff", "").strip()  # 记事本存的文件从管道读来，开头有 BOM，行尾有 \r
         if not sys.stdin.isatty():
             print(line)  # 从管道读来的话屏幕上看不到，补上才成一段对话
-        return line.strip()
+        return line
     return None

@@ -224,7 +224,7 @@ def test_all_models_on_a_small_file(tmp_path):
     folder = tmp_path / "simple_demo"
     shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("outputs", "__pycache__"))
     write_csv(tmp_path / "我的.csv", make_reviews(400))
-    command = [sys.executable, "compare_models.py", "--data", "../我的.csv"]
+    command = [sys.executable, "compare_models.py", "--data", "../我的.csv", "--json", "../结果.json"]
     done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", timeout=200)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
@@ -237,6 +237,8 @@ def test_all_models_on_a_small_file(tmp_path):
         row = re.search(rf"^{re.escape(chinese)} +(\d\.\d{{3}}) +([\d,]+) +([\d.]+)  ", table, re.M)
         found[name] = (float(row[1]), int(row[2].replace(",", "")))
     assert all(found[name][0] > 0.9 for name in ("tfidf1", "tfidf", "snownlp", "mean", "hand")), found
+    saved = json.loads((tmp_path / "结果.json").read_text(encoding="utf-8"))
+    assert {name: (round(row["accuracy"], 3), row["parameters"]) for name, row in saved.items()} == found
     order = [float(x) for x in re.findall(r" (\d\.\d{3}) +[\d,]+ +[\d.]+  ", table)]
     assert order == sorted(order, reverse=True) and len(order) == 8
     vocab = len(race.build_vocab([t for t, _ in make_reviews(400)]))

@@ -87,6 +87,95 @@ def test_tsv(tmp_path):
     assert read_rows(name).rows == [{"label": "1", "text": "好，很好"}]
 
 
+def test_a_quote_in_a_tsv_is_a_quote(tmp_path):
+    lines = ['"红楼梦"这本书\t1', '"没有收尾\t0', "中间\t1", '收尾"\t0', '说"好"\t1']
+    name = write(tmp_path / "a.tsv", "text\tlabel\n" + "\r\n".join(lines) + "\n")
+    assert [f"{row['text']}\t{row['label']}" for row in read_rows(name).rows] == lines
+    assert row_place(Path(name), 3) == "第 5 行"
+    quoted = write(tmp_path / "quoted.tsv", '"text"\t"label"\n"说""好""\n第二行"\t"1"\n')  # 每格都括着的
+    assert read_rows(quoted).rows == [{"text": '说"好"\n第二行', "label": "1"}]
+
+
+@pytest.mark.parametrize(
+    "filename, content, rows",
+    [
+        ("a.jsonl", '{"text": "甲"}\r{"text": "乙"}\r', [{"text": "甲"}, {"text": "乙"}]),
+        ("a.csv", "text\r甲\r乙\r", [{"text": "甲"}, {"text": "乙"}]),
+        ("a.tsv", "text\r甲\r乙", [{"text": "甲"}, {"text": "乙"}]),
+        ("a.txt", "甲\r乙\r", [{"text": "甲"}, {"text": "乙"}]),
+    ],
+)
+def test_old_mac_line_endings(tmp_path, filename, content, rows):
+    assert read_rows(write(tmp_path / filename, content)).rows == rows
+
+
+BOM = "\ufeff"
+
+
+@pytest.mark.parametrize(
+    "filename, content",
+    [
+        ("a.jsonl", f'{BOM}{{"text": "甲"}}\n{BOM}{{"text": "乙"}}\n'),
+        ("a.jsonl", '{"text": "\\ufeff甲"}\n{"text": "乙\\uFEFF"}\n'),
+        ("a.json", f'{BOM}[{{"text": "甲"}},\n{{"text": "{BOM}乙"}}]'),
+        ("a.csv", f"{BOM}text\n甲\n{BOM}乙\n"),
+        ("a.tsv", f"{BOM}text\n甲{BOM}\n乙\n"),
+        ("a.txt", f"{BOM}甲\n{BOM}乙\n"),
+        ("a.txt", f"{BOM}{BOM}甲\n\n{BOM}乙\n"),
+    ],
+)
+def test_a_bom_is_never_a_letter(tmp_path, filename, content):
+    assert read_rows(write(tmp_path / filename, content)).rows == [{"text": "甲"}, {"text": "乙"}]
+
+
+def test_a_bom_in_parquet_is_no_letter_either(tmp_path):
+    table = pyarrow.Table.from_pylist([{"messages": [{"role": "user", "content": f"{BOM}问"}], "n": 1}])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert read_rows(str(tmp_path / "a.parquet")).rows == [
+        {"messages": [{"role": "user", "content": "问"}], "n": 1}
+    ]
+
+
+def test_json_lines_in_a_txt_are_read_as_json(tmp_path):
+    assert read_rows(write(tmp_path / "a.txt", JSONL)).rows == ROWS
+    assert read_rows(write(tmp_path / "b.txt", json.dumps(ROWS, indent=1))).rows == ROWS
+    assert "第 2 行不是正确的 JSON" in error_of(write(tmp_path / "c.txt", '{"text": "甲"}\n乙\n'))
+    assert "第 1 行不是正确的 JSON" in error_of(write(tmp_path / "d.txt", '{"text": \n{"text": "乙"}\n'))
+    plain = ["{小明}去了花园", "[1]", "[注] 见上"]
+    assert [row["text"] for row in read_rows(write(tmp_path / "e.txt", "\n".join(plain))).rows] == plain
+
+
+GOOD = "text,label\n" + "".join(f"房间不错{n},1\n早餐很差{n},0\n" for n in range(5))
+
+
+@pytest.mark.parametrize(
+    "content, expected, not_said",
+    [
+        # 两种编码拼在一起
+        (
+            GOOD.encode() + "位置很好,1\n价格公道,1\n".encode("gbk"),
+            ["第 12 行不是 UTF-8", "有 2 行（第 12 行、第 13 行）"],
+            "iconv",
+        ),
+        ("位置很好,1\n".encode("gbk") + GOOD.encode(), ["第 1 行不是 UTF-8", "别的行是好的 UTF-8"], "iconv"),
+        # 一个字被切断、一个字节坏了
+        (GOOD.encode() + "服务".encode()[:-1] + b",1\n", ["第 12 行不是 UTF-8", "只有这一行"], "iconv"),
+        (GOOD.encode() + b"caf\xe9 tr\xe8s bon,1\n", ["第 12 行不是 UTF-8", "0xe9"], "iconv"),
+        (b"text,label\ncaf\xe9 tr\xe8s bon,1\n", ["第 2 行不是 UTF-8", "也不是 GBK"], "iconv"),
+        # 整个文件是别的编码
+        (GOOD.encode("gbk"), ["第 2 行不是 UTF-8 编码（多半是 GBK）", "iconv -f GB18030"], "坏了"),
+        ("text,label\n房間不錯,1\n早餐很難吃,0\n".encode("big5"), ["多半是 Big5", "iconv -f BIG5"], "坏了"),
+        (GOOD.encode("utf-16"), ["第 1 行不是 UTF-8 编码（是 UTF-16）", "iconv -f UTF-16"], "坏了"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "txt"])
+def test_broken_bytes_and_other_encodings_are_told_apart(tmp_path, suffix, content, expected, not_said):
+    message = error_of(write(tmp_path / f"a.{suffix}", content))
+    for part in expected:
+        assert part in message
+    assert not_said not in message and "\n" not in message
+
+
 def test_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     rows = [{"messages": [{"role": "user", "content": "问"}], "n": None}, {"messages": [], "n": 3}]
@@ -136,7 +225,7 @@ def test_keep_that_drops_everything(tmp_path):
         ("a.txt", "第一行\n第二行\n".encode("utf-16"), ["第 1 行不是 UTF-8"]),
         ("a.csv", 'text,label\n"两\n行",1\n三,\n四,5,6\n', ["第 5 行有 3 格，表头有 2 列（text、label）"]),
         ("a.csv", 'text,label\n好,1\n"没有收尾,1\n坏,0\n', ["从第 3 行起引号不成对", "改存为 jsonl"]),
-        ("a.tsv", 'text\tlabel\n"红楼梦"这本书\t1\n', ["从第 2 行起引号不成对"]),
+        ("a.tsv", 'text\tlabel\n"甲\t1\n乙"\n', ["第 3 行有 1 格，表头有 2 列（text、label）", "改存为 csv"]),
         ("a.csv", "text,text\n1,2\n", ["第 1 行（表头）有空的或重复的列名"]),
         ("a.parquet", "PAR1 不是的", ["不是完整的 Parquet 文件"]),
         ("a.xlsx", "PK", ["不认识", ".jsonl"]),

@@ -212,3 +212,18 @@ def test_pairs_share_the_prompt_and_end_with_im_end(tokenizer):
             assert answer[-1] == end and answer.count(end) == 1
             assert all(mask[len(pair["prompt_ids"]) : -1])
             assert bare[f"{kind}_ids"] == answer[:-1] and bare["prompt_ids"] == pair["prompt_ids"]
+
+
+def test_a_turn_of_weight_zero_is_in_the_context_but_not_learned(tokenizer):
+    messages = [
+        {"role": "user", "content": "问"},
+        {"role": "assistant", "content": "坏答"},
+        {"role": "user", "content": "再问"},
+        {"role": "assistant", "content": "好答"},
+    ]
+    ids, learned = encode_chat(tokenizer, messages)
+    messages[1]["weight"] = 0
+    same, fewer = encode_chat(tokenizer, messages)
+    assert same == ids
+    assert tokenizer.decode([i for i, keep in zip(ids, fewer, strict=True) if keep]) == "好答<|im_end|>"
+    assert sum(learned) > sum(fewer)

@@ -1,0 +1,106 @@
+"""每本笔记本里有哪些脚本，依次怎样调用它们的 main；make_notebooks.py 照着做。添一个主题，就在 TOPICS 里添一项。"""
+
+from dataclasses import dataclass, field
+
+REPOSITORY = "https://github.com/<账号>/<仓库>.git"  # 仓库有了固定的地址，就写在这里
+
+
+@dataclass
+class Call:
+    """一次 main：命令行参数，先说的一句话，做完给读者看的图（相对于主题的文件夹）。"""
+
+    argv: list[str] = field(default_factory=list)
+    note: str = ""
+    pictures: list[str] = field(default_factory=list)
+
+
+def stage(name: str, note: str, *more: str, pictures: tuple[str, ...] = ()) -> Call:
+    argv = ["--preset", "tiny", "--output_dir", f"outputs/notebook/{name}", *more]
+    return Call(argv, note, list(pictures))
+
+
+TINY = ["--preset", "tiny"]
+SHORT_BERT = [*TINY, "--mlm_epochs", "0.5", "--num_train_epochs", "1"]
+SHORT_BERT += ["--output_dir", "my_bert_model-notebook"]
+
+# 主题 → 脚本 → 依次怎样调用 main。一次调用一两分钟以内（CPU）。
+TOPICS: dict[str, dict[str, list[Call]]] = {
+    "simple_demo": {
+        "minimal_word_embedding_train.py": [Call(pictures=["outputs/word_embedding.png"])],
+        "simple_sentiment_classifier.py": [Call()],
+        "rnn_text_classifier.py": [Call()],
+        "transformer_sentiment_classification.py": [Call(pictures=["outputs/attention.png"])],
+        "transformer_encoder_classifier.py": [Call()],
+        "compare_models.py": [
+            Call(
+                ["--models", "mean", "tfidf1", "tfidf"],
+                "只比最快的三个。全部八个要几分钟，请在终端里运行 `python compare_models.py`："
+                "其中的 SnowNLP 要另开一个进程，在笔记本里开不了。",
+                ["outputs/compare_models.png"],
+            )
+        ],
+    },
+    "gpt": {
+        "mini_gpt.py": [
+            Call([], '四句话的玩具。要在一本书上训练，把 `[]` 换成 `["--data", "一个文本文件"]`。')
+        ],
+        "gpt2_generate.py": [
+            Call(
+                TINY,
+                "第一次先现场训练一个小 GPT-2，半分钟左右。连得上 hub 时去掉 `tiny`，就是真的 GPT-2。",
+                ["outputs/next_token.png"],
+            )
+        ],
+    },
+    "pipeline": {
+        "sentiment_analysis_demo.py": [Call(TINY, "第一次先训练英文小模型，十几秒。")],
+        "sentiment_pipeline_chinese.py": [
+            Call(TINY, "没有训练好的中文模型时，先训练一个最小的，不到一分钟。")
+        ],
+    },
+    "sentiment_classifier": {
+        "bert_finetune_sentiment.py": [
+            Call(
+                SHORT_BERT,
+                "为了一两分钟做完，这里的预训练只读半遍，微调只读一遍，所以正确率比 README 里的低，例句也可能判错；"
+                '照 README 的数去训练，只留前两个参数：`main(["--preset", "tiny"])`，约五分钟。',
+                ["my_bert_model-notebook/learning_curve.png"],
+            ),
+            Call(
+                [*SHORT_BERT, "--predict", "屏幕太暗，后悔买了", "物流很快，下次还来"],
+                "模型已经存下，再调用一次就直接加载：换成自己的句子试试。",
+            ),
+        ]
+    },
+    "news_classifier": {
+        "bert_news_multiclass.py": [
+            Call(TINY, "从随机的权重训练四遍，不到一分钟。", ["tnews_bert_model-tiny/confusion.png"])
+        ]
+    },
+    "qwen_chinese_finetune": {
+        "pretrain_chinese.py": [
+            stage("pretrain", "结果放在 `outputs/notebook/`，与在终端里跑出来的 `outputs/tiny/` 各不相干。")
+        ],
+        "sft_chinese_qwen.py": [
+            stage(
+                "sft",
+                "先看清楚哪些 token 算损失（绿色的才是模型要学的）。",
+                "--show_batch",
+                pictures=("outputs/notebook/sft-mask.svg",),
+            ),
+            stage("sft", "从上面预训练好的模型开始。"),
+        ],
+        "reward_model.py": [stage("reward", "从 SFT 模型开始，换上一个打分的头。")],
+        "dpo_chinese_qwen.py": [stage("dpo", "也从 SFT 模型开始，不用奖励模型。")],
+        "ppo_alignment.py": [stage("ppo", "SFT 模型自己回答，上面的奖励模型打分。")],
+    },
+}
+
+# 多说几句的主题
+REMARKS = {
+    "qwen_chinese_finetune": (
+        "从预训练到 PPO 走完整条链，都是 tiny 预设的默认步数，空闲的两核机器上一个阶段半分钟上下，数字与 README 里的相近；"
+        '赶时间就给每个 `main` 加上 `"--max_steps", "20", "--max_eval_samples", "50"`，那时只看得出跑得通，数字没有意义。'
+        "几个模型的并排比较与网页报告（`run_all.py`）、聊天（`chat.py`）请在终端里运行。"
+    )
+}
