@@ -36,7 +36,7 @@ from nlp_common.base.errors import UserError
 from nlp_common.base.measurements import record_run
 from nlp_common.base.runs import file_sha256
 from nlp_common.data.labels import check_enough, labelled, text_key, texts_to_predict, without_duplicates
-from nlp_common.data.rows import has_split, read_rows
+from nlp_common.data.rows import Rows, has_split, read_rows
 from nlp_common.draw.plots import learning_curve
 from nlp_common.hub.models import require_model
 from nlp_common.lm.classifier import encode, load_classifier, predict
@@ -90,7 +90,9 @@ def read_split(settings: NewsSettings, split: str) -> tuple[list[dict], dict]:
     """读一份数据 → ``[{"text", "label": 0–14}]`` 与它的来历。标签可以写编号、中文类名、CLUE 的编号或名字。"""
     limit = settings.max_train_samples if split == "train" else None
     builtins = {TINY_DATASET: headlines}
-    found = read_rows(settings.dataset, split=split, limit=limit, builtins=builtins, source=settings.source)
+    found: Rows = read_rows(
+        settings.dataset, split=split, limit=limit, builtins=builtins, source=settings.source
+    )
     codes = {code: i for i, code in enumerate(CLUE_CODES)}
     codes |= {f"news_{name}": i for i, name in enumerate(CLUE_NAMES)}
     return labelled(found, TEXT_FIELDS, LABELS, codes=codes), found.source

@@ -58,11 +58,23 @@ class Settings(DemoSettings):
 # ---------- 1. 拿到一个 pipeline ----------
 def load_classifier(path: str, device: torch.device):
     """path 是 hub 上的名字或本地文件夹。truncation：超过模型最大长度的句子截断，不然会报错。"""
-    from transformers import pipeline  # HF_ENDPOINT 是导入时读的，所以等 parse_demo 设好环境再导入
+    from transformers import (  # HF_ENDPOINT 是导入时读的，所以等 parse_demo 设好环境再导入
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        pipeline,
+    )
     from transformers.utils import logging
 
+    from nlp_common.lm.checks import check_config, check_tokenizer, check_vocabulary, load_weights
+
     logging.disable_progress_bar()  # 只关"载入权重"的进度条，警告照常显示
-    return pipeline("sentiment-analysis", model=path, device=device, truncation=True)
+    check_config(path)
+    # 平时写 pipeline("sentiment-analysis", model=path) 就行；没有分类层的模型，那样会悄悄补上一个随机的
+    model, _ = load_weights(AutoModelForSequenceClassification, path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    check_tokenizer(tokenizer, path)
+    check_vocabulary(model, tokenizer, path)
+    return pipeline("sentiment-analysis", model=model, tokenizer=tokenizer, device=device, truncation=True)
 
 
 # ---------- 2. 拆开看：pipeline 里的五行 ----------

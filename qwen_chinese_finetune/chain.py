@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nlp_common.train.stage import Chain
+from nlp_common.train.chain import Chain
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B"

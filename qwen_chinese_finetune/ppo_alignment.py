@@ -49,12 +49,13 @@ from nlp_common.lm.rollout import (
     with_prompts,
 )
 from nlp_common.tiny.judge import judge, measure_aligned
+from nlp_common.train.chain import run_stage
 from nlp_common.train.checkpoints import load_checkpoint, save_checkpoint
 from nlp_common.train.loop import make_optimizer
 from nlp_common.train.progress import progress_bar
 from nlp_common.train.setup import SHARDED, make_accelerator
 from nlp_common.train.splits import drop_long, load_train_and_eval
-from nlp_common.train.stage import Stage, StageSettings, parse_settings, run_stage
+from nlp_common.train.stage import Stage, StageSettings, parse_settings
 
 PRESETS = {
     "tiny": {

@@ -52,7 +52,7 @@ class Limits:
         if self == Limits():
             return f"要是一个有限的数，给的是 {value:g}"
         if isinstance(value, int) and self.at_least == 1 and self.at_most is None:
-            return f"要是正整数{also}，给的是 {value}（要大于 0）"
+            return f"要是正整数{also}，给的是 {value}"
         if self.at_least is not None and self.at_most is not None:
             return f"要在 {self.at_least} 到 {self.at_most} 之间{also}，给的是 {value}"
         parts = []
@@ -77,10 +77,11 @@ COUNT, POSITIVE, NOT_NEGATIVE, SHARE = (
 )
 LIMITS = {
     # 个数、步数：至少 1
-    **dict.fromkeys(("max_train_samples", "max_eval_samples", "max_length", "max_new_tokens"), COUNT),
-    **dict.fromkeys(("per_device_train_batch_size", "micro_batch_size", "batch_size", "n"), COUNT),
+    **dict.fromkeys(("max_train_samples", "max_length", "per_device_train_batch_size"), POSITIVE),
+    **dict.fromkeys(("hidden_size", "num_layers"), POSITIVE),
+    **dict.fromkeys(("max_eval_samples", "max_new_tokens", "micro_batch_size", "batch_size", "n"), COUNT),
     **dict.fromkeys(("gradient_accumulation_steps", "logging_steps", "save_steps", "hacking_steps"), COUNT),
-    **dict.fromkeys(("ppo_epochs", "hidden_size", "num_layers", "top_k"), COUNT),
+    **dict.fromkeys(("ppo_epochs", "top_k"), COUNT),
     "max_steps": Limits(at_least=1, also=-1),
     "dataloader_num_workers": NOT_NEGATIVE,
     "samples": NOT_NEGATIVE,

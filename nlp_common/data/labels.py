@@ -46,7 +46,7 @@ def labelled(
             )
         if not (text is None or isinstance(text, str)):
             raise UserError(f"{_place(found, index)}的 {field} 是 {text!r}，要的是一段文字。")
-        if text and (swallowed := _swallowed(found, row, text, label_field, known)):
+        if text and (swallowed := _swallowed(found, row, field, label_field, known)):
             raise UserError(
                 f"{_place(found, index)}的 {field} 里有一整行带着标签的数据（{swallowed[:40]!r}）："
                 "这一格开头的英文双引号一直管到下一个双引号，把后面的行都吞了进去。请删去这个引号，或写成两个再整格括起来。"
@@ -72,15 +72,20 @@ def _as_written(label: object) -> str:
     return re.sub(r"^([+-]?\d+)\.0+$", r"\1", text)
 
 
-def _swallowed(found: Rows, row: dict, text: str, label_field: str, known: Mapping[str, int]) -> str | None:
+def _swallowed(found: Rows, row: dict, field: str, label_field: str, known: Mapping[str, int]) -> str | None:
     """csv 里一格占了几行，其中有一行自己就是完整的一条（格数对，标签也认识）：被引号吞进来的那一行。"""
     path = str(found.source.get("path") or "").lower()
-    if "\n" not in text or not path.endswith((".csv", ".tsv")):
+    if "\n" not in row[field] or not path.endswith((".csv", ".tsv")):
         return None
-    at = list(row).index(label_field)
-    for line in text.splitlines():
-        cells = line.split("\t" if path.endswith(".tsv") else ",")
-        if len(cells) == len(row) and _as_written(cells[at]) in known:
+    mark = "\t" if path.endswith(".tsv") else ","
+    columns = list(row)
+    label_at, text_at = columns.index(label_field), columns.index(field)
+    lines = row[field].splitlines()
+    if text_at < label_at:  # 这一格的第一行，在文件里前面还有别的格
+        lines[0] = mark.join([str(row[name]) for name in columns[:text_at]] + lines[:1])
+    for line in lines:
+        cells = line.split(mark)
+        if len(cells) == len(columns) and _as_written(cells[label_at]) in known:
             return line
     return None
 

@@ -201,7 +201,7 @@ def load_weights(
             tied = "（如果它本来就与嵌入共用，把 config.json 里的 tie_word_embeddings 改成 true）"
         raise UserError(
             f"{path} 的权重和 config.json 写的 {type(model).__name__} 对不上：{'；'.join(faults)}{tied}。"
-            f"缺的会变成随机数，所以不训练。请换成配套的 config.json 与权重，或{OTHER[1:]}。"
+            f"缺的会变成随机数，所以不用它。请换成配套的 config.json 与权重，或{OTHER[1:]}。"
         )
     check_numbers(model, path)
     clean_generation(model)

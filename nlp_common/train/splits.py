@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -81,10 +80,14 @@ def distinct_rows(rows: list[dict], where: str) -> list[dict]:
 
 
 def _content(row: dict) -> str:
-    """一行里要学的内容（data/chats.py 统一的那几栏），别的栏不管。"""
-    parts = [row[name] for name in ("text", "messages", "prompt", "chosen", "rejected") if name in row]
-    text = json.dumps(parts, ensure_ascii=False)
-    return " ".join(text.replace("\\n", " ").replace("\\t", " ").split())
+    """一行里要学的内容（data/chats.py 统一的那几栏），别的栏不管；空白多少不算不同。"""
+    said = []
+    if "text" in row:
+        said.append(" ".join(row["text"].split()))
+    for name in ("messages", "prompt", "chosen", "rejected"):
+        for message in row.get(name) or []:
+            said.append(f"{name} {message['role']} {' '.join(message['content'].split())}")
+    return "\n".join(said)
 
 
 def _read(

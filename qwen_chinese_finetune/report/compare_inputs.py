@@ -13,8 +13,8 @@ from nlp_common.data.chats import to_questions
 from nlp_common.data.rows import has_split, read_rows
 from nlp_common.lm.loading import load_tokenizer
 from nlp_common.tiny import world
+from nlp_common.train.chain import find_trained
 from nlp_common.train.splits import EVAL_SEED, load_train_and_eval
-from nlp_common.train.stage import find_trained
 
 PRESETS = {"full": "真实模型", "tiny": "小世界的小模型"}
 HELPERS = {"reward": "不报奖励模型的分", "sft": "不报对 SFT 的 KL"}  # 缺了也能比的，与缺了会少什么

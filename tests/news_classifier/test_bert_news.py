@@ -239,3 +239,26 @@ def test_full_settings_start_from_a_pretrained_folder(tmp_path, capsys):
     )
     assert sum(map(sum, record["confusion"])) == 20 and "bayes_accuracy" not in record["metrics"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]["6"] == "汽车"
+
+
+@pytest.mark.parametrize("code", [104, "104", 104.0, "104.0", "news_finance", "财经", 4, "4"])
+def test_codes_are_looked_up_as_numbers_and_as_text(tmp_path, code):
+    rows = [{"text": "银行理财新规", "label": code}, {"text": "联赛冠军诞生", "label": 103}]
+    found, _ = news.read_split(settings_for(write(tmp_path / "a.jsonl", rows)), "train")
+    assert [row["label"] for row in found] == [4, 3]
+
+
+def test_duplicated_titles_and_contradictions_are_dropped_before_the_split(tmp_path, capsys):
+    rows = [{"sentence": f"标题{n % 30}", "label": n % 3} for n in range(60)]
+    rows += [{"sentence": "矛盾", "label": 0}, {"sentence": "矛盾", "label": 1}]
+    data, _ = news.load_data(settings_for(write(tmp_path / "a.jsonl", rows)))
+    texts = [row["text"] for row in data["train"] + data["validation"]]
+    assert len(texts) == len(set(texts)) == 30 and data["validation"]
+    shown = capsys.readouterr().out
+    assert "重复的 30 行" in shown and "标了不同 label 的 2 行" in shown
+
+
+def test_few_rows_still_leave_one_for_validation(tmp_path):
+    rows = [{"sentence": title, "label": n % 2} for n, title in enumerate(["甲一", "乙二", "丙三", "丁四"])]
+    data, _ = news.load_data(settings_for(write(tmp_path / "a.jsonl", rows), per_device_train_batch_size=2))
+    assert len(data["validation"]) >= 1 and len(data["train"]) >= 2

@@ -235,3 +235,120 @@ def test_show_batch_prints_what_is_learned(base, tmp_path, main_of, capsys):
     shown = capsys.readouterr().out
     assert "<|im_end|>" in shown and "算损失" in shown
     assert not (tmp_path / "s").exists()
+
+
+# ---- 读者真有的文件与文件夹（issue 19） ----
+
+
+def test_a_terminal_that_cannot_write_emoji_loses_nothing(base, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"第{n}问🤗"}, {"role": "assistant", "content": "好的👌①"}]}
+        for n in range(6)
+    ]
+    data = write(tmp_path / "emoji.jsonl", rows)
+    done = subprocess.run(
+        [sys.executable, str(HOME / "sft_chinese_qwen.py"), *small(base, tmp_path / "sft", data)],
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "gbk"},
+    )
+    assert done.returncode == 0, done.stderr.decode("gbk", errors="replace")
+    record = json.loads((tmp_path / "sft" / "run.json").read_text(encoding="utf-8"))
+    assert record["samples"][0]["reference"] == "好的👌①"  # 文件里是完整的字
+
+
+def test_show_batch_shows_whole_characters_and_what_weight_zero_leaves_out(base, tmp_path, main_of, capsys):
+    turns = [("user", "问🤗"), ("assistant", "坏答👎"), ("user", "再问"), ("assistant", "好答👌")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    messages[1]["weight"] = 0
+    data = write(tmp_path / "weights.jsonl", [{"messages": messages, "id": n, "n": str(n)} for n in range(3)])
+    main_of("sft_chinese_qwen.py")(small(base, tmp_path / "s", data, "--show_batch", "--eval_dataset", data))
+    shown = capsys.readouterr().out
+    assert "🤗" in shown and "👎" in shown and "👌" in shown and "\N{REPLACEMENT CHARACTER}" not in shown
+    assert "没有用到的栏：id、n" in shown
+    # 好答👌：两个汉字、emoji 的四个字节，加上 <|im_end|>
+    assert re.search(r"其中 ([3-7]) 个（绿色）算损失", shown)
+
+
+def test_an_output_folder_of_other_things_is_never_replaced(base, tmp_path, main_of, monkeypatch):
+    from nlp_common.base.errors import UserError
+
+    (tmp_path / "mine.txt").write_text("我的", encoding="utf-8")
+    (tmp_path / "mine2.txt").write_text("我的", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ["--retrain"]):
+        with pytest.raises(
+            UserError, match=r"里是别的东西（mine\.txt、mine2\.txt；没有 run\.json）.*--output_dir"
+        ):
+            main_of("sft_chinese_qwen.py")(["--preset", "tiny", "--model", base, "--output_dir", ".", *more])
+    assert (tmp_path / "mine.txt").read_text(encoding="utf-8") == "我的"
+
+
+def test_ppo_refuses_a_reward_model_without_a_head(base, tmp_path, main_of):
+    from nlp_common.base.errors import UserError
+
+    run = ["--preset", "tiny", "--model", base, "--reward_model", base, "--output_dir", str(tmp_path / "ppo")]
+    with pytest.raises(UserError, match=r"--reward_model 给的 .* 是 Qwen2ForCausalLM，没有训练好的打分头"):
+        main_of("ppo_alignment.py")(run)
+
+
+def test_ppo_refuses_a_classifiers_file(base, tmp_path):
+    from nlp_common.base.errors import UserError
+    from nlp_common.data.chats import to_questions
+
+    with pytest.raises(UserError, match=r"格式不认识[\s\S]*sentence, label[\s\S]*prompt"):
+        to_questions([{"sentence": "题", "label": 3}], "分类.jsonl")
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ({"model_type": "qwen9"}, "不认识"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "量化过的模型"),
+    ],
+)
+def test_dry_run_says_the_same_about_the_model(base, tmp_path, main_of, config, expected):
+    from nlp_common.base.errors import UserError
+
+    folder = tmp_path / "odd"
+    shutil.copytree(base, folder)
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8")) | config
+    (folder / "config.json").write_text(json.dumps(found), encoding="utf-8")
+    with pytest.raises(UserError, match=expected):
+        main_of("sft_chinese_qwen.py")(["--preset", "tiny", "--model", str(folder), "--dry_run"])
+
+
+def test_piped_questions_lose_their_bom_and_carriage_returns(monkeypatch, capsys):
+    import io
+
+    from chat_app.trying import read_line
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeff你好\r\n\ufeff你是谁？\r\n"))
+    assert [read_line("你："), read_line("你："), read_line("你：")] == ["你好", "你是谁？", None]
+    assert "\ufeff" not in capsys.readouterr().out
+
+
+CASES = Path(__file__).resolve().parents[3] / "shared" / "cases"
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="没有 ../shared/cases")
+@pytest.mark.parametrize(
+    "kind, name, count",
+    [
+        ("chats", "system_col_messages", 12),
+        ("chats", "history_prompt", 12),
+        ("chats", "weight0", 12),
+        ("chats", "kto", 6),
+        ("chats", "parts", 13),
+        ("chats", "messages_str", 12),
+        ("pairs", "pairs_llamafactory", 12),
+        ("pairs", "pairs_hh", 12),
+        ("pairs", "pairs_history", 12),
+        ("questions", "ppo_prompt_only", 12),
+    ],
+)
+def test_files_of_the_case_list(kind, name, count):
+    from nlp_common.data import chats
+    from nlp_common.data.rows import read_rows
+
+    convert = getattr(chats, f"to_{kind}")
+    assert len(convert(read_rows(str(CASES / f"{name}.jsonl")).rows, name)) == count

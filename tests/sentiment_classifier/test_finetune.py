@@ -345,3 +345,16 @@ def test_second_run_imports_no_trainer(trained, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("heavy: set()")
+
+
+def test_contradictions_and_duplicates_are_counted_and_never_on_two_sides(tmp_path, capsys):
+    csv = "text,label\n" + "".join(f"房间第{n}次住,{label}\n" for n in range(20) for label in (0, 1))
+    (tmp_path / "conflict.csv").write_text(csv, encoding="utf-8")
+    with pytest.raises(UserError, match="标了不同 label 的 40 行，哪一行都不要；一行也不剩"):
+        script.load_data(settings_for(tmp_path / "conflict.csv"))
+    csv = "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in [*ROWS, *ROWS])
+    (tmp_path / "twice.csv").write_text(csv, encoding="utf-8")
+    splits, _ = script.load_data(settings_for(tmp_path / "twice.csv"))
+    texts = [row["text"] for part in splits.values() for row in part]
+    assert len(texts) == len(set(texts))
+    assert f"重复的 {len(ROWS)} 行，只留第一次出现的" in capsys.readouterr().out

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from nlp_common.base.errors import UserError
-from nlp_common.base.runs import CHECKPOINT_DONE, open_run
+from nlp_common.base.runs import CHECKPOINT_DONE, load_run, open_run
 
 HOLD = """
 import sys, time
@@ -164,3 +164,18 @@ def test_other_settings_start_afresh_and_say_so_only_if_work_is_lost(tmp_path, c
         run.start({"seed": 1})
         assert run.latest_checkpoint() is None
     assert ("从头训练" in capsys.readouterr().out) == trained
+
+
+def test_a_folder_of_other_things_is_left_alone_and_another_is_named(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in ("a.txt", "b.py", "c.md", "d.csv"):
+        (folder / name).write_text("我的", encoding="utf-8")
+    with pytest.raises(UserError, match=r"里是别的东西（a\.txt、b\.py、c\.md 等 4 项") as caught:
+        load_run(folder)
+    assert "--output_dir" in str(caught.value) and "删" not in str(caught.value)
+    with pytest.raises(UserError, match="不会动它"), open_run(folder):
+        pytest.fail("不该打开")  # --retrain 会把整个文件夹换掉
+    assert len(list(folder.iterdir())) == 4
+    with pytest.raises(UserError, match="是一个文件"):
+        load_run(folder / "a.txt")

@@ -372,3 +372,42 @@ def test_choice_with_local_copy_and_offline(tmp_path, monkeypatch):
 def test_unknown_preset():
     with pytest.raises(UserError, match="auto、tiny、full"):
         presets.choose_preset("big", None, full_model=FULL, needs_accelerator=False)
+
+
+# ---- SOCKS 代理 ----
+
+
+@pytest.mark.parametrize("name", ["ALL_PROXY", "all_proxy", "HTTP_PROXY"])
+def test_socks_without_its_package_says_what_to_install(monkeypatch, name):
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.example")
+    monkeypatch.setenv(name, "socks5://127.0.0.1:1080")
+    monkeypatch.setattr(network, "find_spec", lambda _: None)
+    assert not hub.hub_reachable()
+    assert 'pip install "httpx[socks]"' in hub.why_not("hf") and "ALL_PROXY" not in hub.why_not("hf")
+    with pytest.raises(UserError, match=r"httpx\[socks\]"):
+        hub.require_model(FULL)
+
+
+def test_socks_is_used_when_it_can_be(monkeypatch):
+    import httpx
+
+    asked = []
+
+    def head(url, timeout):
+        asked.append(url)
+        return httpx.Response(200)
+
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.example")
+    monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:1080")
+    monkeypatch.setattr(network, "find_spec", lambda _: object())
+    monkeypatch.setattr(httpx, "head", head)
+    assert hub.hub_reachable() and asked == ["http://hub.example"]
+
+
+def test_a_misspelt_socks_and_an_address_that_goes_around_it(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.example")
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1080/")
+    assert not hub.hub_reachable() and "socks5://127.0.0.1:1080/" in hub.why_not("hf")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    requests = serve(monkeypatch, 200)
+    assert hub.hub_reachable() and requests

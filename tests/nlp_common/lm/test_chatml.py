@@ -21,6 +21,7 @@ from nlp_common.lm.chatml import (
     encode_chat,
     encode_text,
     prompt_ids,
+    whole_pieces,
 )
 from nlp_common.lm.loading import load_tokenizer
 from nlp_common.lm.losses import IGNORE
@@ -227,3 +228,13 @@ def test_a_turn_of_weight_zero_is_in_the_context_but_not_learned(tokenizer):
     assert same == ids
     assert tokenizer.decode([i for i, keep in zip(ids, fewer, strict=True) if keep]) == "好答<|im_end|>"
     assert sum(learned) > sum(fewer)
+
+
+def test_whole_pieces_never_show_half_a_character(tokenizer):
+    text = "好🤗的👌，龘①™︎ ok\n"
+    ids = encode_text(tokenizer, text)
+    pieces = whole_pieces(tokenizer, ids)
+    assert len(pieces) == len(ids) and "".join(pieces) == text
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces) and "🤗" in pieces
+    half = encode_text(tokenizer, "🤗")[:2]  # 切断的字：留在最后，不丢
+    assert len(whole_pieces(tokenizer, half)) == 2

@@ -63,7 +63,7 @@ def test_rows_without_duplicates_are_split_as_before(tmp_path, capsys):
 @pytest.mark.parametrize("rows", [[chat("问", "答")], [chat("问", "答")] * 30])
 def test_one_row_needs_another(tmp_path, rows):
     path = write(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UserError, match="只有 1 行，至少要两行：一行训练，一行留出.*--eval_dataset"):
+    with pytest.raises(UserError, match=r"只有 1 行，至少要两行：一行训练，一行留出.*--eval_dataset"):
         load_train_and_eval(settings(path), "chats", to_chats)
     train, heldout, _ = load_train_and_eval(settings(path, eval_dataset=str(path)), "chats", to_chats)
     assert train and heldout
