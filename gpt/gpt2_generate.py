@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
+from transformers import GenerationConfig, TextStreamer
 from transformers.utils import logging
 
 from nlp_common.base.arguments import option, parse_arguments
@@ -34,6 +34,7 @@ from nlp_common.draw.figures import render
 from nlp_common.draw.plots import COLORS
 from nlp_common.hub.models import BUILT_IN, find_model, require_model
 from nlp_common.hub.preset import announce, choose_preset
+from nlp_common.lm.loading import load_plain_lm
 
 HERE = Path(__file__).resolve().parent
 FULL_MODEL = "openai-community/gpt2"
@@ -115,8 +116,8 @@ def load(settings: GenerateSettings):
         print(announce(choice))
         path = tiny_gpt2(output_folder(settings) / "tiny" / "gpt2", settings.retrain)
     logging.disable_progress_bar()  # 只关"载入权重"的进度条，警告照常显示
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(pick_device()).eval()
+    tokenizer, model = load_plain_lm(str(path))
+    model = model.to(pick_device()).eval()
     print(
         f"模型：{name}，{model.num_parameters():,} 个参数，词表 {model.config.vocab_size:,}，{describe(model.device)}"
     )
@@ -129,7 +130,8 @@ def output_folder(settings: GenerateSettings) -> Path:
 
 def encode(tokenizer, model, settings: GenerateSettings):
     """开头 → {input_ids, attention_mask}，各 (1, T)；加上要写的还超过上下文，就只留末尾的一段，并说出来。"""
-    inputs = tokenizer(settings.prompt, return_tensors="pt", verbose=False)
+    # 不加 [CLS]、[SEP]：中文 GPT-2 用的是 BERT 的分词器，加了就从句末接着写
+    inputs = tokenizer(settings.prompt, add_special_tokens=False, return_tensors="pt", verbose=False)
     context = model.config.max_position_embeddings
     room = context - settings.max_new_tokens
     if room < 1:

@@ -315,7 +315,7 @@ def run_toy(s):  # 四句话，六个词：看得见掩码，看得见 loss 降�
 
 def run_file(s):  # 在一个文本文件上训练，然后生成
     try:
-        text = Path(s.data).read_text(encoding="utf-8")
+        text = Path(s.data).read_text(encoding="utf-8").replace("\ufeff", "")  # 看不见的 BOM 不是字
     except OSError as error:
         why = "没有这个文件" if isinstance(error, FileNotFoundError) else error.strerror
         fail(f"读不了 --data {s.data}：{why}（当前目录是 {Path.cwd()}）。")

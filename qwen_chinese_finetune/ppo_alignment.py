@@ -1,7 +1,6 @@
 """PPO：让 SFT 模型自己回答，奖励模型打分，按分数一点点改；KL 惩罚拉住它，别为了分数说胡话。
 
-学到什么：一轮 PPO 的五步——采样、打分（奖励 + 逐 token 的 KL 惩罚）、GAE、裁剪的策略损失、裁剪的价值损失。
-四个模型各管一事：
+学到什么：一轮 PPO 的五步——采样、打分（奖励 + 逐 token 的 KL 惩罚）、GAE、裁剪的策略损失、裁剪的价值损失。四个模型各管一事：
 
     policy（在学）──采样──▶ 回答 ──▶ reward（冻住）给整段打分
        ▲                     │  └──▶ reference（冻住的 SFT）给每个 token 的 KL
@@ -12,8 +11,7 @@
     python ppo_alignment.py --preset tiny                  # 离线小世界
     python ppo_alignment.py --preset full                  # 需要加速器
 
-预期输出（tiny，实测见本文件夹的 README.md）：奖励升高一个标准差以上，又对、又完整、又有礼的采样回答从两成多
-升到 90% 以上，贪心正确率不降，每个 token 对 SFT 的 KL 不到 0.6 nats。
+预期输出（tiny，实测见 README.md）：奖励升一个标准差以上，采样回答九成以上又对、又完整、又有礼，每个 token 的 KL 不到 0.6 nats。
 
 参考：Schulman et al. 2017（PPO）；Schulman et al. 2016（GAE）；Ziegler et al. 2019；Ouyang et al. 2022。
 """
@@ -30,7 +28,7 @@ import torch
 from torch import Tensor
 
 from chain import CHAIN
-from nlp_common.base.arguments import option
+from nlp_common.base.arguments import Limits, option
 from nlp_common.base.errors import UserError
 from nlp_common.base.processes import merge_stats, num_processes
 from nlp_common.data.chats import to_questions
@@ -95,6 +93,7 @@ INSTEAD = {  # 各阶段共有、PPO 却用不着的参数 → 该用哪个
 class PPOSettings(StageSettings):
     reward_model: str | None = option("奖励模型的文件夹；默认是 reward_model.py 的结果")
     max_new_tokens: int | None = option("一个回答最多多少个 token")
+    max_steps: int | None = option("更新几步（几批回答）", limits=Limits(at_least=1))
     micro_batch_size: int | None = option("前向、反向一次算几行：梯度累加，结果与一次算完相同")
     ppo_epochs: int = option("每批回答用来更新几遍", 4)
     kl_coef: float = option("KL 惩罚的系数 β：越大离 SFT 模型越近", 0.1)
@@ -107,7 +106,7 @@ class PPOSettings(StageSettings):
     clip_range: float = option("概率比裁剪的范围 ε", 0.2)
     clip_range_value: float = option("价值裁剪的范围", 0.2)
     missing_end_penalty: float = option("没有说完（不以 <|im_end|> 结束）的回答扣几分（归一后的分）", 3.0)
-    temperature: float = option("采样的温度", 1.0)
+    temperature: float = option("采样的温度", 1.0, limits=Limits(above=0))
 
 
 @dataclass

@@ -23,8 +23,7 @@ def clear_environment() -> None:
     for name in list(os.environ):
         if READERS_OWN.fullmatch(name):
             del os.environ[name]
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"  # 测试开的子进程也只用一个：舍入才逐位相同，并行也不互相抢
 
 
 clear_environment()

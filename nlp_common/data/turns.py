@@ -30,7 +30,9 @@ class Malformed(Exception):
 def as_string(value: object, column: str) -> str:
     """字符串原样返回，None 当作空（Parquet 和 hub 上没填的格就是 None）。"""
     if value is not None and not isinstance(value, str):
-        raise Malformed(f"{column} 应是字符串，这里是{_TYPE_NAMES.get(type(value), type(value).__name__)}")
+        kind = _TYPE_NAMES.get(type(value), type(value).__name__)
+        mend = f"（{value}），请加上引号" if isinstance(value, int | float) else ""
+        raise Malformed(f"{column} 应是字符串，这里是{kind}{mend}")
     return value or ""
 
 

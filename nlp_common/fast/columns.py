@@ -1,4 +1,4 @@
-"""最后一层只算有人读的列：损失只看回答，提示的那些列交出 K、V 之后就再也没有人读了。
+"""最后一层只算有人读的列，输出层只算有人读的位置：损失只看回答，提示的那些列交出 K、V 之后就再也没有人读了。
 
 与 transformers 自带的 ``logits_to_keep`` 是同一个道理，往里多推一层：别的位置只要交出最后一层的 K、V 给人看，
 Q、注意力、MLP、最后的归一都不必算。用得着的列，数值与梯度都不变（测试证明）。两层的小模型上，提示占四分之三时，
@@ -10,6 +10,8 @@ Q、注意力、MLP、最后的归一都不必算。用得着的列，数值与�
 - 逐 token 的价值模型：同样多收一个 ``logits_to_keep=columns``，给出 (B, C, 1)；
 - 打分模型：照常，它本来就只读每行最后一个真实 token。
 
+一列里常常只有几行带标签，所以 lm/losses.py 用的 labelled_logits 再进一步：输出层只算带标签的那些位置。
+
 要缓存的、反向时要重算激活（gradient checkpointing）的，就照常全算；结构不认识的模型不装。
 """
 
@@ -20,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.modeling_outputs import ModelOutput
 
+READS_POSITIONS = "reads_positions"  # 装过的因果语言模型上有它：认得 keep
 KNOWN = {"Qwen2Attention", "LlamaAttention"}  # 下面 _last_layer 照着写的结构
 
 
@@ -38,6 +41,8 @@ def use_read_columns(model: PreTrainedModel) -> PreTrainedModel:
     if way is None or type(getattr(last, "self_attn", None)).__name__ not in KNOWN:
         return model
     last.forward = partial(_last_layer, last)
+    if way is _causal:
+        setattr(model, READS_POSITIONS, True)
     model.forward = update_wrapper(partial(way, model), type(model).forward)
     return model
 
@@ -46,11 +51,34 @@ def use_read_columns(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _causal(
-    model: PreTrainedModel, *args: Any, logits_to_keep: int | torch.Tensor = 0, **kwargs: Any
+    model: PreTrainedModel,
+    *args: Any,
+    logits_to_keep: int | torch.Tensor = 0,
+    keep: torch.Tensor | None = None,
+    **kwargs: Any,
 ) -> ModelOutput:
-    if isinstance(logits_to_keep, torch.Tensor) and _can_skip(model, kwargs):
-        kwargs["read_columns"], logits_to_keep = logits_to_keep, 0
-    return type(model).forward(model, *args, logits_to_keep=logits_to_keep, **kwargs)
+    """给了 keep (B, C)，logits 是 (M, V)：logits_to_keep 那几列里，keep 为 True 的 M 个位置，一行一行地排。"""
+    columns = logits_to_keep
+    if isinstance(columns, torch.Tensor) and _can_skip(model, kwargs):
+        kwargs["read_columns"], columns = columns, 0
+    if keep is None:
+        return type(model).forward(model, *args, logits_to_keep=columns, **kwargs)
+    hidden = getattr(model, model.base_model_prefix)(*args, **kwargs).last_hidden_state
+    if isinstance(columns, torch.Tensor):  # 最后一层照常全算了
+        hidden = hidden[:, columns]
+    return CausalLMOutputWithPast(logits=model.lm_head(hidden[keep]))
+
+
+def labelled_logits(
+    model: PreTrainedModel, input_ids: torch.Tensor, keep: torch.Tensor, **inputs: Any
+) -> torch.Tensor:
+    """keep (B, T 或更少的列) 为 True 的 M 个位置的 logits，(M, V)，一行一行地排。没装过的模型算完再挑。"""
+    columns = keep.any(0).nonzero().squeeze(1)  # (C,)
+    inside = keep[:, columns]  # (B, C)
+    inputs = {"input_ids": input_ids, "use_cache": False, "logits_to_keep": columns, **inputs}
+    if hasattr(getattr(model, "module", model), READS_POSITIONS):  # DistributedDataParallel 的外壳里面
+        return model(keep=inside, **inputs).logits
+    return model(**inputs).logits[inside]
 
 
 def _values(

@@ -33,11 +33,17 @@ if TYPE_CHECKING:
 logging.disable_progress_bar()  # 只关"载入权重"的进度条，警告照常显示
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def _read_tokenizer(path: str) -> PreTrainedTokenizerBase:
     check_config(path)
     with readable_errors(path), quiet():
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     check_tokenizer(tokenizer, path)
+    return tokenizer
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """聊天用的分词器：没有 ChatML 的控制符是 UserError。"""
+    tokenizer = _read_tokenizer(path)
     # 填充不能与 <|im_end|> 同一个 token：奖励模型靠"不是填充"找最后一个真实 token。
     if tokenizer.pad_token in (None, IM_END):
         tokenizer.pad_token = END_OF_TEXT
@@ -54,6 +60,15 @@ def load_causal_lm(path: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]
     model, _ = load_weights(AutoModelForCausalLM, path)
     check_vocabulary(model, tokenizer, path)
     return tokenizer, make_fast(model)
+
+
+def load_plain_lm(path: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """只续写、不聊天的模型（GPT-2 等）→ (分词器, 模型)；分词器不必有 ChatML 的控制符。"""
+    check_decoder(path)
+    tokenizer = _read_tokenizer(path)
+    model, _ = load_weights(AutoModelForCausalLM, path)
+    check_vocabulary(model, tokenizer, path)
+    return tokenizer, model
 
 
 def make_fast(model: PreTrainedModel) -> PreTrainedModel:

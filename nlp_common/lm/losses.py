@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from nlp_common.fast.columns import labelled_logits
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -28,12 +30,14 @@ def token_logps(
     """有标签的 token 的对数概率 log π(y_t | x, y_<t)：(B, T) 与 (B, T) → (B, C)，没有标签的位置是 0。
 
     位置 t 的 logits 预测位置 t+1：移位要在掩码之前想清楚，差一格就是在学错的东西。
-    C 是至少有一行带标签的列数：别的列没有人读，最后一层和 LM head 都不必算，词表越大，省得越多。
+    C 是至少有一行带标签的列数。别的列没有人读，最后一层不必算；输出层只算带标签的位置，词表越大，省得越多。
     inputs 是 position_ids 等交给模型的其余输入。
     """
     labels = labels[:, 1:]  # (B, T-1)，与预测它的位置对齐
-    columns = (labels != IGNORE).any(0).nonzero().squeeze(1)  # (C,)
-    logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=columns, **inputs).logits  # (B, C, V)
-    logits = logits.flatten(0, 1).float() / temperature
-    nll = F.cross_entropy(logits, labels[:, columns].flatten(), ignore_index=IGNORE, reduction="none")
-    return -nll.view(len(labels), -1)
+    keep = labels != IGNORE
+    logits = labelled_logits(model, input_ids, keep, **inputs).float()  # (M, V)，M 是标签的个数
+    if temperature != 1:
+        logits = logits / temperature
+    logps = -F.cross_entropy(logits, labels[keep], reduction="none")  # (M,)
+    inside = keep[:, keep.any(0)]  # (B, C)
+    return torch.zeros(inside.shape, dtype=logps.dtype, device=logps.device).masked_scatter(inside, logps)

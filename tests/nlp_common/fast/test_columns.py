@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from nlp_common.fast.columns import use_read_columns
+from nlp_common.fast.columns import labelled_logits, use_read_columns
 from nlp_common.fast.rms_norm import use_fused_norms
 from nlp_common.lm.loading import load_value_model
 
@@ -55,6 +55,33 @@ def test_causal_lm_equals_the_full_computation(model64, ids, padded):
         inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     full = logits_and_gradients(plain(model), ids, logits_to_keep=COLUMNS, **inputs)
     assert_same(logits_and_gradients(model, ids, logits_to_keep=COLUMNS, **inputs), full)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_labelled_positions_equal_the_full_computation(model64, ids, installed):
+    """只算带标签的位置：与全算之后再挑，数值与梯度都相等；没装过的模型也一样。"""
+    keep = torch.rand(3, 11, generator=torch.Generator().manual_seed(1)) < 0.3
+    model = copy.deepcopy(model64) if installed else plain(model64)
+    model.zero_grad()
+    logits = labelled_logits(model, ids, keep)
+    assert logits.shape == (keep.sum(), model.config.vocab_size)
+    logits.tanh().sum().backward()
+    reference = plain(model64)
+    whole = reference(input_ids=ids, use_cache=False).logits[:, :11][keep]
+    whole.tanh().sum().backward()
+    torch.testing.assert_close(logits, whole, rtol=0, atol=1e-12)
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-10, msg=name)
+
+
+def test_the_head_really_sees_only_labelled_positions(model64, ids):
+    seen = []
+    handle = model64.lm_head.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:-1])))
+    keep = torch.zeros(3, 11, dtype=torch.bool)
+    keep[0, 2] = keep[1, 2] = keep[2, 7] = True
+    labelled_logits(model64, ids, keep)
+    handle.remove()
+    assert seen == [(3,)]
 
 
 def test_value_model_equals_the_full_computation(values64, ids):
