@@ -35,7 +35,7 @@ from nlp_common.train.trainer import run_library, trainer_arguments
 PRESETS = {
     "tiny": {
         "dataset": "tiny_world",
-        "max_train_samples": 3500,
+        "max_train_samples": 5000,
         "max_length": 256,
         "per_device_train_batch_size": 16,
         "learning_rate": 1e-3,

@@ -36,7 +36,11 @@ def use_read_columns(model: PreTrainedModel) -> PreTrainedModel:
     """装到 model 上，返回 model。"""
     backbone: Any = getattr(model, model.base_model_prefix, None)
     last: Any = backbone.layers[-1] if hasattr(backbone, "layers") else None
-    ways = {"ForCausalLM": _causal, "ForTokenClassification": _values, "ForSequenceClassification": _scores}
+    ways: dict[str, Any] = {
+        "ForCausalLM": _causal,
+        "ForTokenClassification": _values,
+        "ForSequenceClassification": _scores,
+    }
     way = next((way for kind, way in ways.items() if type(model).__name__.endswith(kind)), None)
     if way is None or type(getattr(last, "self_attn", None)).__name__ not in KNOWN:
         return model
