@@ -150,7 +150,8 @@ def test_every_stage_reports_offline_and_writes_nothing(
 def test_a_small_model_is_timed(sft, tmp_path):
     argv = ["--preset", "tiny", "--dry_run", "--output_dir", str(tmp_path / "out")]
     result = sft.main([*argv, "--per_device_train_batch_size", "2", "--max_length", "32"])["dry_run"]
-    assert result["seconds_per_step"] > 0 and result["steps"] == 3000 and result["fits"]
+    steps = sft.PRESETS["tiny"]["max_train_samples"] // 2
+    assert result["seconds_per_step"] > 0 and result["steps"] == steps and result["fits"]
 
 
 @pytest.mark.parametrize(("flags", "bound"), [([], False), (["--packing", "True"], True)])
