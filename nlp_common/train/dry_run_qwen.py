@@ -5,7 +5,7 @@
 和词表上的 log-softmax V。所以激活 = 4·N·[L·(6H + 4A + 4I) + 3H + V] 字节，算损失时 logits 与它的梯度再加
 两份 V。重算激活（gradient checkpointing）时每层只留入口的 H，另加正在重算的那一层。
 
-最后一层与词表只算有人读的列（columns.only_columns）：PPO 是回答的那几列，奖励模型是各行的最后一个字，都算得出来；
+最后一层与词表只算有人读的列（fast/columns.py）：PPO 是回答的那几列，奖励模型是各行的最后一个字，都算得出来；
 SFT、DPO 是回答占的列，要看数据，所以按全部的列算，是上限。
 """
 
