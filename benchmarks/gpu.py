@@ -65,8 +65,9 @@ from nlp_common.lm.pairs import count_pairs, pair_length, pair_tokens  # noqa: E
 from nlp_common.tiny import qwen, world  # noqa: E402
 from nlp_common.train.dry_run_qwen import qwen_0_5b  # noqa: E402
 from nlp_common.train.loop import make_optimizer, train_loop  # noqa: E402
+from nlp_common.train.settings import StageSettings  # noqa: E402
 from nlp_common.train.setup import make_accelerator  # noqa: E402
-from nlp_common.train.stage import Stage, StageSettings  # noqa: E402
+from nlp_common.train.stage import Stage  # noqa: E402
 from nlp_common.train.trainer import run_library  # noqa: E402
 
 SCRIPTS = {"pretrain": pretrain, "sft": sft, "dpo": dpo}

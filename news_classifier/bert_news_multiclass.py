@@ -33,7 +33,6 @@ from headlines import LABELS, bayes_accuracy, headlines, posterior
 from nlp_common.base.arguments import option
 from nlp_common.base.device import precision_flags
 from nlp_common.base.errors import UserError
-from nlp_common.base.measurements import record_run
 from nlp_common.base.runs import file_sha256
 from nlp_common.data.labels import check_enough, labelled, text_key, texts_to_predict, without_duplicates
 from nlp_common.data.rows import Rows, has_split, read_rows
@@ -42,7 +41,8 @@ from nlp_common.hub.models import require_model
 from nlp_common.lm.classifier import encode, load_classifier, predict
 from nlp_common.tiny.bert import character_tokenizer, small_config
 from nlp_common.train.bert import FULL_MODEL, BertSettings
-from nlp_common.train.stage import Stage, fingerprint, open_result, parse_settings
+from nlp_common.train.settings import fingerprint, parse_settings
+from nlp_common.train.stage import Stage, open_result
 
 HOME = Path(__file__).resolve().parent
 TINY_DATASET = "headlines"  # 自带的标题语法，见 headlines.py
@@ -316,8 +316,6 @@ def main(argv: list[str] | None = None) -> dict:
     with open_result(path, "news", settings, wanted, reuse=settings.reuse()) as stage:
         if stage.record is None:
             finetune(stage)
-            if settings.record:
-                record_run(settings.record, stage.record)
         show_record(stage.record, stage.path)
     show_predictions(stage.path, texts, stage.record["settings"]["max_length"])
     return stage.record

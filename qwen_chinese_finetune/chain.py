@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nlp_common.train.chain import Chain
+from nlp_common.train.chain import QWEN_SCRIPTS, Chain
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B"
-SCRIPTS = {
-    "pretrain": "pretrain_chinese-nvidia.py",
-    "sft": "sft_chinese_qwen.py",
-    "reward": "reward_model.py",
-    "dpo": "dpo_chinese_qwen.py",
-    "ppo": "ppo_alignment.py",
-}
 STAGES = {
     "pretrain": "预训练",
     "sft": "SFT",
@@ -25,4 +18,5 @@ STAGES = {
 }
 MODELS = {"base": "预训练", "sft": "SFT", "dpo": "DPO", "ppo": "PPO"}
 FOLDERS = {"base": "pretrain", "sft": "sft", "dpo": "dpo", "ppo": "ppo"}  # 模型是哪个阶段的结果
+SCRIPTS = QWEN_SCRIPTS
 CHAIN = Chain(HOME, SCRIPTS, FULL_MODEL)

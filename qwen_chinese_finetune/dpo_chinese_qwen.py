@@ -34,8 +34,9 @@ from nlp_common.tiny import world
 from nlp_common.tiny.judge import measure_chat
 from nlp_common.train.chain import run_stage
 from nlp_common.train.loop import Trained, train_loop
+from nlp_common.train.settings import StageSettings, parse_settings
 from nlp_common.train.splits import EVAL_SEED, drop_long, load_train_and_eval
-from nlp_common.train.stage import Stage, StageSettings, parse_settings
+from nlp_common.train.stage import Stage
 from nlp_common.train.trainer import run_library, trainer_arguments
 
 PRESETS = {

@@ -51,9 +51,10 @@ from nlp_common.train.chain import run_stage
 from nlp_common.train.checkpoints import load_checkpoint, save_checkpoint
 from nlp_common.train.loop import make_optimizer
 from nlp_common.train.progress import progress_bar
+from nlp_common.train.settings import StageSettings, parse_settings
 from nlp_common.train.setup import SHARDED, make_accelerator
 from nlp_common.train.splits import drop_long, load_train_and_eval
-from nlp_common.train.stage import Stage, StageSettings, parse_settings
+from nlp_common.train.stage import Stage
 
 PRESETS = {
     "tiny": {

@@ -28,8 +28,9 @@ from nlp_common.lm.loading import load_reward_model, load_tokenizer
 from nlp_common.lm.pairs import collate_pairs, count_pairs, encode_pair, pair_length, pair_tokens
 from nlp_common.train.chain import run_stage
 from nlp_common.train.loop import Trained, train_loop
+from nlp_common.train.settings import StageSettings, parse_settings
 from nlp_common.train.splits import drop_long, load_train_and_eval
-from nlp_common.train.stage import Stage, StageSettings, parse_settings
+from nlp_common.train.stage import Stage
 from nlp_common.train.trainer import run_library, trainer_arguments
 
 PRESETS = {

@@ -37,7 +37,7 @@ from nlp_common.base.environment import STARTED
 from nlp_common.base.errors import UserError
 from nlp_common.base.measurements import current_commit, record
 from nlp_common.hub.preset import announce, choose_preset
-from nlp_common.train.stage import preset_announced
+from nlp_common.train.settings import preset_announced
 from report.metrics import highlights
 from report.write import write_report
 

@@ -29,7 +29,6 @@ import torch.nn.functional as F
 
 from nlp_common.base.arguments import option
 from nlp_common.base.device import precision_flags, seed_everything
-from nlp_common.base.measurements import record_run
 from nlp_common.data.labels import check_enough, labelled, text_key, texts_to_predict, without_duplicates
 from nlp_common.data.people_daily import people_daily
 from nlp_common.data.reviews import raw_reviews, reviews
@@ -40,7 +39,8 @@ from nlp_common.lm.classifier import encode, load_classifier, predict
 from nlp_common.lm.losses import IGNORE
 from nlp_common.tiny.bert import character_tokenizer, small_config
 from nlp_common.train.bert import FULL_MODEL, BertSettings
-from nlp_common.train.stage import Stage, fingerprint, open_result, parse_settings
+from nlp_common.train.settings import fingerprint, parse_settings
+from nlp_common.train.stage import Stage, open_result
 
 HOME = Path(__file__).resolve().parent
 NAMES = ["负面", "正面"]  # 编号 0、1
@@ -372,8 +372,6 @@ def main(argv: list[str] | None = None) -> dict:
     with open_result(path, "sentiment", settings, fingerprint(settings), reuse=settings.reuse()) as stage:
         if stage.record is None:
             finetune(stage)
-            if settings.record:
-                record_run(settings.record, stage.record)
         show_record(stage.record, stage.path)
     show_predictions(stage.path, texts, stage.record["settings"]["max_length"])
     return stage.record

@@ -134,7 +134,7 @@ class RunFolder:
         done = [p.parent for p in self.checkpoints.glob(f"*/{CHECKPOINT_DONE}")]
         return max(done, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
-    def finish(self, write: Callable[[Path], None], record: dict) -> dict:
+    def finish(self, write: Callable[[Path], object], record: dict) -> dict:
         """write(文件夹) 写出模型；补上 run.json 后一步改名成 path。返回写下的记录。"""
         shutil.rmtree(self._final, ignore_errors=True)
         self._final.mkdir(parents=True)

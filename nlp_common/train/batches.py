@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 
 from nlp_common.base.errors import UserError
 from nlp_common.base.processes import num_processes, process_index
-from nlp_common.train.stage import StageSettings
+from nlp_common.train.settings import LoopSettings
 
 
 def shuffled(n_rows: int, seed: int, epoch: int) -> list[int]:
@@ -33,9 +33,7 @@ def bucketed(lengths: list[int], batch_size: int, seed: int, epoch: int, pool: i
     return [index for batch in [*batches, last] for index in batch]
 
 
-def my_batches(
-    n_rows: int, lengths: list[int] | None, settings: StageSettings, epoch: int
-) -> list[list[int]]:
+def my_batches(n_rows: int, lengths: list[int] | None, settings: LoopSettings, epoch: int) -> list[list[int]]:
     """这一遍里，这个进程的各批行号。n 个进程合起来的一批，恰好是一个进程 n 倍大的一批。
 
     最后不满的一批也尽量平分；不够每个进程一行的，才不要了。

@@ -9,7 +9,7 @@ from typing import ClassVar
 from nlp_common.base.arguments import option
 from nlp_common.base.errors import UserError
 from nlp_common.tiny.bert import MAX_POSITIONS
-from nlp_common.train.stage import RunSettings
+from nlp_common.train.settings import RunSettings
 
 FULL_MODEL = "bert-base-chinese"
 POSITIVE = ["per_device_train_batch_size", "max_length", "num_train_epochs", "eval_steps", "learning_rate"]

@@ -10,11 +10,20 @@ from pathlib import Path
 
 from nlp_common.base.device import describe, library_versions
 from nlp_common.base.errors import UserError
-from nlp_common.base.measurements import record_run
 from nlp_common.base.processes import on_main, without_launcher
 from nlp_common.base.runs import file_sha256, load_run, open_run, run_record
 from nlp_common.hub.models import require_model
-from nlp_common.train.stage import Stage, StageSettings, fingerprint, open_result, show_metrics
+from nlp_common.train.settings import StageSettings, fingerprint
+from nlp_common.train.stage import Stage, open_result, show_metrics
+
+# Qwen 链各阶段的脚本；qwen_chinese_finetune/chain.py 也用这张表
+QWEN_SCRIPTS = {
+    "pretrain": "pretrain_chinese-nvidia.py",
+    "sft": "sft_chinese_qwen.py",
+    "reward": "reward_model.py",
+    "dpo": "dpo_chinese_qwen.py",
+    "ppo": "ppo_alignment.py",
+}
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,6 @@ def run_stage(
             if record := train(stage):
                 show_metrics(record["metrics"])
                 print(f"已存到 {stage.path}（{record['seconds']:.0f} 秒）\n")
-                if settings.record:
-                    record_run(settings.record, record)
             return record
         show_metrics(stage.record["metrics"])
         return stage.record
@@ -94,6 +101,25 @@ def find_trained(given: str | None, folder: Path, source: str = "hf", verify: bo
     run = run or run_record(path) or None
     stage, number = (run["stage"], run["id"]) if run else ("model", given)
     return {"path": str(path), "stage": stage, "id": number, "run": run}
+
+
+def chain_model(stage: str = "sft", model: str | None = None, source: str = "hf") -> dict:
+    """别的主题用的模型 → ``{"path", "stage", "id", "run"}``：--model 给的，没给就是 Qwen 链 tiny 预设的一个阶段。
+
+    那个阶段还没有训练，就当场训练，并说出来。得不到 model 是 UserError。
+    """
+    home = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"
+    folder = home / "outputs" / "tiny" / stage
+    found = find_trained(model, folder, source)
+    if found is None:
+        script = home / QWEN_SCRIPTS[stage]
+        print(f"要用 Qwen 链的 {stage} 模型，还没有训练：先运行 {script.name} --preset tiny …", flush=True)
+        command = [sys.executable, str(script), "--preset", "tiny"]
+        if code := subprocess.run(command, env=without_launcher()).returncode:
+            raise UserError(f"{stage} 没有训练成（退出码 {code}）：{' '.join(command[1:])}")
+        found = find_trained(None, folder)
+    assert found is not None
+    return found
 
 
 def _train_first(settings: StageSettings, folder: Path, field: str, stage: str, chain: Chain) -> None:

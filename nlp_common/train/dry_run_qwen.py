@@ -35,7 +35,7 @@ from nlp_common.train.dry_run import (
     seconds_per_step,
     show_fixed,
 )
-from nlp_common.train.stage import StageSettings
+from nlp_common.train.settings import StageSettings
 
 # 各阶段手里有哪些模型：(名字, 类, 训练吗)
 CAUSAL, SCORE, VALUES = (

@@ -20,8 +20,9 @@ from nlp_common.lm.losses import count_labels
 from nlp_common.train.batches import my_batches
 from nlp_common.train.checkpoints import load_checkpoint, save_checkpoint
 from nlp_common.train.progress import average, progress_bar, speed
+from nlp_common.train.settings import LoopSettings
 from nlp_common.train.setup import gather_state, make_accelerator, recompute_activations
-from nlp_common.train.stage import Stage, StageSettings
+from nlp_common.train.stage import Stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -117,7 +118,7 @@ def update(
     micro_batches: list[dict],
     loss: Loss,
     count: Callable[[dict], int],
-    settings: StageSettings,
+    settings: LoopSettings,
 ) -> dict[str, torch.Tensor]:
     """一个更新步：几批的梯度累加，裁剪，更新。返回每项平均的损失，与 loss 另给的数的平均。
 
@@ -141,7 +142,7 @@ def update(
     return totals
 
 
-def make_optimizer(model: torch.nn.Module, settings: StageSettings) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, settings: LoopSettings) -> torch.optim.Optimizer:
     """AdamW（Loshchilov & Hutter 2019）：矩阵才衰减，偏置和归一化的增益往 0 拉没有道理。"""
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]

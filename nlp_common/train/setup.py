@@ -9,7 +9,7 @@ from accelerate import Accelerator, DistributedType
 
 from nlp_common.base.device import precision
 from nlp_common.base.errors import UserError
-from nlp_common.train.stage import StageSettings
+from nlp_common.train.settings import LoopSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def make_accelerator(device: torch.device, settings: StageSettings) -> Accelerator:
+def make_accelerator(device: torch.device, settings: LoopSettings) -> Accelerator:
     """按设备定精度（nlp_common/base/device.py）的 Accelerator；几个进程、分片都由它管。"""
     mixed_precision = precision(device)
     if mixed_precision == "fp32":

@@ -10,7 +10,7 @@ from nlp_common.base.errors import UserError
 from nlp_common.base.processes import on_main
 from nlp_common.data.rows import has_split, read_rows, sha256_of_rows
 from nlp_common.tiny import world
-from nlp_common.train.stage import StageSettings
+from nlp_common.train.settings import StageSettings
 
 EVAL_SEED = 0  # 留出的题与训练种子无关：不同种子的结果可以相比
 TINY_ROWS = {

@@ -12,7 +12,7 @@ import pytest
 from nlp_common.base.arguments import LIMITS, Limits, option, parse_arguments
 from nlp_common.base.errors import UserError
 from nlp_common.train.bert import BertSettings
-from nlp_common.train.stage import SCHEDULES, RunSettings, StageSettings
+from nlp_common.train.settings import SCHEDULES, RunSettings, StageSettings
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -95,7 +95,7 @@ def test_every_schedule_on_the_list_works(name):
 def test_every_number_of_every_script_has_its_limits():
     """新加的数也要写范围：在 LIMITS 里，或在它的 option 里；随便什么有限的数都行的，列在这里。"""
     anything = {"missing_end_penalty"}
-    found = [(BertSettings, "train.bert"), (StageSettings, "train.stage")]
+    found = [(BertSettings, "train.bert"), (StageSettings, "train.settings")]
     for topic, script, name in (
         ("sentiment_classifier", "bert_finetune_sentiment", "SentimentSettings"),
         ("news_classifier", "bert_news_multiclass", "NewsSettings"),

@@ -17,7 +17,7 @@ from nlp_common.lm.classifier import encode, predict
 from nlp_common.tiny.bert import SPECIAL, character_tokenizer
 from nlp_common.train.bert import BertSettings
 from nlp_common.train.metrics import ClassificationMetric, classification_metrics
-from nlp_common.train.stage import fingerprint
+from nlp_common.train.settings import fingerprint
 from nlp_common.train.trainer import LengthBucketSampler, curves
 
 TEXTS = ["这家店的菜很好吃", "屏幕太暗，后悔买了。15寸 ThinkPad", "一般", "服务员态度很差，再也不来了！！！"]

@@ -12,7 +12,7 @@ from nlp_common.fast.columns import use_read_columns
 from nlp_common.lm.loading import load_reward_model, load_value_model
 from nlp_common.lm.rollout import Rollout, response_logps, response_values
 from nlp_common.train import dry_run_qwen as dr
-from nlp_common.train.stage import parse_settings
+from nlp_common.train.settings import parse_settings
 
 FULL = "Qwen/Qwen1.5-0.5B"
 

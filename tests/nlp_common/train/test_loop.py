@@ -17,7 +17,7 @@ from nlp_common.tiny import world
 from nlp_common.train import loop
 from nlp_common.train.batches import bucketed, my_batches, shuffled
 from nlp_common.train.loop import train_loop
-from nlp_common.train.stage import StageSettings, parse_settings
+from nlp_common.train.settings import StageSettings, parse_settings
 from nlp_common.train.trainer import trainer_arguments
 
 BETA, SFT_WEIGHT, BLOCK = 0.3, 0.3, 24

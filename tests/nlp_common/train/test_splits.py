@@ -9,8 +9,8 @@ import pytest
 from nlp_common.base.errors import UserError
 from nlp_common.data.chats import to_chats, to_pairs, to_questions, to_texts
 from nlp_common.data.rows import data_sha256
+from nlp_common.train.settings import StageSettings, fingerprint
 from nlp_common.train.splits import load_train_and_eval
-from nlp_common.train.stage import StageSettings, fingerprint
 
 
 def settings(dataset: Path, **more):
