@@ -6,14 +6,18 @@ import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from nlp_common.base.errors import UserError
+from nlp_common.hub import e5, smollm2
 from nlp_common.hub.download import download_model
 from nlp_common.hub.model_folder import check_model_folder, has_tokenizer, missing_file, what_file
 from nlp_common.hub.network import MIRROR, endpoint, hub_reachable, offline, why_unreachable
 from nlp_common.hub.verify import verify_model
 
-BUILT_IN = "smollm2"  # 内置名字；同名的本地文件夹写成 ./smollm2
+# 内置名字 → 它的模块（缓存文件夹、装没装、怎么装、怎么导出）；同名的本地文件夹写成 ./smollm2
+BUILT_INS: dict[str, Any] = {"smollm2": smollm2, "e5": e5}
+BUILT_IN = "smollm2"  # 会说话的那一个
 
 
 def find_model(name: str, source: str = "hf") -> str | None:
@@ -24,8 +28,8 @@ def find_model(name: str, source: str = "hf") -> str | None:
     """
     if source not in ("hf", "modelscope"):
         raise UserError(f"--source {source} 不认识：可以是 hf 或 modelscope。")
-    if name == BUILT_IN:
-        return _built_in()
+    if name in BUILT_INS:
+        return _built_in(name)
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         check_model_folder(folder)
@@ -48,13 +52,12 @@ def _is_path(name: str) -> bool:
     return bool(re.match(r"[./~]|[A-Za-z]:", name)) or "\\" in name or name.count("/") > 1
 
 
-def _built_in() -> str | None:
-    from nlp_common.hub import smollm2
-
-    folder = smollm2.cache_folder()
-    if missing_file(folder) and not smollm2.packages_installed():
+def _built_in(name: str) -> str | None:
+    module = BUILT_INS[name]
+    folder = module.cache_folder()
+    if missing_file(folder) and not module.packages_installed():
         return None
-    return str(smollm2.export_smollm2(folder))
+    return str(module.export(folder))
 
 
 def _cached(name: str, source: str) -> str | None:
@@ -87,7 +90,7 @@ def _snapshot(name: str, source: str) -> Path | None:
 
 def _broken_copy(name: str, source: str) -> str | None:
     """缓存里有这个模型、只是坏了一个文件，而现在又连不上网时，说出是哪个文件。"""
-    found = None if name == BUILT_IN else _snapshot(name, source)
+    found = None if name in BUILT_INS else _snapshot(name, source)
     broken = missing_file(found) if found else None
     if not found or not broken or not (found / broken).exists():
         return None
@@ -100,7 +103,7 @@ def _broken_copy(name: str, source: str) -> str | None:
 def require_model(name: str, source: str = "hf", verify: bool = False) -> str:
     """可以交给 ``from_pretrained`` 的路径；本地没有就下载。得不到是 UserError，写明几种办法。
 
-    仓库里没有 safetensors 时给出的是 hub 名字本身。内置名字 ``smollm2`` 第一次用时导出到缓存文件夹。
+    仓库里没有 safetensors 时给出的是 hub 名字本身。内置名字（``smollm2``、``e5``）第一次用时导出到缓存文件夹。
     verify：把下载来的文件与服务器上的大小、哈希核对一遍。
     """
     found = find_model(name, source)
@@ -108,17 +111,15 @@ def require_model(name: str, source: str = "hf", verify: bool = False) -> str:
         raise UserError(_broken_copy(name, source) or how_to_get(name, source))
     if found == name and not Path(found).is_dir():
         found = download_model(name, source)
-    if verify and Path(found).is_dir() and name != BUILT_IN:
+    if verify and Path(found).is_dir() and name not in BUILT_INS:
         print(verify_model(name if str(Path(name).expanduser()) != found else found, Path(found), source))
     return found
 
 
 def how_to_get(name: str, source: str = "hf") -> str:
     """得不到模型时给读者看的话：为什么，以及几种办法。"""
-    if name == BUILT_IN:
-        from nlp_common.hub import smollm2
-
-        return smollm2.INSTALL_HINT
+    if name in BUILT_INS:
+        return BUILT_INS[name].INSTALL_HINT
     return f"""得不到模型 {name}：{why_not(source)}。任选一种办法，再运行同一条命令：
   1. 换镜像      Linux/macOS：export HF_ENDPOINT={MIRROR}
                  Windows：set HF_ENDPOINT={MIRROR}（PowerShell：$env:HF_ENDPOINT="{MIRROR}"）

