@@ -16,6 +16,9 @@ def prepare_environment() -> None:
         "TRL_EXPERIMENTAL_SILENCE": "1",
         "HF_HUB_ETAG_TIMEOUT": "5",
         "HF_HUB_DOWNLOAD_TIMEOUT": "10",
+        # torch 的线程互相等的时候空转多久：默认的 30 万次在空着的机器上也不更快，旁边有别的程序时要慢几倍
+        # （benchmarks/busy.py）。Linux 的 torch 用 GNU 的 OpenMP。
+        "GOMP_SPINCOUNT": "1000",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

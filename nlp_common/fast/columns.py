@@ -11,6 +11,7 @@ Q、注意力、MLP、最后的归一都不必算。用得着的列，数值与�
 - 打分模型：照常，它本来就只读每行最后一个真实 token。
 
 一列里常常只有几行带标签，所以 lm/losses.py 用的 labelled_logits 再进一步：输出层只算带标签的那些位置。
+一批偏好对，提示只算一遍（shared_prompts.py）。
 
 要缓存的、反向时要重算激活（gradient checkpointing）的，就照常全算；结构不认识的模型不装。
 """
@@ -23,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
+
+from nlp_common.fast.shared_prompts import merge_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,10 +70,30 @@ def _causal(
         kwargs["read_columns"], columns = columns, 0
     if keep is None:
         return type(model).forward(model, *args, logits_to_keep=columns, **kwargs)
+    if "read_columns" in kwargs:
+        read = kwargs.pop("read_columns")
+        rows, places = keep.nonzero(as_tuple=True)
+        hidden = _read(model, kwargs.pop("input_ids", None), rows, read[places], **kwargs)
+        return CausalLMOutputWithPast(logits=model.lm_head(hidden))
     hidden = getattr(model, model.base_model_prefix)(*args, **kwargs).last_hidden_state
     if isinstance(columns, torch.Tensor):  # 最后一层照常全算了
         hidden = hidden[:, columns]
     return CausalLMOutputWithPast(logits=model.lm_head(hidden[keep]))
+
+
+def _read(
+    model: PreTrainedModel, input_ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, **kwargs: Any
+) -> torch.Tensor:
+    """最后一层在 (rows, columns) 这些位置（各 (M,)）的输出，(M, H)；一批偏好对，提示只算一遍。"""
+    plain = kwargs.get("attention_mask") is None and kwargs.get("position_ids") is None
+    can_merge = plain and model.config._attn_implementation == "sdpa"
+    if can_merge and (merged := merge_pairs(input_ids, rows, columns)):
+        rows, columns = merged.locate(rows, columns)
+        input_ids, kwargs["position_ids"] = merged.input_ids, merged.position_ids
+        kwargs["attention_mask"] = merged.attention_mask
+    read, places = columns.unique(return_inverse=True)  # (C,)、(M,)：columns 是 read 里的第几个
+    backbone = getattr(model, model.base_model_prefix)
+    return backbone(input_ids, read_columns=read, **kwargs).last_hidden_state[rows, places]
 
 
 def labelled_logits(
@@ -106,11 +129,8 @@ def _scores(
         return type(model).forward(model, input_ids=input_ids, labels=labels, **kwargs)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     last = torch.where(input_ids != model.config.pad_token_id, positions, 0).amax(1)  # (B,)
-    columns, place = last.unique(return_inverse=True)  # (C,)、(B,)：last 是 columns 里的第几个
-    backbone = getattr(model, model.base_model_prefix)
-    hidden = backbone(input_ids, read_columns=columns, **kwargs).last_hidden_state  # (B, C, H)
     rows = torch.arange(len(input_ids), device=input_ids.device)
-    return SequenceClassifierOutputWithPast(logits=model.score(hidden[rows, place]))  # (B, 1)
+    return SequenceClassifierOutputWithPast(logits=model.score(_read(model, input_ids, rows, last, **kwargs)))
 
 
 def _can_skip(model: PreTrainedModel, kwargs: dict) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nlp_common.fast.together import together
 from nlp_common.lm.replies import distinct_n, reply_to, score_replies, token_kl
-from nlp_common.tiny.world import OPENINGS, WORLD
+from nlp_common.tiny.world import OPENINGS, WORLD, small_talk_questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,8 +31,11 @@ class Verdict:
 def judge(question: dict, reply: str, ended: bool) -> Verdict:
     """评一个回复。question 见 world.questions；ended：回复是不是自己以 <|im_end|> 结束的。
 
-    对：含标准答案，且不含同类的其他词。完整：去掉客套话之后正好是那一句完整的回答。
+    对：含标准答案，且不含同类的其他词。完整：去掉客套话之后正好是那一句完整的回答。寒暄：一字不差才对。
     """
+    if question["slot"] is None:
+        right = ended and reply == question["answer"]
+        return Verdict(right, right, right, float(right))
     opening = next((o for o in OPENINGS if reply.startswith(o)), "")
     body = reply[len(opening) :]
     found = {value for value in WORLD[question["slot"]] if value in reply}
@@ -56,7 +59,8 @@ def measure_chat(
     - ``qa_accuracy``：贪心回复自己结束、含标准答案、不含同类其他词的比例；
     - ``ended_rate``：贪心回复自己结束的比例；
     - ``preferred_rate``：温度 1 采样的回复又对、又完整、又有礼的比例；
-    - ``judge_score``：采样回复的程序评分均值；``sampled_accuracy``：采样回复答对的比例。
+    - ``judge_score``：采样回复的程序评分均值；``sampled_accuracy``：采样回复答对的比例；
+    - ``small_talk``：全部寒暄里，贪心回复一字不差的比例。
     """
     was_training = model.training
     model.eval()  # 两边同时用一个模型，模式先定好
@@ -64,6 +68,8 @@ def measure_chat(
         partial(reply_to, model, tokenizer, questions),
         partial(reply_to, model, tokenizer, questions, temperature=1.0, seed=seed),
     )
+    asks = small_talk_questions()
+    talk = reply_to(model, tokenizer, asks)
     model.train(was_training)
     on_greedy = [judge(q, r["text"], r["ended"]) for q, r in zip(questions, greedy, strict=True)]
     on_sampled = [judge(q, r["text"], r["ended"]) for q, r in zip(questions, sampled, strict=True)]
@@ -75,6 +81,8 @@ def measure_chat(
         "preferred_rate": sum(v.preferred for v in on_sampled) / n,
         "judge_score": sum(v.score for v in on_sampled) / n,
         "sampled_accuracy": sum(v.right for v in on_sampled) / n,
+        "small_talk": sum(judge(q, r["text"], r["ended"]).right for q, r in zip(asks, talk, strict=True))
+        / len(asks),
         "mean_chars": sum(len(r["text"]) for r in sampled) / n,
         "distinct_2": distinct_n([r["text"] for r in sampled]),
     }
@@ -97,7 +105,7 @@ def measure_aligned(
     for suffix, model in (("_before", reference), ("", policy)):
         if "sentence" in questions[0]:
             chat, _, replies = measure_chat(model, tokenizer, questions)
-            names = ("qa_accuracy", "preferred_rate", "judge_score") if suffix else tuple(chat)
+            names = ("qa_accuracy", "preferred_rate", "judge_score", "small_talk") if suffix else tuple(chat)
             for name in names:
                 metrics[name + suffix] = chat[name]
         else:

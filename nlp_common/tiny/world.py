@@ -79,6 +79,8 @@ SMALL_TALK = [
     (["谢谢", "谢谢你！"], "不客气！"),
     (["再见", "再见！"], "再见！祝您愉快！"),
 ]
+TALK_FAULTS = ["unhelpful", "another", "decorated", "stuttered", "cut_short", "story"]  # 寒暄怎样回得不好
+SMALL_TALK_SHARE = 0.08  # 偏好对、PPO 的提示里，寒暄占多少
 
 RECAPS = 4  # 每篇文档回顾几个槽位："往回看"的本领
 CHECKS = 3  # 每篇文档有几道判断题："分辨对错"的本领
@@ -259,23 +261,61 @@ def questions(n: int, seed: int, heldout: bool = False) -> list[dict]:
     return [_question(rng, heldout)[0] for _ in range(n)]
 
 
+def small_talk_questions() -> list[dict]:
+    """全部寒暄，写法同 questions；slot 是 None，answer 是该回的那一句。"""
+    return [
+        {"messages": [_turn("user", ask)], "answer": reply, "slot": None, "sentence": reply}
+        for asks, reply in SMALL_TALK
+        for ask in asks
+    ]
+
+
+def prompts(n: int, seed: int, heldout: bool = False) -> list[dict]:
+    """n 道给 PPO 练习的题：questions 里混进寒暄，不然只练答题，连"你好"也会忘了怎样回。留出的没有寒暄。"""
+    rows, talk, rng = questions(n, seed, heldout), small_talk_questions(), _rng("prompts", seed, heldout)
+    if not heldout:
+        rows = [rng.choice(talk) if rng.random() < SMALL_TALK_SHARE else row for row in rows]
+    return rows
+
+
 def heldout_questions(n: int, seed: int) -> list[dict]:
     """n 道留出集上的题，见 questions。"""
     return questions(n, seed, heldout=True)
 
 
+def _small_talk_pair(rng: random.Random, heldout: bool) -> dict:
+    """该回的那一句，好过各种走样的：不搭理，别的寒暄的回话，加了客套，开头结巴，没说完，答非所问。
+
+    PPO 会找奖励模型没见过的空子：只见过"不搭理"的，就以为"您好，你你好！"也不错。
+    """
+    ask, reply = _small_talk(rng)
+    text, kind = reply["content"], rng.choice(TALK_FAULTS)
+    _, slots = _side(rng, heldout)
+    bad = {
+        "unhelpful": rng.choice(UNHELPFUL),
+        "another": rng.choice([other for _, other in SMALL_TALK if other != text]),
+        "decorated": rng.choice(OPENINGS) + text,
+        "stuttered": text[: rng.randint(1, 2)] + text,
+        "cut_short": text[: rng.randint(1, len(text) - 1)],
+        "story": rng.choice(["", *OPENINGS]) + SENTENCE[rng.choice(SLOTS)].format(**slots),
+    }[kind]
+    return {
+        "prompt": [ask],
+        "chosen": [reply],
+        "rejected": [_turn("assistant", bad)],
+        "kinds": ["small_talk", kind],
+    }
+
+
 def pairs(n: int, seed: int, heldout: bool = False) -> list[dict]:
-    """n 个偏好对 ``{"prompt", "chosen", "rejected", "kinds"}``，好坏的次序见 QUALITY；二十对里有一对是寒暄，
-    免得 DPO 之后只会答题，连"你好"也不会了。
+    """n 个偏好对 ``{"prompt", "chosen", "rejected", "kinds"}``，好坏的次序见 QUALITY；混有寒暄，
+    免得对齐之后只会答题，连"你好"也不会了。
     """
     rng = _rng("pairs", seed, heldout)
     rows = []
     for _ in range(n):
-        if rng.random() < 0.05:
-            ask, reply = _small_talk(rng)
-            useless = _turn("assistant", rng.choice(UNHELPFUL))
-            kinds = ["small_talk", "unhelpful"]
-            rows.append({"prompt": [ask], "chosen": [reply], "rejected": [useless], "kinds": kinds})
+        if rng.random() < SMALL_TALK_SHARE:
+            rows.append(_small_talk_pair(rng, heldout))
             continue
         question, slots = _question(rng, heldout)
         slot = question["slot"]

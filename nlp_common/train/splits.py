@@ -17,7 +17,7 @@ TINY_ROWS = {
     "documents": world.documents,
     "chats": world.chats,
     "pairs": world.pairs,
-    "questions": world.questions,
+    "questions": world.prompts,
 }
 
 

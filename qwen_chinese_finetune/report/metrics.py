@@ -8,6 +8,7 @@ METRICS = {
     "preferred_rate": ("又对又完整又有礼（采样）", 3),
     "judge_score": ("程序评分（采样，0～1）", 3),
     "ended_rate": ("自己说完", 3),
+    "small_talk": ("寒暄回得对（13 句）", 3),
     "reward_mean": ("奖励模型的平均分", 2),
     "mean_chars": ("平均字数", 1),
     "distinct_2": ("distinct-2（用词多样）", 3),
@@ -39,6 +40,7 @@ HIGHLIGHTS = [
     ("ppo", "judge_score", "程序评分（奖励模型没见过）", "＞", lambda s: s["ppo"]["judge_score_before"]),
     ("ppo", "preferred_rate", "又对又完整又有礼（采样）", "≥", 0.90),
     ("ppo", "qa_accuracy", "答对（贪心）", "≥", lambda s: s["sft"]["qa_accuracy"] - 0.03),
+    ("ppo", "small_talk", "寒暄回得对（13 句）", "≥", 12 / 13),
     ("ppo", "kl_to_sft", "对 SFT 的 KL（nats/token）", "＜", 0.6),
 ]
 _REACHED = {

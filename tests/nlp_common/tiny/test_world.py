@@ -381,14 +381,15 @@ def test_small_talk_has_greeting_and_identity():
 
 
 def test_pairs_prefer_what_the_judge_scores_higher():
-    kinds, small_talk = Counter(), 0
+    kinds, small_talk, faults = Counter(), 0, set()
     for row in world.pairs(800, 0):
         if slots_of("pairs", row) is None:
             small_talk += 1
-            assert row["kinds"] == ["small_talk", "unhelpful"]
-            ((reply),) = {reply for asks, reply in SMALL_TALK if row["prompt"][0]["content"] in asks}
-            assert row["chosen"][0]["content"] == reply
-            assert row["rejected"][0]["content"] in UNHELPFUL
+            (question,) = [q for q in world.small_talk_questions() if q["messages"] == row["prompt"]]
+            assert judge(question, row["chosen"][0]["content"], True).score == 1
+            assert judge(question, row["rejected"][0]["content"], True).score == 0
+            assert row["kinds"][0] == "small_talk"
+            faults.add(row["kinds"][1])
             continue
         slots, turns = parse_prompt(row["prompt"])
         question = question_for(slots, turns[-1])
@@ -401,7 +402,15 @@ def test_pairs_prefer_what_the_judge_scores_higher():
         for kind, verdict in zip(row["kinds"], (better, worse), strict=True):
             assert verdict.right == (kind in STYLED)
     assert set(kinds) == set(itertools.combinations(QUALITY, 2))
-    assert 0.01 < small_talk / 800 < 0.12
+    assert 0.04 < small_talk / 800 < 0.12 and faults == set(world.TALK_FAULTS)
+
+
+def test_prompts_for_ppo_hold_all_small_talk_and_the_held_out_ones_none():
+    rows = world.prompts(2000, 0)
+    talk = [row["messages"][0]["content"] for row in rows if row["slot"] is None]
+    assert set(talk) == {ask for asks, _ in SMALL_TALK for ask in asks}
+    assert len(talk) / len(rows) == pytest.approx(world.SMALL_TALK_SHARE, abs=0.02)
+    assert world.prompts(50, 0, heldout=True) == world.heldout_questions(50, 0)
 
 
 def test_wrong_answers_are_wrong_but_plausible():
@@ -514,7 +523,12 @@ def asked(monkeypatch):
     sampled = [good[0], reply(questions[1]["answer"]), good[2], {**good[3], "ended": False}]
     calls = []
 
+    talk = world.small_talk_questions()
+    small_talk = [reply(q["answer"]) for q in talk[:-1]] + [reply(talk[-1]["answer"][:2])]  # 最后一句没说完
+
     def reply_to(model, tokenizer, these, **sampling):
+        if these == talk:
+            return small_talk
         assert [q["messages"] for q in these] == [q["messages"] for q in questions]
         calls.append(sampling)
         return sampled if sampling.get("temperature") else greedy
@@ -531,6 +545,7 @@ def test_measure_chat_counts_greedy_and_sampled_replies(asked, model, chat_token
     assert metrics["n"] == 4
     assert metrics["qa_accuracy"] == 0.5
     assert metrics["ended_rate"] == 0.75
+    assert metrics["small_talk"] == pytest.approx(12 / 13)
     assert metrics["preferred_rate"] == 0.5
     assert metrics["sampled_accuracy"] == 0.75
     assert metrics["judge_score"] == pytest.approx((1.0 + 0.6 + 1.0 + 0.0) / 4)
