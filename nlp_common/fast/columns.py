@@ -93,7 +93,8 @@ def _read(
         kwargs["attention_mask"] = merged.attention_mask
     read, places = columns.unique(return_inverse=True)  # (C,)、(M,)：columns 是 read 里的第几个
     backbone = getattr(model, model.base_model_prefix)
-    return backbone(input_ids, read_columns=read, **kwargs).last_hidden_state[rows, places]
+    picked = rows * len(read) + places  # (M,)：(B, C) 个位置一行一行地排，要的是第几个
+    return backbone(input_ids, read_columns=read, picked=picked, **kwargs).last_hidden_state
 
 
 def labelled_logits(
@@ -157,9 +158,13 @@ def _last_layer(
     attention_mask: torch.Tensor | None = None,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     read_columns: torch.Tensor | None = None,
+    picked: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """一层 decoder，(B, T, H) → (B, C, H)，只有 read_columns 那些列；K、V 仍来自所有的列。没给列号就照常。"""
+    """一层 decoder，(B, T, H) → (B, C, H)，只有 read_columns 那些列；K、V 仍来自所有的列。没给列号就照常。
+
+    picked (M,)：那 B·C 个位置里只要这几个 → (M, H)。每行要的列不同，注意力按列算，此后的 MLP 只算要的。
+    """
     if read_columns is None:
         return type(layer).forward(
             layer,
@@ -187,8 +192,11 @@ def _last_layer(
     out = F.scaled_dot_product_attention(
         q, k, v, seen, scale=attn.scaling, enable_gqa=q.shape[1] != k.shape[1]
     )
-    out = attn.o_proj(out.transpose(1, 2).reshape(batch, len(read_columns), -1))
-    x = hidden_states[:, read_columns] + out
+    out = out.transpose(1, 2).reshape(batch, len(read_columns), -1)  # (B, C, H)
+    x = hidden_states[:, read_columns]
+    if picked is not None:
+        out, x = out.flatten(0, 1).index_select(0, picked), x.flatten(0, 1).index_select(0, picked)
+    x = x + attn.o_proj(out)
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
 

@@ -30,11 +30,9 @@ class Merged:
     def locate(self, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """原来的位置（各 (M,)）→ 并好之后的位置：第几行、第几列。"""
         pair, shared = rows % len(self.shared), self.shared[rows % len(self.shared)]
-        start = torch.where(
-            rows < len(self.shared), *(torch.tensor(s, device=rows.device) for s in self.starts)
-        )
-        in_prompt = columns < shared
-        return pair, torch.where(in_prompt, self.starts[0], start) + columns - shared
+        start = self.starts[0] + (rows >= len(self.shared)) * (self.starts[1] - self.starts[0])
+        start = torch.where(columns < shared, self.starts[0], start)  # 提示里的，看好回答那一份
+        return pair, start + columns - shared
 
 
 def merge_pairs(input_ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> Merged | None:

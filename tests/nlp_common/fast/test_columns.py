@@ -105,15 +105,18 @@ def test_reward_model_equals_the_full_computation(reward64, ids, side):
     assert_same(logits_and_gradients(model, ids, **inputs), full)
 
 
-def test_the_last_mlp_really_sees_fewer_columns(model64, reward64, ids):
+def test_the_last_mlp_really_sees_fewer_positions(model64, reward64, ids):
+    some = torch.zeros(3, 4, dtype=torch.bool)
+    some[0, 1] = some[2, 0] = True
     for model, inputs, expected in (
-        (model64, {"logits_to_keep": COLUMNS}, 4),
-        (model64, {}, 12),
-        (reward64, {}, 1),  # 没有填充：人人的最后一个 token 都在最后一列
+        (model64, {"logits_to_keep": COLUMNS}, 3 * 4),
+        (model64, {"logits_to_keep": COLUMNS, "keep": some}, 2),
+        (model64, {}, 3 * 12),
+        (reward64, {}, 3),  # 每行只有最后一个 token
     ):
         seen = []
         handle = model.model.layers[-1].mlp.gate_proj.register_forward_pre_hook(
-            lambda _, args, seen=seen: seen.append(args[0].shape[1])
+            lambda _, args, seen=seen: seen.append(args[0][..., 0].numel())
         )
         model(input_ids=ids, use_cache=False, **inputs)
         handle.remove()
