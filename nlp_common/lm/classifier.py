@@ -38,7 +38,7 @@ def load_classifier(
     path: str | Path, names: Sequence[str] | None = None
 ) -> tuple[PreTrainedTokenizerBase, BertForSequenceClassification]:
     """→ (分词器, BertForSequenceClassification)。names 是类名：要微调时给，从预训练模型换上新的分类层。"""
-    from transformers import AutoTokenizer, BertForSequenceClassification
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # 只关"载入权重"的进度条，警告照常显示
@@ -55,7 +55,7 @@ def load_classifier(
         changes["attn_implementation"] = attention()
         changes["problem_type"] = "single_label_classification"  # 原来是打分（回归）的，也照分类训练
         new = ("classifier.", "bert.pooler.")
-    model, fresh = load_weights(BertForSequenceClassification, path, new=new, **changes)
+    model, fresh = load_weights(_model_class(config), path, new=new, **changes)
     if names:
         _say_head(config, fresh, names)
     with readable_errors(str(path)), quiet():
@@ -63,6 +63,17 @@ def load_classifier(
     check_tokenizer(tokenizer, path)
     check_vocabulary(model, tokenizer, path)
     return tokenizer, model
+
+
+def _model_class(config: dict) -> type[BertForSequenceClassification]:
+    """config.json 写着 "classifier_pooling": "mean" 的，句子的向量是平均，其余的是 [CLS]。"""
+    if config.get("classifier_pooling") == "mean":
+        from nlp_common.lm.mean_pooled import BertForMeanPooledClassification
+
+        return BertForMeanPooledClassification
+    from transformers import BertForSequenceClassification
+
+    return BertForSequenceClassification
 
 
 def _say_head(config: dict, fresh: list[str], names: Sequence[str]) -> None:

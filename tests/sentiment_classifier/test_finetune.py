@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import bert_finetune_sentiment as script
+import mlm
 import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, TrainerCallback
@@ -66,8 +67,8 @@ def test_masking_follows_bert():
     torch.manual_seed(0)
     ids = torch.randint(5, len(tokenizer), (200, 500))
     ids[:, 0], ids[:, -50:] = tokenizer.cls_token_id, tokenizer.pad_token_id
-    masked, labels = script.mask_tokens(ids, tokenizer)
-    chosen = labels != script.IGNORE
+    masked, labels = mlm.mask_tokens(ids, tokenizer)
+    chosen = labels != mlm.IGNORE
     assert not chosen[:, 0].any() and not chosen[:, -50:].any()  # 特殊符号从不遮
     assert torch.equal(labels[chosen], ids[chosen]) and torch.equal(masked[~chosen], ids[~chosen])
     assert chosen[:, 1:-50].float().mean().item() == pytest.approx(0.15, abs=0.005)
@@ -85,9 +86,9 @@ def test_mlm_loss_equals_transformers():
     ids = torch.randint(5, 50, (3, 12))
     attention_mask = torch.ones_like(ids)
     attention_mask[1, 7:] = 0
-    labels = torch.full_like(ids, script.IGNORE)
+    labels = torch.full_like(ids, mlm.IGNORE)
     labels[0, 3], labels[1, 2], labels[2, 11] = 7, 8, 9
-    ours = script.mlm_loss(model, ids, attention_mask, labels)
+    ours = mlm.mlm_loss(model, ids, attention_mask, labels)
     theirs = model(input_ids=ids, attention_mask=attention_mask, labels=labels).loss
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
 
@@ -132,7 +133,7 @@ def test_built_in_reviews_have_no_leak():
 def test_pretraining_never_sees_the_evaluation_texts():
     heldout = [{"text": "房间3号 很干净！", "label": 1}]  # 只差空格和标点，也算同一段
     splits = {"train": ROWS[:5], "validation": heldout, "test": [{"text": "新闻第7条。", "label": 0}]}
-    texts = script.unlabelled_texts(splits, 20)
+    texts = script.unlabelled_texts(splits, settings_for("reviews", mlm_news=20))
     assert "房间3号很干净" not in texts and "新闻第7条。" not in texts
     assert "房间4号很干净" in texts and "新闻第8条。" in texts and ROWS[0]["text"] in texts
     assert len(texts) == 5 + 39 + 19
