@@ -2,6 +2,8 @@
 
 原文件一行是一段，词与词性写作 ``新/a  世纪/n``，没有标出一篇文章在哪里开始。报纸的标题短，且不以标点结尾，
 正文几乎总以标点结尾；据此把段落归成约 3200 篇文章。
+
+要词与词性的（分词、标注、命名实体）用 tagged_people_daily：同样的分法，同样的去重。
 """
 
 from __future__ import annotations
@@ -17,6 +19,11 @@ from nlp_common.base.errors import UserError
 MAX_CHARS = 500  # 一篇文档不超过这么多字（单独一段更长时除外）：长文章在段落之间切开
 SPLITS = ("train", "validation")
 _PUNCTUATION = tuple("。！？”』…；：，、）》—")
+_TAGGED = re.compile(r"(.*?)/([A-Za-z]+)(?:\s+|$)")
+# 两个字的姓：语料里姓与名是两个 nr，"欧阳 山尊"也要合成一个
+_LONG_SURNAMES = "欧阳 司马 上官 诸葛 南宫 司徒 皇甫 令狐 夏侯 公孙 慕容 尉迟 长孙 宇文 东方 端木 独孤".split()
+
+Word = tuple[str, str]  # (词, 词性)，如 ("讲话", "n")
 
 
 def people_daily(split: str = "train", limit: int | None = None) -> list[dict]:
@@ -36,6 +43,54 @@ def people_daily(split: str = "train", limit: int | None = None) -> list[dict]:
         if limit is not None and len(rows) >= limit:
             return rows[:limit]
     return rows
+
+
+def tagged_people_daily(split: str = "train") -> list[list[Word]]:
+    """读《人民日报》的一份，带词与词性：一段一个列表 ``[("迈向", "v"), ("充满", "v"), …]``，按见报的次序。
+
+    与 people_daily 同样地分两份、去重，所以留出的段落训练时一段也见不到。姓与名合成了一个 nr（见 merge_names）。
+    """
+    if split not in SPLITS:
+        raise UserError(f"people_daily 没有 {split} 这一份，只有 {' 和 '.join(SPLITS)}。")
+    words: dict[str, list[Word]] = {}
+    with open(corpus_file(), encoding="utf-8") as lines:
+        for line in lines:
+            tagged = [(word, tag) for word, tag in _TAGGED.findall(line.strip())]
+            words.setdefault(_without_spaces("".join(word for word, _ in tagged)), tagged)
+    paragraphs = []
+    for article in articles(plain_paragraphs(corpus_file())):
+        heldout = zlib.crc32("\n".join(article).encode()) % 20 == 0  # 与 people_daily 同一条规矩
+        if heldout == (split == "validation"):
+            paragraphs += [merge_names(words[_without_spaces(paragraph)]) for paragraph in article]
+    return paragraphs
+
+
+def merge_names(words: list[Word]) -> list[Word]:
+    """语料把姓与名标成两个 nr（江/nr 泽民/nr），合成一个（江泽民/nr）；外国人名、单独的姓不动。
+
+    姓是一个字，或列出的复姓；恰好三个 nr 是"一字、一字、两字"的，是冠夫姓的名字（陈 方 安生）。
+    """
+    merged: list[Word] = []
+    at = 0
+    while at < len(words):
+        run = at
+        while run < len(words) and words[run][1] == "nr":
+            run += 1
+        names = [word for word, _ in words[at:run]]
+        if [len(name) for name in names] == [1, 1, 2]:
+            merged.append(("".join(names), "nr"))
+            at = run
+        elif len(names) >= 2 and (len(names[0]) == 1 or names[0] in _LONG_SURNAMES):
+            merged.append((names[0] + names[1], "nr"))
+            at += 2
+        else:
+            merged.append(words[at])
+            at += 1
+    return merged
+
+
+def _without_spaces(text: str) -> str:
+    return re.sub(r"\s+", "", text)
 
 
 def corpus_file() -> Path:
