@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from nlp_common.base.device import precision_flags
+from nlp_common.fast.bert_rows import chosen_outputs, use_read_rows
 from nlp_common.lm.losses import IGNORE
 from nlp_common.tiny.bert import character_tokenizer, small_config
 from nlp_common.train.stage import open_result
@@ -43,9 +44,9 @@ def mask_tokens(ids: torch.Tensor, tokenizer) -> tuple[torch.Tensor, torch.Tenso
 
 def mlm_loss(model, ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """猜被选中的字的交叉熵。只在这些位置算输出层：它要给字表里每个字打分，是小模型里最贵的一步。"""
-    hidden = model.bert(input_ids=ids, attention_mask=attention_mask).last_hidden_state  # (B, T, C)
     chosen = labels != IGNORE
-    scores = model.cls(hidden[chosen])  # (M, V)
+    hidden = chosen_outputs(model, ids, attention_mask, chosen)  # (M, C)
+    scores = model.cls(hidden)  # (M, V)
     return F.cross_entropy(scores.float(), labels[chosen])
 
 
@@ -75,7 +76,7 @@ def pretrain(settings: SentimentSettings, texts: list[str], folder: Path) -> str
             print(f"用已有的预训练结果 {folder.name}")
             return str(folder)
         tokenizer, config = small_bert(settings, texts)
-        model = BertForMaskedLM(config)
+        model = use_read_rows(BertForMaskedLM(config))
         print(f"小 BERT：{model.num_parameters():,} 个参数，字表 {len(tokenizer):,} 个")
         if settings.mlm_epochs == 0:
             stage.finish(model, tokenizer, {}, {"texts": 0}, [])

@@ -10,6 +10,7 @@ import torch
 
 from nlp_common.base.device import pick_device
 from nlp_common.base.errors import UserError
+from nlp_common.fast.bert_rows import use_read_rows
 from nlp_common.lm.checks import (
     check_config,
     check_tokenizer,
@@ -56,6 +57,7 @@ def load_classifier(
         changes["problem_type"] = "single_label_classification"  # 原来是打分（回归）的，也照分类训练
         new = ("classifier.", "bert.pooler.")
     model, fresh = load_weights(_model_class(config), path, new=new, **changes)
+    use_read_rows(model)
     if names:
         _say_head(config, fresh, names)
     with readable_errors(str(path)), quiet():

