@@ -79,7 +79,7 @@ SMALL_TALK = [
     (["谢谢", "谢谢你！"], "不客气！"),
     (["再见", "再见！"], "再见！祝您愉快！"),
 ]
-TALK_FAULTS = ["unhelpful", "another", "decorated", "stuttered", "cut_short", "story"]  # 寒暄怎样回得不好
+TALK_FAULTS = ["unhelpful", "another", "joined", "decorated", "stuttered", "cut_short", "story"]  # 寒暄怎样回得不好
 SMALL_TALK_SHARE = 0.08  # 偏好对、PPO 的提示里，寒暄占多少
 
 RECAPS = 4  # 每篇文档回顾几个槽位："往回看"的本领
@@ -284,16 +284,18 @@ def heldout_questions(n: int, seed: int) -> list[dict]:
 
 
 def _small_talk_pair(rng: random.Random, heldout: bool) -> dict:
-    """该回的那一句，好过各种走样的：不搭理，别的寒暄的回话，加了客套，开头结巴，没说完，答非所问。
+    """该回的那一句，好过各种走样的：不搭理，别的寒暄的回话，说到一半接上别的，加了客套，开头结巴，没说完，答非所问。
 
     PPO 会找奖励模型没见过的空子：只见过"不搭理"的，就以为"您好，你你好！"也不错。
     """
     ask, reply = _small_talk(rng)
     text, kind = reply["content"], rng.choice(TALK_FAULTS)
     _, slots = _side(rng, heldout)
+    another = rng.choice([other for _, other in SMALL_TALK if other != text])
     bad = {
         "unhelpful": rng.choice(UNHELPFUL),
-        "another": rng.choice([other for _, other in SMALL_TALK if other != text]),
+        "another": another,
+        "joined": text[: rng.randint(2, len(text) - 1)] + another[rng.randint(1, len(another) - 2) :],
         "decorated": rng.choice(OPENINGS) + text,
         "stuttered": text[: rng.randint(1, 2)] + text,
         "cut_short": text[: rng.randint(1, len(text) - 1)],
