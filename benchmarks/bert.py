@@ -61,6 +61,7 @@ def train_once(name: str, args, folder: str, n_rows: int) -> float:
 
     from nlp_common.base.device import precision_flags
     from nlp_common.base.runs import RunFolder
+    from nlp_common.fast.bert_rows import use_read_rows
     from nlp_common.lm.classifier import attention, encode
     from nlp_common.tiny.bert import character_tokenizer
     from nlp_common.train.stage import Stage
@@ -83,6 +84,7 @@ def train_once(name: str, args, folder: str, n_rows: int) -> float:
     )
     if name == "ours":
         model.set_attn_implementation(attention())
+        use_read_rows(model)  # 载入模型时装上的（nlp_common/lm/classifier.py）
         stage = Stage("sentiment", settings, RunFolder(Path(folder) / "run"), {}, {})
         kwargs = trainer_arguments(stage, **precision_flags(stage.device, settings.bf16, cpu_bf16=True))
     else:  # Trainer 的默认设置，只写明同样的批大小与学习率

@@ -74,8 +74,8 @@ PRESETS = {
     "e5": {  # --model e5：上面几层在 CPU 上训练
         "dataset": "reviews",
         "max_length": 128,
-        "per_device_train_batch_size": 16,
-        "learning_rate": 2e-4,
+        "per_device_train_batch_size": 32,
+        "learning_rate": 3e-4,
         "num_train_epochs": 2.0,
         "train_layers": 6,
         "layer_decay": 0.9,
