@@ -17,8 +17,9 @@
 
 from nlp_common.base.cli import run_main
 
+import functools
+import random
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -35,20 +36,28 @@ from labeling import (
     span_report,
 )
 from long_sentences import MAX_CHARS, short_sentences
-from span_metrics import character_accuracy, draw_confusion, f1_standard_error, span_scores, spans_of
+from span_metrics import (
+    character_accuracy,
+    draw_confusion,
+    f1_standard_error,
+    pad_text,
+    span_scores,
+    spans_of,
+)
 from tagged_files import BUILTIN, Sentence, Span, load_splits, tags_of
+from torch.nn.utils.rnn import pad_sequence
 
 from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, option
 from nlp_common.hub.models import require_model
 from nlp_common.lm.losses import IGNORE
 from nlp_common.tiny.bert import character_tokenizer, small_config
+from nlp_common.train.bert import FULL_MODEL, SMALL_MODEL, parse_bert_settings
 from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.loop import train_loop
-from nlp_common.train.settings import LoopSettings, parse_settings
+from nlp_common.train.settings import LoopSettings
 from nlp_common.train.stage import Stage
 
 HOME = Path(__file__).resolve().parent
-FULL_MODEL = "bert-base-chinese"
 SPACE = "▁"  # sentencepiece 的词头记号
 ALIGNMENT_EXAMPLE = Sentence(
     list("他1998年进IBM 公司，后到微软 Office 组😀"), [("TIME", 1, 6), ("ORG", 7, 10), ("ORG", 16, 18)]
@@ -65,6 +74,16 @@ PRESETS = {
         "num_layers": 2,
         "mlm_epochs": 1.0,
     },
+    "e5": {  # --model e5：在 CPU 上微调上面几层
+        "dataset": BUILTIN,
+        "max_train_samples": 1500,
+        "max_eval_samples": 600,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 3e-4,
+        "num_train_epochs": 3.0,
+        "train_layers": 4,
+        "mlm_epochs": 0.0,
+    },
     "full": {
         "dataset": BUILTIN,
         "per_device_train_batch_size": 32,
@@ -73,7 +92,6 @@ PRESETS = {
         "mlm_epochs": 0.0,
     },
 }
-PRETRAINED = {"learning_rate": 1e-4, "num_train_epochs": 2.0, "max_train_samples": 2000, "mlm_epochs": 0.0}
 
 
 @dataclass
@@ -84,6 +102,10 @@ class BertNerSettings(LoopSettings, LabelSettings):
 
     model: str | None = option(f"从哪个模型开始：e5（离线），hub 名或本地文件夹；full 默认 {FULL_MODEL}")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
+    train_layers: int | None = option(
+        "只训练最上面几层和分类层，下面的不变（每句只算一遍）；默认全部训练", limits=COUNT
+    )
+    max_eval_samples: int | None = option("测试最多用几句")
     hidden_size: int | None = option("tiny：小 BERT 的宽度，64 一个头")
     num_layers: int | None = option("tiny：小 BERT 的层数")
     mlm_epochs: float | None = option("tiny：先预训练几遍没有标签的文字；0 是不预训练", limits=NOT_NEGATIVE)
@@ -93,19 +115,24 @@ class BertNerSettings(LoopSettings, LabelSettings):
 # ---------------------------------------------------------------- 1. 对齐：一个字一个 token
 
 
+@functools.lru_cache(maxsize=1 << 16)
+def char_id(tokenizer, char: str) -> int:
+    """一个字 → 它自己的 token 的编号；空格等没有 token 的用 [UNK]。"""
+    for piece in tokenizer.tokenize(char):
+        piece = piece.removeprefix(SPACE)  # sentencepiece 在字的前面加的词头记号
+        number = tokenizer.convert_tokens_to_ids(piece) if piece else None
+        if number is not None:
+            return number
+    return tokenizer.unk_token_id
+
+
 def char_ids(tokenizer, chars: list[str]) -> list[int]:
-    """T 个字 → T 个 token 的编号：每个字单独过分词器，取它自己的那一个；空格等没有 token 的用 [UNK]。
+    """T 个字 → T 个 token 的编号：每个字单独过分词器。
 
     用 BERT 的分词器时，与 tokenizer(chars, is_split_into_words=True) 再按 word_ids() 对回每个字相同；
     sentencepiece 的会在每个字前面加一个词头记号，这里去掉，不然一半的位置都是它。
     """
-    known = tokenizer.get_vocab()
-    ids = []
-    for char in chars:
-        pieces = [piece.removeprefix(SPACE) or piece for piece in tokenizer.tokenize(char)]
-        pieces = [piece for piece in pieces if piece != SPACE and piece in known]
-        ids.append(known[pieces[0]] if pieces else tokenizer.unk_token_id)
-    return ids
+    return [char_id(tokenizer, char) for char in chars]
 
 
 def with_ends(tokenizer, ids: list[int]) -> list[int]:
@@ -139,14 +166,20 @@ def show_alignment(tokenizer, sentence: Sentence) -> None:
     whole = tokenizer.tokenize(sentence.text)
     print(f"对齐：{sentence.text!r} 有 {len(sentence.chars)} 个字，整句过分词器是 {len(whole)} 个 token：")
     print(f"  {' '.join(whole)}")
-    print("  字    token     标签      照次序贴")
+    print(
+        pad_text("字", 4)
+        + "  "
+        + pad_text("token", 10, left=True)
+        + pad_text("标签", 10, left=True)
+        + "照次序贴"
+    )
     for char, token, right, other in zip(
         sentence.chars, tokenizer.convert_ids_to_tokens(ids), tags_of(sentence), wrong, strict=True
     ):
         if right != "O" or other != "O":
             mark = "" if right == other else "  ← 错位"
-            wide = 1 if ord(char) > 0x2E7F else 2
-            print(f"  {char}{' ' * wide}   {token:<9} {right:<9} {other}{mark}")
+            cells = pad_text(token, 10, left=True) + pad_text(right, 10, left=True)
+            print(f"{pad_text(char, 4)}  {cells}{other}{mark}")
 
 
 # ---------------------------------------------------------------- 2. 模型：小 BERT，或读来的
@@ -163,7 +196,7 @@ def small_bert(stage: Stage, sentences: list[Sentence], tags: list[str]):
     config.label2id = {tag: i for i, tag in enumerate(tags)}
     language_model = BertForMaskedLM(config)
     if settings.mlm_epochs > 0:
-        work = partial(pretrain, model=language_model, tokenizer=tokenizer, sentences=sentences)
+        work = functools.partial(pretrain, model=language_model, tokenizer=tokenizer, sentences=sentences)
         run_part(stage, "mlm", work, language_model)
     model = BertForTokenClassification(config)
     model.bert.load_state_dict(language_model.bert.state_dict())
@@ -179,7 +212,7 @@ def pretrain(part: Stage, model, tokenizer, sentences: list[Sentence]) -> dict:
     rows = [with_ends(tokenizer, char_ids(tokenizer, s.chars)) for s in sentences]
 
     def collate(batch: list[list[int]]) -> dict[str, torch.Tensor]:
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in batch], batch_first=True)
+        ids = pad_sequence([torch.tensor(row) for row in batch], batch_first=True)
         chosen = (torch.rand(ids.shape) < 0.15) & (ids >= len(tokenizer.all_special_ids))
         masked = ids.masked_fill(chosen & (torch.rand(ids.shape) < 0.9), tokenizer.mask_token_id)
         return {
@@ -221,18 +254,38 @@ def finetune(stage: Stage, model, tokenizer, sentences: list[Sentence], tags: li
     from transformers import DataCollatorForTokenClassification, TrainingArguments
 
     from nlp_common.train.trainer import BucketTrainer, Progress, curves, run_trainer, trainer_arguments
+    from nlp_common.train.upper import lower_outputs, only_upper
 
     number = {tag: i for i, tag in enumerate(tags)}
     rows = [encode(tokenizer, sentence, number) for sentence in sentences]
+    layers = stage.settings.train_layers
+    pad = DataCollatorForTokenClassification(tokenizer)  # 标签也补齐，补的是 −100
+    if layers is not None:
+        print(f"  下面的层不训练：{len(rows):,} 句先各过一遍…", flush=True)
+        for row, vectors in zip(rows, lower_outputs(model, tokenizer, rows, layers), strict=True):
+            row["vectors"] = vectors  # (T, H)
+        pad = pad_vectors
     progress = Progress("微调", [len(row["input_ids"]) for row in rows], stage.seconds)
-    trainer = BucketTrainer(
-        model=model,
-        args=TrainingArguments(**trainer_arguments(stage)),
-        train_dataset=rows,
-        data_collator=DataCollatorForTokenClassification(tokenizer),  # 标签也补齐，补的是 −100
-    )
-    run_trainer(trainer, progress, stage.checkpoint())
+    with only_upper(model, layers):
+        trainer = BucketTrainer(
+            model=model,
+            args=TrainingArguments(**trainer_arguments(stage)),
+            train_dataset=rows,
+            data_collator=pad,
+        )
+        run_trainer(trainer, progress, stage.checkpoint())
     return {"metrics": progress.metrics, "history": curves(trainer.state.log_history)}
+
+
+def pad_vectors(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """几句的向量与标签 → 补齐的一批：(B, T, H)、(B, T)、(B, T)。"""
+    vectors = pad_sequence([row["vectors"].float() for row in rows], batch_first=True)
+    labels = pad_sequence(
+        [torch.tensor(row["labels"]) for row in rows], batch_first=True, padding_value=IGNORE
+    )
+    lengths = torch.tensor([len(row["labels"]) for row in rows])
+    mask = (torch.arange(labels.shape[1]) < lengths[:, None]).long()
+    return {"inputs_embeds": vectors, "attention_mask": mask, "labels": labels}
 
 
 @torch.inference_mode()
@@ -260,6 +313,8 @@ def learn(stage: Stage) -> dict:
     settings = stage.settings
     splits, data = load_splits(settings.dataset, settings.max_train_samples, settings.scheme)
     train, test = short_sentences(splits["train"]), splits["test"]
+    if settings.max_eval_samples is not None and settings.max_eval_samples < len(test):
+        test = random.Random(0).sample(test, settings.max_eval_samples)
     tags = all_tags(train)
     if settings.model or settings.preset == "full":
         tokenizer, model = pretrained_bert(require_model(settings.model or FULL_MODEL, settings.source), tags)
@@ -304,7 +359,7 @@ def predict(settings: BertNerSettings) -> list[Span]:
     """像读任何 hub 上的模型那样读回来，标一句话。"""
     from transformers import AutoTokenizer, BertForTokenClassification
 
-    folder = result_folder(HOME, settings, "bert_ner")
+    folder = result_folder(HOME, settings, lesson_name(settings))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = BertForTokenClassification.from_pretrained(folder)
     tags = [model.config.id2label[i] for i in range(model.config.num_labels)]
@@ -318,11 +373,15 @@ def predict(settings: BertNerSettings) -> list[Span]:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    settings = parse_settings(BertNerSettings, PRESETS, argv, FULL_MODEL)
-    record = run_lesson("bert_ner", HOME, settings, learn)
+    settings = parse_bert_settings(BertNerSettings, PRESETS, argv)
+    record = run_lesson(lesson_name(settings), HOME, settings, learn)
     if settings.predict is not None:
         predict(settings)
     return record
+
+
+def lesson_name(settings: BertNerSettings) -> str:
+    return "bert_ner-e5" if settings.model == SMALL_MODEL else "bert_ner"
 
 
 if __name__ == "__main__":

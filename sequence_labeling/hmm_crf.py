@@ -62,7 +62,7 @@ class HmmCrfSettings(LabelSettings):
     batch_size: int = option("CRF 每步几句", 32)
     learning_rate: float = option("AdaGrad 的学习率", 0.3, limits=POSITIVE)
     l2: float = option("特征权重的 L2 正则", 0.002, limits=NOT_NEGATIVE)
-    smoothing: float = option("HMM 数数时每样先加几次，免得没见过的概率是 0", 0.02, limits=POSITIVE)
+    smoothing: float = option("HMM 数数时每样先加几次，免得没见过的概率是 0", 0.3, limits=POSITIVE)
 
 
 # ---------------------------------------------------------------- 1. 链上的动态规划（B 句，T 个字，K 个标签）

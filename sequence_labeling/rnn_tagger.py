@@ -300,7 +300,7 @@ def learn(stage: Stage) -> dict:
     scores, models = {}, {}
     for kind in KINDS:
         for way in ("one_way", "both_ways"):
-            name = f"{kind}-{way}"
+            name = f"{kind}_{way}"
             model = RNNTagger(
                 kind, len(vocabulary.chars), len(tags), settings.hidden_size, way == "both_ways"
             )
@@ -318,11 +318,11 @@ def learn(stage: Stage) -> dict:
     metrics |= {"gradient": {k: v["gradient"] for k, v in memory.items()}}
 
     def write(folder: Path) -> None:
-        save_model(models["lstm-one_way"], str(folder / "model.safetensors"))
+        save_model(models["lstm_one_way"], str(folder / "model.safetensors"))
         vocabulary.save(folder / "vocabulary.json")
         write_json(folder / "tags.json", tags)
         draw_gates(
-            folder / "gates.svg", list(EXAMPLE), gates_of(models["lstm-one_way"], vocabulary, list(EXAMPLE))
+            folder / "gates.svg", list(EXAMPLE), gates_of(models["lstm_one_way"], vocabulary, list(EXAMPLE))
         )
         far = list(DISTANCES)
         forgetting = {k.upper(): (far, list(v["accuracy"].values())) for k, v in memory.items()}
@@ -340,8 +340,8 @@ def learn(stage: Stage) -> dict:
         line_chart(folder / "gradient.svg", fading, *titles)
         bars = {"单向|one way": {}, "双向|both ways": {}}
         for kind in KINDS:
-            bars["单向|one way"][kind.upper()] = scores[f"{kind}-one_way"]["entity_f1"]
-            bars["双向|both ways"][kind.upper()] = scores[f"{kind}-both_ways"]["entity_f1"]
+            bars["单向|one way"][kind.upper()] = scores[f"{kind}_one_way"]["entity_f1"]
+            bars["双向|both ways"][kind.upper()] = scores[f"{kind}_both_ways"]["entity_f1"]
         bar_chart(folder / "both_ways.svg", bars, "单向与双向|One way and both", "", "实体 F1|entity F1")
 
     return stage.save(metrics, data, write)

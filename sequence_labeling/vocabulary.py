@@ -16,7 +16,7 @@ PAD, UNKNOWN = 0, 1
 
 
 class Vocabulary:
-    """训练数据里的字，与出现两次以上的二字组合；没见过的是 UNKNOWN。"""
+    """训练数据里的字，与出现 least 次以上的二字组合；没见过的是 UNKNOWN。"""
 
     def __init__(self, chars: list[str], pairs: list[str], counts: list[int]):
         self.chars, self.pairs, self.counts = chars, pairs, counts
@@ -24,10 +24,10 @@ class Vocabulary:
         self.pair_number = {pair: i for i, pair in enumerate(pairs, 2)}
 
     @classmethod
-    def of(cls, sentences: list[Sentence]) -> Vocabulary:
+    def of(cls, sentences: list[Sentence], least: int = 2) -> Vocabulary:
         chars = Counter(char for sentence in sentences for char in sentence.chars)
         pairs = Counter(pair for sentence in sentences for pair in neighbours(sentence.chars))
-        return cls(list(chars), [pair for pair, n in pairs.items() if n >= 2], list(chars.values()))
+        return cls(list(chars), [pair for pair, n in pairs.items() if n >= least], list(chars.values()))
 
     def encode(self, chars: list[str]) -> dict[str, list[int]]:
         """字、与左邻的组合、与右邻的组合，各 T 个编号。"""

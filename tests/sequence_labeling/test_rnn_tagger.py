@@ -66,7 +66,7 @@ def test_script(small_dataset, tmp_path, capsys):
     arguments += ["--memory_steps", "3", "--hidden_size", "16", "--num_train_epochs", "2"]
     record = rt.main(arguments)
     assert set(record["metrics"]["entity_f1"]) == {
-        f"{k}-{w}" for k in rt.KINDS for w in ("one_way", "both_ways")
+        f"{k}_{w}" for k in rt.KINDS for w in ("one_way", "both_ways")
     }
     assert set(record["metrics"]["memory_accuracy"]["rnn"]) == {str(d) for d in rt.DISTANCES}
     pictures = {path.name for path in (tmp_path / "out").glob("*.svg")}
