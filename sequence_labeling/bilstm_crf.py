@@ -120,13 +120,15 @@ class BiLSTMTagger(nn.Module):
     def emissions(self, chars, left, right, lengths) -> torch.Tensor:
         """每个字每个标签的分：(B, T) → (B, T, K)。"""
         if self.training:
-            chars = chars.masked_fill(torch.rand(chars.shape) < self.hide_probability[chars], UNKNOWN)
+            chars = chars.masked_fill(
+                torch.rand(chars.shape, device=chars.device) < self.hide_probability[chars], UNKNOWN
+            )
         x = self.char_embedding(chars)  # (B, T, E)
         if self.pair_embedding is not None:
             x = torch.cat([x, self.pair_embedding(left), self.pair_embedding(right)], -1)  # (B, T, 3E)
         x = F.dropout(x, self.settings.input_dropout, self.training)
         # 打包：反方向的 LSTM 要从各句真正的句尾开始，不能先读一串补齐
-        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
         hidden, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)  # (B, T, 2H)
         scores = self.output(F.dropout(hidden, self.settings.output_dropout, self.training))
         return scores + self.direct_scores(chars, left, right) if self.direct else scores
@@ -140,7 +142,9 @@ class BiLSTMTagger(nn.Module):
         features += [shifted(left, -1), left, right, shifted(right, 1)]
         total = 0
         for table, feature in zip(self.direct, features, strict=True):
-            kept = F.dropout(torch.ones(chars.shape), self.settings.direct_dropout, self.training)
+            kept = F.dropout(
+                torch.ones(chars.shape, device=chars.device), self.settings.direct_dropout, self.training
+            )
             total = total + table(feature) * kept[:, :, None]  # (B, T, K)：一个特征要么整个在，要么整个不在
         return total
 
@@ -150,7 +154,7 @@ class BiLSTMTagger(nn.Module):
         if self.use_crf:
             return self.crf(emissions, tags, lengths)
         losses = F.cross_entropy(emissions.transpose(1, 2), tags, reduction="none")  # (B, T)
-        mask = torch.arange(tags.shape[1]) < lengths[:, None]
+        mask = torch.arange(tags.shape[1], device=tags.device) < lengths[:, None]
         return (losses * mask).sum(1)
 
 
@@ -180,6 +184,7 @@ def train_tagger(
         rows.append(vocabulary.encode(sentence.chars) | {"tags": [number[tag] for tag in tags_of(sentence)]})
     lengths = [len(sentence.chars) for sentence in sentences]
     trained = train_loop(part, label, model, rows, collate, batch_loss, lengths, lengths, count_sentences)
+    model.cpu()  # 小模型，一句句地标，CPU 就够快
     return {"sentences_per_s": trained.metrics["train_samples_per_s"]}
 
 

@@ -14,7 +14,9 @@ from hmm_crf import NEVER, log_marginals, sequence_score
 from span_metrics import may_follow
 from torch import nn
 
-LARGEST_RANGE = 200.0  # 分数的起伏在这以内，float64 里的概率不会下溢（e^-700 才会）
+# 分数的起伏在这以内，概率不会下溢：float64 到 e^-700，float32（苹果的 GPU 没有 float64）只到 e^-87
+SMALLEST = {torch.float64: 1e-300, torch.float32: 1e-37}
+LARGEST_RANGE = {torch.float64: 200.0, torch.float32: 20.0}
 
 
 def legal_mask(tags: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -98,13 +100,15 @@ def marginals_fast(emissions, lengths, start, steps, end):
     """
     n_rows, n_steps, n_tags = emissions.shape
     mask = torch.arange(n_steps, device=emissions.device) < lengths[:, None]  # (B, T)
+    dtype = torch.float32 if emissions.device.type == "mps" else torch.float64
+    emissions, start, steps, end = (value.to(dtype) for value in (emissions, start, steps, end))
     if too_wide(emissions, mask, start, steps, end):
-        return log_marginals(emissions.double(), lengths, start.double(), steps.double(), end.double())
-    raw = emissions.double().masked_fill(~mask[:, :, None], 0.0)
+        return log_marginals(emissions, lengths, start, steps, end)
+    raw = emissions.masked_fill(~mask[:, :, None], 0.0)
     top = raw.amax(2, keepdim=True)  # (B, T, 1)：先减去每个位置最大的，exp 不会上溢
     emit = (raw - top).exp()
     trans_top = steps.max()
-    trans = (steps.double() - trans_top).exp()  # (K, K)
+    trans = (steps - trans_top).exp()  # (K, K)
     last = lengths - 1
 
     # 每句各自倒过来：(B, T) 的下标，补齐的仍在后面
@@ -112,7 +116,7 @@ def marginals_fast(emissions, lengths, start, steps, end):
     backwards = emit.gather(1, order[:, :, None].expand(-1, -1, n_tags))
     both = torch.stack([emit, backwards]).transpose(1, 2).contiguous()  # (2, T, B, K)
     moves = torch.stack([trans, trans.T.contiguous()])  # (2, K, K)
-    state = torch.stack([start.double().exp(), end.double().exp()])[:, None] * both[:, 0]  # (2, B, K)
+    state = torch.stack([start.exp(), end.exp()])[:, None] * both[:, 0]  # (2, B, K)
     scale = state.amax(2, keepdim=True)
     state = state / scale
     states, scales = [state], [scale]
@@ -127,15 +131,15 @@ def marginals_fast(emissions, lengths, start, steps, end):
     # 倒着走的第 s 步是位置 last−s，含着那里的发射
     beta_with_emission = history[1].gather(1, order[:, :, None].expand(-1, -1, n_tags))
     log_scale = torch.stack(scales, 2)[0, :, :, 0].log()  # (B, T)
-    ends = alpha[torch.arange(n_rows), last] @ end.double().exp()  # (B,)
+    ends = alpha[torch.arange(n_rows), last] @ end.exp()  # (B,)
     log_z = (log_scale * mask).sum(1) + (top[:, :, 0] * mask).sum(1) + ends.log() + trans_top * last
 
-    node = alpha * beta_with_emission / emit.clamp(min=1e-300)
-    node = node / node.sum(2, keepdim=True).clamp(min=1e-300) * mask[:, :, None]
+    node = alpha * beta_with_emission / emit.clamp(min=SMALLEST[dtype])
+    node = node / node.sum(2, keepdim=True).clamp(min=SMALLEST[dtype]) * mask[:, :, None]
     # 转移 (t, t+1) 的概率 ∝ α_t(i) A_ij e_{t+1}(j) β_{t+1}(j)；先求每处的归一化常数，再一次矩阵乘法加起来
     left, right = alpha[:, :-1], beta_with_emission[:, 1:]
     total = ((left @ trans) * right).sum(2, keepdim=True)  # (B, T−1, 1)
-    left = left / total.clamp(min=1e-300) * mask[:, 1:, None]
+    left = left / total.clamp(min=SMALLEST[dtype]) * mask[:, 1:, None]
     edge = torch.bmm(left.transpose(1, 2), right) * trans  # (B, K, K)
     return log_z, node, edge
 
@@ -146,7 +150,7 @@ def too_wide(emissions, mask, start, steps, end) -> bool:
     for value in (start, steps, end):
         kept = value[value > NEVER / 2]
         spread = spread + (kept.max() - kept.min() if kept.numel() else 0.0)
-    return not bool(spread < LARGEST_RANGE)  # NaN 也走这条路，由对数里的算法原样传下去
+    return not bool(spread < LARGEST_RANGE[emissions.dtype])  # NaN 也走这条路，由对数里的算法原样传下去
 
 
 def viterbi_batch(emissions, lengths, start, steps, end) -> list[list[int]]:

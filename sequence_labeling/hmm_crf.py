@@ -72,7 +72,7 @@ class HmmCrfSettings(LabelSettings):
 
 def sequence_score(emissions, tags, lengths, start, steps, end) -> torch.Tensor:
     """给定标签 tags (B, T) 的分数，(B,)。"""
-    mask = torch.arange(tags.shape[1]) < lengths[:, None]  # (B, T)：真字 True
+    mask = torch.arange(tags.shape[1], device=tags.device) < lengths[:, None]  # (B, T)：真字 True
     picked = emissions.gather(2, tags[:, :, None])[:, :, 0]  # (B, T)：每个位置上那个标签的发射分
     moved = steps[tags[:, :-1], tags[:, 1:]]  # (B, T−1)
     last = tags.gather(1, lengths[:, None] - 1)[:, 0]  # (B,)：最后一个真字的标签
@@ -107,9 +107,9 @@ def log_marginals(emissions, lengths, start, steps, end):
     """→ (log Z (B,)，p(y_t = k) (B, T, K)，每句里每种转移的期望次数 Σ_t p(y_t = i, y_{t+1} = j) (B, K, K))。"""
     log_z, alpha = log_forward(emissions, lengths, start, steps, end)
     beta = log_backward(emissions, lengths, steps, end)
-    mask = torch.arange(emissions.shape[1]) < lengths[:, None]  # (B, T)
+    mask = torch.arange(emissions.shape[1], device=lengths.device) < lengths[:, None]  # (B, T)
     node = (alpha + beta - log_z[:, None, None]).masked_fill(~mask[:, :, None], NEVER).exp()
-    edge = torch.zeros(len(lengths), *steps.shape, dtype=emissions.dtype)
+    edge = emissions.new_zeros(len(lengths), *steps.shape)
     for t in range(emissions.shape[1] - 1):
         right = emissions[:, t + 1] + beta[:, t + 1] - log_z[:, None]  # (B, K)
         pair = alpha[:, t, :, None] + steps + right[:, None, :]  # (B, K, K)

@@ -205,13 +205,13 @@ class RNNTagger(nn.Module):
 
     def emissions(self, chars: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         x = F.dropout(self.embedding(chars), 0.2, self.training)  # (B, T, 64)
-        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
         states, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
         return self.output(states)  # (B, T, K)
 
     def forward(self, chars, lengths, tags, **_) -> torch.Tensor:
         losses = F.cross_entropy(self.emissions(chars, lengths).transpose(1, 2), tags, reduction="none")
-        return (losses * (torch.arange(tags.shape[1]) < lengths[:, None])).sum(1)  # (B,)
+        return (losses * (torch.arange(tags.shape[1], device=tags.device) < lengths[:, None])).sum(1)  # (B,)
 
 
 def batch_loss(model: RNNTagger, batch: dict) -> tuple[torch.Tensor, dict]:
@@ -223,6 +223,7 @@ def train_one(
 ):
     lengths = [len(row["chars"]) for row in rows]
     train_loop(part, label, model, rows, collate, batch_loss, lengths, lengths, count_sentences)
+    model.cpu()
     found = [spans_of(each) for each in tag_sentences(model, vocabulary, test, tags)]
     f1 = span_scores([s.spans for s in test], found)["f1"]
     return {"entity_f1": f1, "parameters": sum(p.numel() for p in model.rnn.parameters())}

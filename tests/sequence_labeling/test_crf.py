@@ -109,7 +109,7 @@ def test_wide_scores_do_not_underflow(spread):
         assert torch.isfinite(got).all()
         torch.testing.assert_close(got, want, atol=1e-7, rtol=1e-9)
     mask = torch.arange(30) < lengths[:, None]
-    assert fast.too_wide(emissions, mask, start, steps, end) == (spread > 20)
+    assert fast.too_wide(emissions, mask, start, steps, end) == (spread > 20)  # 这几次走的真是两条路
 
 
 def test_float32_training_is_close_to_float64():
