@@ -70,6 +70,11 @@ def next_token_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor
     return loss, {}
 
 
+def count_targets(batch: dict[str, torch.Tensor]) -> int:
+    """一批里要猜几个 token。"""
+    return int((batch["labels"][:, 1:] != IGNORE).sum())
+
+
 @torch.no_grad()
 def heldout_nats(model, rows: list[list[int]], pad_id: int, batch_size: int = 64) -> tuple[float, int]:
     """留出行的 (Σ −log p, 算了几个 token)；每行第一个 token 是给定的，不算。"""
@@ -79,7 +84,7 @@ def heldout_nats(model, rows: list[list[int]], pad_id: int, batch_size: int = 64
     for start in range(0, len(rows), batch_size):
         batch = {k: v.to(device) for k, v in collate(rows[start : start + batch_size], pad_id).items()}
         total += next_token_loss(model, batch)[0].item()
-        count += int((batch["labels"][:, 1:] != IGNORE).sum())
+        count += count_targets(batch)
     model.train()
     return total, count
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from char_gpt import char_tokenizer, collate, next_token_loss, small_gpt
+from char_gpt import char_tokenizer, collate, count_targets, next_token_loss, small_gpt
 from decoding_search import beam_search, contrastive_search, diverse_beam_search
 
 from nlp_common.base.arguments import COUNT, option
@@ -250,10 +250,6 @@ def train_small(stage: Stage) -> tuple:
 
     run_part(stage, "model", work, model)
     return tokenizer, model.eval(), {"name": "people_daily", "kind": "builtin", "rows": len(rows)}
-
-
-def count_targets(batch: dict[str, torch.Tensor]) -> int:
-    return int((batch["labels"][:, 1:] >= 0).sum())
 
 
 def starts(tokenizer, settings) -> tuple[list[list[int]], list[list[int]]]:

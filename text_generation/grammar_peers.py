@@ -8,6 +8,8 @@ import time
 from importlib.util import find_spec
 
 import numpy as np
+from schema_grammar import is_json, schema_to_grammar
+from token_masks import make_masks, token_bytes
 
 SEPARATORS = (", ", ": ")  # 与 schema_grammar.py 相同的唯一一种空白
 
@@ -80,3 +82,92 @@ def follow_llguidance(
 
 
 FOLLOW = {"xgrammar": follow_xgrammar, "llguidance": follow_llguidance}
+
+
+# ---------------------------------------------------------------- 量
+
+
+def record_schema(words: dict[str, str], places: list[str]) -> dict:
+    """一条记录：几选一、日期、整数、可有可无的说明、数组、真假。words 是各栏的名字。"""
+    fields = {
+        words["place"]: {"enum": places},
+        words["date"]: {"type": "string", "format": "date"},
+        words["count"]: {"type": "integer", "minimum": 1, "maximum": 100},
+        words["price"]: {"type": "number"},
+        words["note"]: {"type": "string", "maxLength": 12},
+        words["tags"]: {
+            "type": "array",
+            "items": {"type": "string", "minLength": 1, "maxLength": 6},
+            "maxItems": 3,
+        },
+        words["done"]: {"type": "boolean"},
+    }
+    required = [words[name] for name in ("place", "date", "count", "price", "done")]
+    return {"type": "object", "properties": fields, "required": required, "additionalProperties": False}
+
+
+RECORD_FIELDS = ("place", "date", "count", "price", "note", "tags", "done")
+
+
+def mask_costs(tokenizer, size: int, rounds: int = 20) -> dict[str, float]:
+    """同一份 JSON 的 token：我们第一遍（现算）、以后各遍（查表）与装了的两个库，每个 token 平均几毫秒；许可的 token 差几个。"""
+    schema = record_schema({name: name for name in RECORD_FIELDS}, ["Paris", "London"])
+    schema["required"] = list(schema["properties"])
+    document = {"place": "Paris", "date": "2024-02-29", "count": 12, "price": 3.5, "note": "two books"}
+    document |= {"tags": ["new", "red"], "done": True}
+    ids = tokenizer(json.dumps(document, ensure_ascii=False), add_special_tokens=False)["input_ids"]
+    started = time.perf_counter()
+    masks = make_masks(schema_to_grammar(schema), tokenizer, size)
+    costs = {"compile_ms": 1000 * (time.perf_counter() - started)}
+    ms, states = [], [masks.matcher.start]
+    for _ in range(rounds):
+        state = masks.matcher.start
+        for token in ids:
+            started = time.perf_counter()
+            masks.allowed(state)
+            ms.append(1000 * (time.perf_counter() - started))
+            state = masks.next(state, token)
+            if len(states) <= len(ids):
+                states.append(state)
+    costs["mask_ms_first"], costs["mask_ms"] = (
+        float(np.mean(ms[: len(ids)])),
+        float(np.median(ms[len(ids) :])),
+    )
+    costs["mask_ms_mean"] = float(np.mean(ms))
+    ours = [masks.allowed(state) for state in states]
+    special = np.array([not word for word in masks.words])
+    special[masks.stop_ids] = False
+    for name in installed():
+        found = FOLLOW[name](tokenizer, size, schema, ids)
+        both = list(zip(ours, found["masks"], strict=False))
+        costs[f"{name}_ms"], costs[f"{name}_compile_ms"] = float(np.mean(found["ms"])), found["compile_ms"]
+        # 特殊符号当作文字许可的（xgrammar）另数，不算许可的文字不同
+        costs[f"{name}_only"] = float(sum((theirs & ~mine & ~special).sum() for mine, theirs in both))
+        costs[f"{name}_special"] = float(sum((theirs & special).sum() for _, theirs in both))
+        costs[f"{name}_ours_only"] = float(sum((mine & ~theirs).sum() for mine, theirs in both))
+    return costs
+
+
+def whitespace_lover(tokenizer, size: int, steps: int = 60) -> dict[str, float]:
+    """一个只爱写空白的"模型"：空白的得分最高。我们的文法里它没有空白可写；xgrammar 默认许可任意的空白。"""
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    words = token_bytes(tokenizer) + [b""] * (size - len(tokenizer))
+    blank = np.array([bool(word) and not word.strip() for word in words])
+    masks = make_masks(schema_to_grammar(schema), tokenizer, size)
+    state, data = masks.matcher.start, b""
+    for step in range(steps):
+        mask = masks.allowed(state, steps - step - 2)
+        choice = int((np.where(mask, 0.0, -np.inf) + 10 * (blank & mask)).argmax())
+        if choice in masks.stop_ids:
+            break
+        data, state = data + words[choice], masks.next(state, choice)
+    found = {"whitespace_lover_valid": float(is_json(data.decode(), schema))}
+    if "xgrammar" in installed():
+        spaces = tokenizer.encode("{" + " " * 3, add_special_tokens=False)[:1]
+        for _ in range(steps):
+            allowed = follow_xgrammar(tokenizer, size, schema, spaces, any_whitespace=True)["masks"][-1]
+            if not (allowed & blank).any():
+                break
+            spaces.append(int(np.flatnonzero(allowed & blank)[0]))
+        found["whitespace_lover_valid_xgrammar"] = float(is_json(tokenizer.decode(spaces), schema))
+    return found

@@ -21,7 +21,15 @@ from pathlib import Path
 
 import poem_data
 import torch
-from char_gpt import char_tokenizer, collate, encode_known, heldout_nats, next_token_loss, small_gpt
+from char_gpt import (
+    char_tokenizer,
+    collate,
+    count_targets,
+    encode_known,
+    heldout_nats,
+    next_token_loss,
+    small_gpt,
+)
 from poem_data import FREE, HOW_TO_GET, find_package, load_poems
 from poem_grammar import COUPLETS, KINDS, QUATRAINS, pattern
 from poem_sounds import rhyme_of
@@ -265,10 +273,6 @@ def learn(stage: Stage) -> dict:
     return stage.save(
         nested(metrics), {"train": source}, save, trained.history, samples=[p["text"] for p in free[:20]]
     )
-
-
-def count_targets(batch: dict[str, torch.Tensor]) -> int:
-    return int((batch["labels"][:, 1:] >= 0).sum())
 
 
 def same_kinds(heldout: list[dict], kinds: list[str], n: int) -> list[dict]:

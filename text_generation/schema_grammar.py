@@ -286,3 +286,11 @@ def fits_kind(value, kind: str, schema: dict, root: dict) -> bool:
         return True
     known = all(name in fields and fits(each, fields[name], root) for name, each in value.items())
     return known and all(name in value for name in schema.get("required", []))
+
+
+def is_json(text: str, schema: dict) -> bool:
+    """一段文字是不是合 schema 的 JSON。"""
+    try:
+        return fits(json.loads(text), schema)
+    except ValueError:
+        return False

@@ -7,6 +7,9 @@ import re
 
 import numpy as np
 from automaton import DEAD, Matcher
+from gbnf import parse_grammar
+
+from nlp_common.lm.generation import stop_tokens
 
 
 def byte_table() -> dict[str, int]:
@@ -117,3 +120,10 @@ class TokenMasks:
         tokens, states = self.after(state)
         place = int(np.searchsorted(tokens, token))
         return int(states[place]) if place < len(tokens) and tokens[place] == token else DEAD
+
+
+def make_masks(grammar: str, tokenizer, size: int) -> TokenMasks:
+    """文法的文字 → 掩码；size 是模型输出层的大小，比分词器多出来的都不许可。"""
+    words = token_bytes(tokenizer)
+    words += [b""] * (size - len(words))
+    return TokenMasks(Matcher(parse_grammar(grammar)), words, stop_tokens(tokenizer))

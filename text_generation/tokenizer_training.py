@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from bpe import decode, encode_word, train_bpe
-from char_gpt import END, PAD, collate, heldout_nats, next_token_loss, small_gpt
+from char_gpt import END, PAD, collate, count_targets, heldout_nats, next_token_loss, small_gpt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -232,10 +232,6 @@ def loss_per_char(stage: Stage, texts: list[str], heldout: list[str], size: int)
         }
 
     return run_part(stage, f"lm_{size}", work, model)
-
-
-def count_targets(batch: dict[str, torch.Tensor]) -> int:
-    return int((batch["labels"][:, 1:] >= 0).sum())
 
 
 # ---------------------------------------------------------------- 5. 存成 AutoTokenizer 读得懂的
