@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 from pathlib import Path
 
 import poem_grammar
@@ -119,7 +120,9 @@ def split(rows: list[dict], n_heldout: int) -> tuple[list[dict], list[dict]]:
     step = max(2, len(rows) // min(n_heldout, max(1, len(rows) // 10)))
     heldout = rows[::step][:n_heldout]
     kept = {row["text"] for row in heldout}
-    return [row for row in rows if row["text"] not in kept], heldout
+    train = [row for row in rows if row["text"] not in kept]
+    random.Random(0).shuffle(train)  # 只取一部分时，不要只取排在前面的诗人
+    return train, heldout
 
 
 # ---------------------------------------------------------------- 2. 尺子
