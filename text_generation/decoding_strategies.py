@@ -261,7 +261,7 @@ def starts(tokenizer, settings) -> tuple[list[list[int]], list[list[int]]]:
                 raise UserError(f"--prompt {text!r} 里有小模型没学过的字。换个字，或用 --model 换一个模型。")
         return encoded, []
     prompts, human = [], []
-    for row in people_daily("test"):
+    for row in people_daily("validation"):
         ids = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
         if len(ids) >= START + settings.max_new_tokens and tokenizer.unk_token_id not in ids[:START]:
             prompts.append(ids[:START])

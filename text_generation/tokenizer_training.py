@@ -95,7 +95,7 @@ def load_texts(settings) -> tuple[list[str], list[str], dict]:
         line = next(i for i, text in enumerate(texts, 1) if not isinstance(text, str))
         raise UserError(f"{settings.dataset} 的第 {line} 行没有 text 一栏。")
     if settings.dataset == "people_daily":
-        held = [row["text"] for row in read_rows("people_daily", split="test", limit=300).rows]
+        held = [row["text"] for row in read_rows("people_daily", split="validation", limit=300).rows]
         return texts, held, found.source
     if len(texts) < 20:
         raise UserError(f"{settings.dataset} 只有 {len(texts)} 段文字，至少要 20 段：二十分之一要留出来量。")
