@@ -183,10 +183,11 @@ def chars_per_token(core: Tokenizer, texts: list[str]) -> float:
 def compression(texts: list[str], heldout: list[str]) -> dict[str, dict[str, float]]:
     """三种切法、各种大小的词表：留出的文字里一个 token 平均几个字。"""
     found: dict[str, dict[str, float]] = {"char_bpe": {}, "byte_bpe": {}, "one_han": {}}
+    largest = train_library(texts, SIZES[-1], byte_fallback=False, byte_level=True)
     for size in SIZES:
         ways = {
             "char_bpe": train_library(texts, size),
-            "byte_bpe": train_library(texts, size, byte_fallback=False, byte_level=True),
+            "byte_bpe": smaller(largest, size),
             "one_han": train_library(texts, size, isolate=True),
         }
         for name, core in ways.items():
@@ -194,6 +195,16 @@ def compression(texts: list[str], heldout: list[str]) -> dict[str, dict[str, flo
         shown = "  ".join(f"{name} {found[name][str(size)]:.2f}" for name in ways)
         print(f"  词表 {size:>6,}：一个 token 几个字：{shown}")
     return found
+
+
+def smaller(core: Tokenizer, size: int) -> Tokenizer:
+    """词表小些的同一个字节级 BPE：只留头几条合并。合并是一条一条学的，与重新训练一个小的完全相同。"""
+    state = json.loads(core.to_str())
+    model = state["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)[:size]
+    model["merges"] = model["merges"][: max(0, len(tokens) - 256)]
+    model["vocab"] = {token: i for i, token in enumerate(tokens)}
+    return Tokenizer.from_str(json.dumps(state))
 
 
 # ---------------------------------------------------------------- 4. 按字比 loss

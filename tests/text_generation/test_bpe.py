@@ -106,6 +106,13 @@ def test_a_larger_vocabulary_packs_more_characters():
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
 
 
+def test_a_prefix_of_the_merges_is_the_smaller_tokenizer():
+    texts = ["人民日报今天报道了人民生活", "人民的生活越来越好", "今天的人民日报"] * 3
+    options = {"byte_fallback": False, "byte_level": True}
+    large, small = tt.train_library(texts, 320, **options), tt.train_library(texts, 280, **options)
+    assert json.loads(tt.smaller(large, 280).to_str())["model"] == json.loads(small.to_str())["model"]
+
+
 def test_bad_input(tmp_path):
     few = tmp_path / "few.txt"
     few.write_text("只有一段\n两段\n", encoding="utf-8")
