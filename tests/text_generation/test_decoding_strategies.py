@@ -101,3 +101,30 @@ def test_a_whole_lesson_and_the_second_run(tmp_path, capsys, base_folder):
 def test_bad_input(tmp_path, base_folder, arguments, said):
     with pytest.raises(UserError, match=said):
         ds.main(["--model", str(base_folder), "--output_dir", str(tmp_path / "out"), *arguments])
+
+
+SMALL = ["--preset", "tiny", "--max_train_samples", "64", "--num_train_epochs", "1", "--n_prompts", "2"]
+SMALL += ["--max_new_tokens", "6"]
+
+
+def test_the_small_model_is_trained_once_although_interrupted(tmp_path, monkeypatch, capsys):
+    """小模型训练完了、量到一半被打断：再来一次，不再训练，结果与一口气走完的相同。"""
+    whole = ds.main([*SMALL, "--output_dir", str(tmp_path / "whole")])
+    assert "human" in whole["metrics"]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ds, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ds.main([*SMALL, "--output_dir", str(tmp_path / "cut")])
+    monkeypatch.undo()
+    capsys.readouterr()
+    again = ds.main([*SMALL, "--output_dir", str(tmp_path / "cut")])
+    assert "上次中断以前做完了" in capsys.readouterr().out
+    assert again["metrics"] == whole["metrics"]
+
+
+def test_strange_characters_are_said(tmp_path):
+    with pytest.raises(UserError, match="没学过的字"):
+        ds.main([*SMALL, "--prompt", "龘", "--output_dir", str(tmp_path / "out")])

@@ -221,3 +221,30 @@ def test_a_small_lesson_and_the_second_run(tmp_path, capsys):
     pg.main([*SMALL, "--output_dir", str(tmp_path / "out"), "--heads", "山明水月"])
     shown = capsys.readouterr().out
     assert "直接加载" in shown and "藏头“山明水月”" in shown
+
+
+def results(record: dict) -> dict:
+    """指标里除了快慢的。"""
+    return {name: value for name, value in record["metrics"].items() if not name.startswith("train_")}
+
+
+def test_interrupted_it_ends_the_same(tmp_path, monkeypatch, capsys):
+    """训练到一半被打断，同一条命令接着来：与一口气训练完的逐位相同。"""
+    arguments = [*SMALL, "--per_device_train_batch_size", "8", "--save_steps", "3"]
+    whole = pg.main([*arguments, "--output_dir", str(tmp_path / "whole")])
+    original, calls = pg.next_token_loss, []
+
+    def interrupted(model, batch):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return original(model, batch)
+
+    monkeypatch.setattr(pg, "next_token_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pg.main([*arguments, "--output_dir", str(tmp_path / "cut")])
+    assert not (tmp_path / "cut").exists()
+    capsys.readouterr()
+    again = pg.main([*arguments, "--output_dir", str(tmp_path / "cut")])
+    assert "接着上次的检查点继续" in capsys.readouterr().out and len(calls) < 8 + 16
+    assert results(again) == results(whole) and again["id"] == whole["id"]
