@@ -36,9 +36,12 @@ def attention() -> str:
 
 
 def load_classifier(
-    path: str | Path, names: Sequence[str] | None = None
+    path: str | Path, names: Sequence[str] | None = None, dropout: float | None = None
 ) -> tuple[PreTrainedTokenizerBase, BertForSequenceClassification]:
-    """→ (分词器, BertForSequenceClassification)。names 是类名：要微调时给，从预训练模型换上新的分类层。"""
+    """→ (分词器, BertForSequenceClassification)。names 是类名：要微调时给，从预训练模型换上新的分类层。
+
+    dropout：微调时各层的 dropout，默认照模型自己的。
+    """
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -56,6 +59,8 @@ def load_classifier(
         changes["attn_implementation"] = attention()
         changes["problem_type"] = "single_label_classification"  # 原来是打分（回归）的，也照分类训练
         new = ("classifier.", "bert.pooler.")
+        if dropout is not None:
+            changes |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     model, fresh = load_weights(_model_class(config), path, new=new, **changes)
     use_read_rows(model)
     if names:

@@ -57,6 +57,7 @@ class BertSettings(RunSettings):
     train_layers: int | None = option(
         "只训练最上面几层和分类层，下面的不变（每行只算一遍，存在内存里）；0 是只训练分类层；默认全部训练"
     )
+    dropout: float | None = option("各层的 dropout；默认照模型的 config.json（一般是 0.1）")
     layer_decay: float | None = option("越靠下的层学习率越小：往下一层乘几；1 是都一样")
 
     def check(self) -> None:
@@ -72,6 +73,8 @@ class BertSettings(RunSettings):
             raise UserError(f"--train_layers 不能小于 0，给的是 {self.train_layers}；0 是只训练分类层。")
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"--layer_decay 要大于 0、不超过 1，给的是 {self.layer_decay}。")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout 要在 0 到 1 之间（不含 1），给的是 {self.dropout}。")
         if self.train_layers is not None and self.model is None and self.preset == "tiny":
             raise UserError("--train_layers 要和预训练好的模型一起用：再加上 --model，例如 --model e5。")
         if not 3 <= self.max_length <= MAX_POSITIONS:
