@@ -19,7 +19,7 @@ from nlp_common.base.cli import run_main
 
 import functools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -79,8 +79,8 @@ PRESETS = {
         "max_train_samples": 1500,
         "max_eval_samples": 600,
         "per_device_train_batch_size": 16,
-        "learning_rate": 3e-4,
-        "num_train_epochs": 3.0,
+        "learning_rate": 4e-4,
+        "num_train_epochs": 2.0,
         "train_layers": 4,
         "mlm_epochs": 0.0,
     },
@@ -205,10 +205,7 @@ def small_bert(stage: Stage, sentences: list[Sentence], tags: list[str]):
 
 def pretrain(part: Stage, model, tokenizer, sentences: list[Sentence]) -> dict:
     """遮住一成半的字，让模型猜（MLM；细讲见 sentiment_classifier）。"""
-    import copy
-
-    part.settings = copy.copy(part.settings)
-    part.settings.num_train_epochs, part.settings.learning_rate = part.settings.mlm_epochs, 2e-3
+    part.settings = replace(part.settings, num_train_epochs=part.settings.mlm_epochs, learning_rate=2e-3)
     rows = [with_ends(tokenizer, char_ids(tokenizer, s.chars)) for s in sentences]
 
     def collate(batch: list[list[int]]) -> dict[str, torch.Tensor]:

@@ -307,17 +307,11 @@ def show_comparison(rows: dict[str, dict]) -> None:
 
 def draw_pictures(folder: Path, rows: dict, curve: dict[int, float], report: dict) -> None:
     bars = {
-        "字的正确率|characters": {name: row["character_accuracy"] for name, row in rows.items()},
-        "实体 F1|entity F1": {name: row["entity_f1"] for name, row in rows.items()},
+        "标签错了的字|wrong characters": {name: 1 - row["character_accuracy"] for name, row in rows.items()},
+        "1 − 实体 F1|1 − entity F1": {name: 1 - row["entity_f1"] for name, row in rows.items()},
     }
-    bar_chart(
-        folder / "accuracy_or_f1.svg",
-        bars,
-        "同一份预测，两种算法|One prediction, two scores",
-        "",
-        "",
-        digits=3,
-    )
+    title = "同一份预测，错了多少|The same predictions, two errors"
+    bar_chart(folder / "accuracy_or_f1.svg", bars, title, "", "", digits=3)
     draw_confusion(folder / "confusion.svg", report["confusion"])
     if len(curve) > 1:
         points = sorted(curve.items())

@@ -31,7 +31,7 @@ from span_metrics import coloured, f1_standard_error, span_scores, spans_of
 from tagged_files import Sentence, Span, as_words_with_pos, load_splits
 from vocabulary import Vocabulary
 
-from nlp_common.base.arguments import option
+from nlp_common.base.arguments import POSITIVE, option
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import write_json
 from nlp_common.draw.plots import bar_chart
@@ -42,12 +42,8 @@ from nlp_common.train.stage import Stage
 HOME = Path(__file__).resolve().parent
 LEAK_SENTENCES = 300
 PRESETS = {
-    "tiny": {
-        "hidden_size": 64,
-        "embedding_size": 32,
-        "num_train_epochs": 1.5,
-    },  # 句子多比遍数多管用：全部的句子，一遍半
-    "full": {"hidden_size": 256, "embedding_size": 100, "num_train_epochs": 6.0},
+    "tiny": {"hidden_size": 64, "embedding_size": 32, "num_train_epochs": 2.5, "joint_epochs": 0.8},
+    "full": {"hidden_size": 256, "embedding_size": 100, "num_train_epochs": 6.0, "joint_epochs": 6.0},
 }
 TRAINING = {
     "dataset": "people_daily",
@@ -62,6 +58,7 @@ TRAINING = {
 @dataclass
 class SegmentationSettings(BiLSTMSettings):
     input_dropout: float = option("输入的 dropout：数据多，不用那么重", 0.1)
+    joint_epochs: float | None = option("连词性一起标的模型训练几遍：标签多，每遍慢些", limits=POSITIVE)
     leak: bool = option("也在前 300 句上量一量 SnowNLP（它在这份语料上训练过，是泄漏的例子；很慢）", False)
 
     def check(self) -> None:
@@ -169,14 +166,14 @@ def learn(stage: Stage) -> dict:
     if settings.leak:  # 它很慢，只量前几句
         rows["snownlp"] = measure(test[:LEAK_SENTENCES], snownlp_words(test[:LEAK_SENTENCES]), known)
 
-    vocabulary = Vocabulary.of(tagged_train, least=3)
+    vocabulary = Vocabulary.of(tagged_train)
     models = {}
-    for name, train in (("words", [without_types(s) for s in tagged_train]), ("joint", tagged_train)):
+    for name, sentences in (("words", [without_types(s) for s in tagged_train]), ("joint", tagged_train)):
         # 直接打分的表有 7 张，一个标签一列：4 个标签放得下，一百多个就太大了
         model_settings = replace(settings, direct=settings.direct and name == "words")
-        models[name] = BiLSTMTagger(vocabulary, all_tags(train), model_settings, use_crf=True)
-        label = {"words": "分词", "joint": "分词加词性"}[name]
-        work = partial(train_tagger, label=label, model=models[name], vocabulary=vocabulary, sentences=train)
+        models[name] = BiLSTMTagger(vocabulary, all_tags(sentences), model_settings, use_crf=True)
+        epochs = settings.num_train_epochs if name == "words" else settings.joint_epochs
+        work = partial(train, epochs=epochs, model=models[name], vocabulary=vocabulary, sentences=sentences)
         trained = run_part(stage, name, work, models[name])
         started = time.perf_counter()
         predicted = [spans_of(tags) for tags in tag_sentences(models[name], vocabulary, test, legal=True)]
@@ -212,6 +209,15 @@ def learn(stage: Stage) -> dict:
         bar_chart(folder / "word_segmentation.svg", bars, "分词|Word segmentation", "", "")
 
     return stage.save(metrics, data, write, missed=[[right, wrong] for right, wrong in missed])
+
+
+def train(
+    part: Stage, epochs: float, model: BiLSTMTagger, vocabulary: Vocabulary, sentences: list[Sentence]
+) -> dict:
+    """与 bilstm_crf.py 同样地训练，只是两个模型的遍数不同。"""
+    part.settings = replace(part.settings, num_train_epochs=epochs)
+    label = "分词" if len(model.tags) == 4 else "分词加词性"
+    return train_tagger(part, label, model, vocabulary, sentences)
 
 
 TITLES = {
