@@ -97,3 +97,14 @@ def encode_known(tokenizer, text: str, flag: str) -> list[int]:
             f"{flag} 里的 {'、'.join(strange)} 训练数据里没有，模型不认识：换个字，或用 --dataset 换一份数据。"
         )
     return [known[char] for char in text]
+
+
+def check_room(model, prompt: int, new: int) -> None:
+    """开头 prompt 个 token，再写 new 个，模型的上下文装不装得下。"""
+    context = model.config.max_position_embeddings
+    if prompt >= context:
+        raise UserError(f"开头有 {prompt} 个 token，模型的上下文只有 {context} 个：把 --prompt 改短。")
+    if prompt + new > context:
+        raise UserError(
+            f"--max_new_tokens {new} 太大：开头有 {prompt} 个 token，模型的上下文一共 {context} 个，最多再写 {context - prompt} 个。"
+        )

@@ -27,6 +27,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from char_gpt import check_room
 from grammar_peers import RECORD_FIELDS, mask_costs, record_schema, whitespace_lover
 from schema_grammar import is_json, schema_to_grammar
 from token_masks import TokenMasks, make_masks
@@ -88,6 +89,7 @@ def generate(
     seed: int,
 ) -> tuple[list[int], list[float]]:
     """→ (写出的 token, 每步掩码花的毫秒)。masks 是 None 就不加约束。"""
+    check_room(model, len(prompt), max_new_tokens)
     generator = torch.Generator(model.device).manual_seed(seed)
     state = masks.matcher.start if masks else None
     if masks and masks.matcher.need(state) > max_new_tokens - 1:

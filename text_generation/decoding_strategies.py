@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from char_gpt import char_tokenizer, collate, count_targets, next_token_loss, small_gpt
+from char_gpt import char_tokenizer, check_room, collate, count_targets, next_token_loss, small_gpt
 from decoding_search import beam_search, contrastive_search, diverse_beam_search
 
 from nlp_common.base.arguments import COUNT, option
@@ -282,11 +282,7 @@ def learn(stage: Stage) -> dict:
     else:
         tokenizer, model, source = train_small(stage)
     prompts, human = starts(tokenizer, settings)
-    room = model.config.max_position_embeddings - max(map(len, prompts))
-    if room < settings.max_new_tokens:
-        raise UserError(
-            f"--max_new_tokens {settings.max_new_tokens} 太大：开头之外，这个模型的上下文只剩 {room} 个 token。"
-        )
+    check_room(model, max(map(len, prompts)), settings.max_new_tokens)
     stops, n = stop_tokens(tokenizer), settings.max_new_tokens
     written: dict[str, list[list[int]]] = {}
     for name, (change, greedy) in ONE_BY_ONE.items():

@@ -62,6 +62,15 @@ def test_bad_files(tmp_path, chat_folder, name, text, said):
         cd.main(["--preset", "tiny", "--model", str(chat_folder), "--prompt", "问", flag, str(file)])
 
 
+def test_a_prompt_longer_than_the_context(tmp_path, chat_folder):
+    file = tmp_path / "g.gbnf"
+    file.write_text('root ::= "a"', encoding="utf-8")
+    with pytest.raises(UserError, match="把 --prompt 改短"):
+        cd.main(
+            ["--preset", "tiny", "--model", str(chat_folder), "--prompt", "问" * 900, "--grammar", str(file)]
+        )
+
+
 def test_bad_arguments(tmp_path):
     with pytest.raises(UserError, match="--prompt 要配"):
         cd.main(["--preset", "tiny", "--prompt", "问"])

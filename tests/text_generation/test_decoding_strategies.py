@@ -95,7 +95,8 @@ def test_a_whole_lesson_and_the_second_run(tmp_path, capsys, base_folder):
     [
         (["--prompt", " "], "--prompt"),
         (["--max_new_tokens", "0"], "--max_new_tokens"),
-        (["--max_new_tokens", "5000", "--prompt", "小刚"], "上下文"),
+        (["--max_new_tokens", "5000", "--prompt", "小刚"], "最多再写"),
+        (["--prompt", "小刚去了花园。" * 200], "把 --prompt 改短"),
     ],
 )
 def test_bad_input(tmp_path, base_folder, arguments, said):
