@@ -44,6 +44,7 @@ def small_gpt(tokenizer, length: int, dim: int, layers: int, heads: int = 4) -> 
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        initializer_range=dim**-0.5,  # 大模型惯用的 0.02 对这么窄的太小：注意力要很久才分得出轻重
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -48,7 +48,7 @@ PRESETS = {
         "max_train_samples": 12000,
         "max_length": 64,
         "per_device_train_batch_size": 32,
-        "num_train_epochs": 4.0,
+        "num_train_epochs": 6.0,
         "learning_rate": 2e-3,
         "adam_beta2": 0.98,
         "lr_scheduler_type": "cosine",
