@@ -240,6 +240,18 @@ def test_full_settings_start_from_a_pretrained_folder(tmp_path, capsys):
     assert sum(map(sum, record["confusion"])) == 20 and "bayes_accuracy" not in record["metrics"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]["6"] == "汽车"
 
+    def word_vectors(folder):
+        from safetensors.torch import load_file
+
+        return load_file(tmp_path / folder / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
+
+    for layers in ("0", "1"):  # 只训练分类层；训练一层。嵌入都不变
+        out = f"out{layers}"
+        record = news.main([*arguments, "--train_layers", layers, "--output_dir", str(tmp_path / out)])
+        assert sum(map(sum, record["confusion"])) == 20
+        assert torch.equal(word_vectors(out), word_vectors("bert"))
+    assert not torch.equal(word_vectors("out"), word_vectors("bert"))
+
 
 @pytest.mark.parametrize("code", [104, "104", 104.0, "104.0", "news_finance", "财经", 4, "4"])
 def test_codes_are_looked_up_as_numbers_and_as_text(tmp_path, code):
