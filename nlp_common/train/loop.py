@@ -90,6 +90,8 @@ def train_loop(
             collate_fn=collate,
             num_workers=settings.dataloader_num_workers,
             pin_memory=accelerator.device.type == "cuda",
+            # DataLoader 开始时从全局的随机数里取一个；从一遍的中间接着训练，那一个早取过了，再取 dropout 就错位
+            generator=torch.Generator() if done else None,
         )
         for micro_batches in in_groups(loader, settings.gradient_accumulation_steps, accelerator.device):
             recent.append(update(accelerator, model, optimizer, micro_batches, loss, count, settings))

@@ -205,6 +205,7 @@ def words_folder(tmp_path):
 
 def test_segmentation_script(words_folder, tmp_path, capsys):
     arguments = [*SMALL, "--dataset", str(words_folder), "--output_dir", str(tmp_path / "out")]
+    arguments += ["--joint_epochs", "6"]
     record = ws.main([*arguments, "--predict", "他今天在上海研究"])
     metrics = record["metrics"]
     assert metrics["word_f1"] > 0.9 and metrics["joint"]["joint_f1"] > 0.9 and "oov_recall" in metrics
