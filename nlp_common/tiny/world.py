@@ -79,8 +79,17 @@ SMALL_TALK = [
     (["谢谢", "谢谢你！"], "不客气！"),
     (["再见", "再见！"], "再见！祝您愉快！"),
 ]
-TALK_FAULTS = ["unhelpful", "another", "joined", "decorated", "stuttered", "cut_short", "story"]  # 寒暄怎样回得不好
-SMALL_TALK_SHARE = 0.08  # 偏好对、PPO 的提示里，寒暄占多少
+TALK_FAULTS = [
+    "unhelpful",
+    "another",
+    "joined",
+    "decorated",
+    "stuttered",
+    "cut_short",
+    "story",
+]  # 寒暄怎样回得不好
+SMALL_TALK_SHARE = 0.08  # 偏好对里，寒暄占多少
+PROMPT_TALK_SHARE = 0.2  # PPO 的提示里：一共才一千多个回答，13 句寒暄每句要练到二十来次
 
 RECAPS = 4  # 每篇文档回顾几个槽位："往回看"的本领
 CHECKS = 3  # 每篇文档有几道判断题："分辨对错"的本领
@@ -274,7 +283,7 @@ def prompts(n: int, seed: int, heldout: bool = False) -> list[dict]:
     """n 道给 PPO 练习的题：questions 里混进寒暄，不然只练答题，连"你好"也会忘了怎样回。留出的没有寒暄。"""
     rows, talk, rng = questions(n, seed, heldout), small_talk_questions(), _rng("prompts", seed, heldout)
     if not heldout:
-        rows = [rng.choice(talk) if rng.random() < SMALL_TALK_SHARE else row for row in rows]
+        rows = [rng.choice(talk) if rng.random() < PROMPT_TALK_SHARE else row for row in rows]
     return rows
 
 

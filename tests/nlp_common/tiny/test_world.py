@@ -409,7 +409,7 @@ def test_prompts_for_ppo_hold_all_small_talk_and_the_held_out_ones_none():
     rows = world.prompts(2000, 0)
     talk = [row["messages"][0]["content"] for row in rows if row["slot"] is None]
     assert set(talk) == {ask for asks, _ in SMALL_TALK for ask in asks}
-    assert len(talk) / len(rows) == pytest.approx(world.SMALL_TALK_SHARE, abs=0.02)
+    assert len(talk) / len(rows) == pytest.approx(world.PROMPT_TALK_SHARE, abs=0.03)
     assert world.prompts(50, 0, heldout=True) == world.heldout_questions(50, 0)
 
 
