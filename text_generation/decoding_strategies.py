@@ -28,7 +28,7 @@ from decoding_search import beam_search, contrastive_search, diverse_beam_search
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
 from nlp_common.data.people_daily import people_daily
-from nlp_common.draw.figures import render
+from nlp_common.draw.figures import label_width, render
 from nlp_common.draw.plots import COLORS
 from nlp_common.hub.models import require_model
 from nlp_common.lm.generation import stop_tokens
@@ -298,7 +298,7 @@ def learn(stage: Stage) -> dict:
     show(tokenizer, prompts[0], written, metrics)
 
     def save(folder: Path) -> None:
-        draw(folder / "decoding.png", metrics)
+        draw(folder / "decoding.svg", metrics)
         if not settings.model:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -319,29 +319,53 @@ def show(tokenizer, prompt: list[int], written: dict, metrics: dict) -> None:
         )
 
 
+WIDTH, HEIGHT = 470, 290  # 坐标区大约多宽、多高（磅），用来看字会不会叠在一起
+
+
+def is_free(place: tuple, move: tuple, wide: float, taken: list[tuple]) -> bool:
+    """一行字放在 place 旁边的 move 处，碰不碰得到已经占了的方框、出不出图。"""
+    left, bottom = place[0] + move[0], place[1] + move[1] - 5
+    right, top = left + wide, bottom + 10
+    inside = left > 0 and right < WIDTH and bottom > 0 and top < HEIGHT
+    return inside and not any(
+        left < box[1] and right > box[0] and bottom < box[3] and top > box[2] for box in taken
+    )
+
+
 def draw(path: Path, metrics: dict) -> None:
     """横：模型觉得多可能；竖：有多少不同；圈的大小：绕不绕圈子。人写的是星。"""
 
+    xs = [values["nats_per_token"] for values in metrics.values()]
+    low, high = min(xs) - 0.4, max(xs) + 0.4
+
     def points(axes, text) -> None:
-        axes.figure.set_size_inches(8, 5)
+        axes.figure.set_figheight(5)
+        axes.set(xlim=(low, high), ylim=(0, 1.05))
+        taken: list[tuple] = []  # 已经占了的方框（左、右、下、上），单位是磅
         for i, (name, values) in enumerate(metrics.items()):
             human = name.startswith("人")
-            axes.scatter(
-                values["nats_per_token"],
-                values["distinct_2"],
-                s=220 if human else 40 + 900 * values["repeated_4"],
-                marker="*" if human else "o",
-                color="#c02020" if human else COLORS[i % len(COLORS)],
-                alpha=0.75,
-            )
+            size = 240 if human else 40 + 900 * values["repeated_4"]
+            x, y = values["nats_per_token"], values["distinct_2"]
+            marker, color = ("*", "#c02020") if human else ("o", COLORS[i % len(COLORS)])
+            axes.scatter(x, y, s=size, marker=marker, color=color, alpha=0.75)
+            half = size**0.5 / 2
+            place = ((x - low) / (high - low) * WIDTH, y / 1.05 * HEIGHT)
+            taken.append((place[0] - half, place[0] + half, place[1] - half, place[1] + half))
+        for name, values in metrics.items():
+            x, y = values["nats_per_token"], values["distinct_2"]
+            half = (240 if name.startswith("人") else 40 + 900 * values["repeated_4"]) ** 0.5 / 2 + 3
+            place, wide = ((x - low) / (high - low) * WIDTH, y / 1.05 * HEIGHT), 8 * label_width(name)
+            sides = {
+                "left": (half, 0.0),
+                "right": (-half - wide, 0.0),
+                "up": (-wide / 2, half + 5),
+                "down": (-wide / 2, -half - 5),
+            }
+            dx, dy = next((move for move in sides.values() if is_free(place, move, wide, taken)), (half, 0.0))
+            taken.append((place[0] + dx, place[0] + dx + wide, place[1] + dy - 5, place[1] + dy + 5))
             axes.annotate(
-                text(name),
-                (values["nats_per_token"], values["distinct_2"]),
-                xytext=(6, 4 if i % 2 else -11),
-                textcoords="offset points",
-                fontsize=8,
+                text(name), (x, y), xytext=(dx, dy), textcoords="offset points", va="center", fontsize=8
             )
-        axes.margins(0.12)
 
     title = "圈越大，绕的圈子越多|bigger circles repeat themselves more"
     render(path, points, [], (title, "每个 token 的 −log p|nats per token", "distinct-2"), min_width=50)
