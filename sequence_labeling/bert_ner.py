@@ -35,7 +35,7 @@ from labeling import (
     show_report,
     span_report,
 )
-from long_sentences import MAX_CHARS, short_sentences
+from long_sentences import MAX_CHARS, short_sentences, tag_long
 from span_metrics import (
     character_accuracy,
     draw_confusion,
@@ -47,10 +47,11 @@ from span_metrics import (
 from tagged_files import BUILTIN, Sentence, Span, load_splits, tags_of
 from torch.nn.utils.rnn import pad_sequence
 
-from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, option
+from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, Limits, option
+from nlp_common.base.errors import UserError
 from nlp_common.hub.models import require_model
 from nlp_common.lm.losses import IGNORE
-from nlp_common.tiny.bert import character_tokenizer, small_config
+from nlp_common.tiny.bert import MAX_POSITIONS, character_tokenizer, small_config
 from nlp_common.train.bert import FULL_MODEL, SMALL_MODEL, parse_bert_settings
 from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.loop import train_loop
@@ -96,10 +97,14 @@ PRESETS = {
 
 @dataclass
 class BertNerSettings(LoopSettings, LabelSettings):
+    COMMON: ClassVar[dict] = LoopSettings.COMMON | {"max_length": MAX_CHARS}
     NOT_IN_FINGERPRINT: ClassVar[set[str]] = (
         LoopSettings.NOT_IN_FINGERPRINT | LabelSettings.NOT_IN_FINGERPRINT
     )
 
+    max_length: int | None = option(
+        "一段最多多少字；更长的在标点处切开", limits=Limits(at_least=1, at_most=MAX_POSITIONS - 2)
+    )
     model: str | None = option(f"从哪个模型开始：e5（离线），hub 名或本地文件夹；full 默认 {FULL_MODEL}")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
     train_layers: int | None = option(
@@ -110,6 +115,11 @@ class BertNerSettings(LoopSettings, LabelSettings):
     num_layers: int | None = option("tiny：小 BERT 的层数")
     mlm_epochs: float | None = option("tiny：先预训练几遍没有标签的文字；0 是不预训练", limits=NOT_NEGATIVE)
     mlm_sentences: int = option("tiny：预训练用多少句", 12000, limits=COUNT)
+
+    def check(self) -> None:
+        super().check()
+        if (width := self.hidden_size or 64) > 64 and width % 64:
+            raise UserError(f"--hidden_size 超过 64 时要是 64 的倍数（64 一个注意力头），给的是 {width}。")
 
 
 # ---------------------------------------------------------------- 1. 对齐：一个字一个 token
@@ -309,7 +319,7 @@ def tag_sentences(model, tokenizer, sentences: list[Sentence], tags: list[str]) 
 def learn(stage: Stage) -> dict:
     settings = stage.settings
     splits, data = load_splits(settings.dataset, settings.max_train_samples, settings.scheme)
-    train, test = short_sentences(splits["train"]), splits["test"]
+    train, test = short_sentences(splits["train"], settings.max_length), splits["test"]
     if settings.max_eval_samples is not None and settings.max_eval_samples < len(test):
         test = random.Random(0).sample(test, settings.max_eval_samples)
     tags = all_tags(train)
@@ -319,7 +329,7 @@ def learn(stage: Stage) -> dict:
         unlabelled = train
         if settings.dataset == BUILTIN:  # 预训练不要标签：多读些
             more = load_splits(BUILTIN, settings.mlm_sentences, seed=settings.seed + 1)[0]["train"]
-            unlabelled = short_sentences(more)
+            unlabelled = short_sentences(more, settings.max_length)
         tokenizer, model = small_bert(stage, unlabelled, tags)
     print(
         f"训练 {len(train):,} 句，测试 {len(test):,} 句，{len(tags)} 个标签；模型 {model.num_parameters():,} 个参数"
@@ -327,23 +337,25 @@ def learn(stage: Stage) -> dict:
     show_alignment(tokenizer, ALIGNMENT_EXAMPLE)
 
     trained = finetune(stage, model, tokenizer, train, tags)
-    pieces = short_sentences(test)  # 位置有限：长句切开，评测时接回去
-    tagged = {id(s): t for s, t in zip(pieces, tag_sentences(model, tokenizer, pieces, tags), strict=True)}
-    gold = [sentence.spans for sentence in pieces]
-    predicted = [spans_of(tagged[id(s)]) for s in pieces]
-    gold_tags = [tags_of(sentence) for sentence in pieces]
+
+    def tag(sentences: list[Sentence]) -> list[list[Span]]:
+        return [spans_of(each) for each in tag_sentences(model, tokenizer, sentences, tags)]
+
+    predicted = tag_long(test, tag, settings.max_length)  # 位置有限：长句切开，标完放回原处
+    gold, gold_tags = [s.spans for s in test], [tags_of(s) for s in test]
+    predicted_tags = [tags_of(Sentence(s.chars, spans)) for s, spans in zip(test, predicted, strict=True)]
     shifted = [naive_tags(tokenizer, sentence) for sentence in test]
     wrong = sum(a != tags_of(s) for a, s in zip(shifted, test, strict=True))
     metrics = {
         "entity_f1": span_scores(gold, predicted)["f1"],
         "entity_f1_error": f1_standard_error(gold, predicted),
-        "character_accuracy": character_accuracy(gold_tags, [tagged[id(s)] for s in pieces]),
+        "character_accuracy": character_accuracy(gold_tags, predicted_tags),
         "shifted_sentences": wrong / len(test),  # 照次序贴，标签会错的句子
-        "naive_ceiling_f1": span_scores([s.spans for s in test], list(map(spans_of, shifted)))["f1"],
+        "naive_ceiling_f1": span_scores(gold, list(map(spans_of, shifted)))["f1"],
         "parameters": model.num_parameters(),
         **trained["metrics"],
     }
-    report = span_report(pieces, predicted)
+    report = span_report(test, predicted)
     show_report("BERT", report)
 
     def draw(folder: Path) -> None:
@@ -364,7 +376,7 @@ def predict(settings: BertNerSettings) -> list[Span]:
     def tag(sentences: list[Sentence]) -> list[list[Span]]:
         return [spans_of(each) for each in tag_sentences(model, tokenizer, sentences, tags)]
 
-    spans = predict_text(settings.predict, tag, MAX_CHARS)
+    spans = predict_text(settings.predict, tag, settings.max_length)
     show_prediction(settings.predict, spans, sorted({t[2:] for t in tags if t != "O"}))
     return spans
 

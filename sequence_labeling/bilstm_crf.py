@@ -65,6 +65,7 @@ PRESETS = {
     "full": {"dataset": "people_daily", "hidden_size": 256, "embedding_size": 100},
 }
 TRAINING = {
+    "max_length": MAX_CHARS,
     "per_device_train_batch_size": 16,
     "learning_rate": 4e-3,
     "num_train_epochs": 7.0,
@@ -78,6 +79,7 @@ TRAINING = {
 class BiLSTMSettings(LoopSettings, LabelSettings):
     NOT_IN_FINGERPRINT = LoopSettings.NOT_IN_FINGERPRINT | LabelSettings.NOT_IN_FINGERPRINT
 
+    max_length: int | None = option("一段最多多少字；更长的在标点处切开", limits=COUNT)
     embedding_size: int | None = option("字与二字组合的向量各多宽", limits=COUNT)
     hidden_size: int | None = option("LSTM 一个方向多宽", limits=COUNT)
     input_dropout: float = option("输入的 dropout：数据这么少，它最管用", 0.5, limits=SHARE)
@@ -232,7 +234,7 @@ def measure(sentences: list[Sentence], tags: list[list[str]]) -> dict[str, float
 def learn(stage: Stage) -> dict:
     settings = stage.settings
     splits, data = load_splits(settings.dataset, settings.max_train_samples, settings.scheme)
-    train, test = short_sentences(splits["train"]), splits["test"]
+    train, test = short_sentences(splits["train"], settings.max_length), splits["test"]
     tags = all_tags(train)
     vocabulary = Vocabulary.of(train)
     print(f"训练 {len(train):,} 句，测试 {len(test):,} 句；{len(tags)} 个标签，{len(vocabulary.chars):,} 个字，"
@@ -344,7 +346,7 @@ def predict(settings: BiLSTMSettings) -> list[Span]:
     def tag(sentences: list[Sentence]) -> list[list[Span]]:
         return [spans_of(each) for each in tag_sentences(model, vocabulary, sentences, legal=True)]
 
-    spans = predict_text(settings.predict, tag, MAX_CHARS)
+    spans = predict_text(settings.predict, tag, settings.max_length)
     show_prediction(settings.predict, spans, sorted({t[2:] for t in tags if t != "O"}))
     return spans
 

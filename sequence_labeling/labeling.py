@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from long_sentences import cut_long, put_back
+from long_sentences import tag_long
 from span_metrics import (
     coloured,
     longest_wrong,
@@ -76,10 +76,8 @@ def show_report(title: str, report: dict, max_types: int = 12) -> None:
 
 
 def predict_text(text: str, tag: Callable[[list[Sentence]], list[list[Span]]], limit: int) -> list[Span]:
-    """一句话（多长都行）→ 实体：在标点处切成不超过 limit 个字的几段，各段的实体放回整句的位置。"""
-    chars = list(text)
-    pieces = cut_long(chars, limit)
-    return put_back(pieces, tag([Sentence(chars[start:end]) for start, end in pieces]))
+    """一句话（多长都行）→ 实体。"""
+    return tag_long([Sentence(list(text))], tag, limit)[0]
 
 
 def show_prediction(text: str, spans: list[Span], kinds: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tagged_files import Sentence, Span
 
 MAX_CHARS = 126  # 一段最长多少字
@@ -33,11 +35,25 @@ def put_back(pieces: list[tuple[int, int]], spans: list[list[Span]]) -> list[Spa
     return whole
 
 
-def short_sentences(sentences: list[Sentence]) -> list[Sentence]:
+def short_sentences(sentences: list[Sentence], limit: int = MAX_CHARS) -> list[Sentence]:
     """训练用：太长的在标点处切开，实体跟着走；正好切在实体中间的那个实体不要。"""
     pieces = []
     for sentence in sentences:
-        for start, end in cut_long(sentence.chars):
+        for start, end in cut_long(sentence.chars, limit):
             inside = [(k, s - start, e - start) for k, s, e in sentence.spans if start <= s and e <= end]
             pieces.append(Sentence(sentence.chars[start:end], inside))
     return pieces
+
+
+def tag_long(
+    sentences: list[Sentence], tag: Callable[[list[Sentence]], list[list[Span]]], limit: int = MAX_CHARS
+) -> list[list[Span]]:
+    """多长的句子都行：切成不超过 limit 个字的几段，一起交给 tag，找到的实体放回各句原来的位置。"""
+    cuts = [cut_long(sentence.chars, limit) for sentence in sentences]
+    short = [
+        Sentence(s.chars[start:end])
+        for s, pieces in zip(sentences, cuts, strict=True)
+        for start, end in pieces
+    ]
+    found = iter(tag(short))
+    return [put_back(pieces, [next(found) for _ in pieces]) for pieces in cuts]

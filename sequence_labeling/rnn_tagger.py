@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from bilstm_crf import count_sentences
 from labeling import LabelSettings, all_tags, result_folder, show_prediction
-from long_sentences import short_sentences
+from long_sentences import MAX_CHARS, short_sentences
 from safetensors.torch import load_model, save_model
 from span_metrics import span_scores, spans_of
 from tagged_files import Sentence, Span, load_splits, tags_of
@@ -56,6 +56,7 @@ PRESETS = {
     "full": {"max_train_samples": 20000, "num_train_epochs": 4.0, "hidden_size": 128, "memory_steps": 3000},
 }
 TRAINING = {
+    "max_length": MAX_CHARS,
     "dataset": "people_daily",
     "per_device_train_batch_size": 16,
     "learning_rate": 4e-3,
@@ -70,6 +71,7 @@ class RnnSettings(LoopSettings, LabelSettings):
         LoopSettings.NOT_IN_FINGERPRINT | LabelSettings.NOT_IN_FINGERPRINT
     )
 
+    max_length: int | None = option("一段最多多少字；更长的在标点处切开", limits=COUNT)
     hidden_size: int | None = option("单向的多宽；双向的每个方向窄些，参数个数差不多", limits=COUNT)
     memory_steps: int | None = option("记忆题训练几步", limits=COUNT)
 
@@ -290,7 +292,7 @@ def learn(stage: Stage) -> dict:
         print(f"  {kind:<5}{shown}", flush=True)
 
     splits, data = load_splits(settings.dataset, settings.max_train_samples, settings.scheme)
-    train, test = short_sentences(splits["train"]), splits["test"]
+    train, test = short_sentences(splits["train"], settings.max_length), splits["test"]
     tags, vocabulary = all_tags(train), Vocabulary.of(train)
     number = {tag: i for i, tag in enumerate(tags)}
     rows = []

@@ -46,6 +46,7 @@ PRESETS = {
     "full": {"hidden_size": 256, "embedding_size": 100, "num_train_epochs": 6.0, "joint_epochs": 6.0},
 }
 TRAINING = {
+    "max_length": MAX_CHARS,
     "dataset": "people_daily",
     "per_device_train_batch_size": 64,
     "learning_rate": 8e-3,
@@ -146,7 +147,7 @@ def learn(stage: Stage) -> dict:
     splits, data = load_splits(
         settings.dataset, settings.max_train_samples, settings.scheme, convert=as_words_with_pos
     )
-    tagged_train, tagged_test = short_sentences(splits["train"]), splits["test"]
+    tagged_train, tagged_test = short_sentences(splits["train"], settings.max_length), splits["test"]
     for sentence in tagged_test:
         if sum(end - start for _, start, end in sentence.spans) != len(sentence.chars):
             raise UserError(
@@ -263,7 +264,7 @@ def predict(settings: SegmentationSettings) -> list[Span]:
     def tag(sentences: list[Sentence]) -> list[list[Span]]:
         return [spans_of(each) for each in tag_sentences(model, vocabulary, sentences, legal=True)]
 
-    spans = predict_text(settings.predict, tag, MAX_CHARS)
+    spans = predict_text(settings.predict, tag, settings.max_length)
     print(
         "  ".join(
             coloured(list(settings.predict[s:e]), [(k, 0, e - s)], [], False)[1:-1] for k, s, e in spans
