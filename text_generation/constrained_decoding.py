@@ -34,8 +34,9 @@ from token_masks import TokenMasks, make_masks
 
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
-from nlp_common.draw.plots import bar_chart
-from nlp_common.lm.chatml import prompt_ids
+from nlp_common.draw.figures import render
+from nlp_common.draw.plots import COLORS
+from nlp_common.lm.chatml import prompt_ids, whole_pieces
 from nlp_common.lm.generation import stop_tokens
 from nlp_common.lm.loading import load_causal_lm
 from nlp_common.tiny import world
@@ -255,14 +256,59 @@ def learn(stage: Stage, path: str, is_chain: bool) -> dict:
         metrics |= answer_accuracy(model, tokenizer, 40)
 
     def draw(folder: Path) -> None:
-        series = {
-            "不加约束|free": {name: row["valid_before"] for name, row in rows.items()},
-            "加约束|constrained": {name: row["valid"] for name, row in rows.items()},
-        }
-        bar_chart(folder / "valid.svg", series, "合法的比例|Valid outputs", "", "比例|share")
+        draw_allowed(folder / "allowed.svg", tokenizer, model.config.vocab_size, is_chain)
 
     data = {"name": "tiny_world" if is_chain else "english stories", "kind": "builtin"}
     return stage.save(metrics, {"prompts": data}, draw)
+
+
+def draw_allowed(path: Path, tokenizer, size: int, is_chain: bool) -> None:
+    """一份 JSON 从左到右，每一步许可几个 token：多数地方只有一两个，模型其实没有什么可选。"""
+    words = CHINESE if is_chain else ENGLISH
+    places = world.WORLD["place"] if is_chain else ["Paris", "London"]
+    schema = record_schema(words, places)
+    document = {
+        words["place"]: places[0],
+        words["date"]: "2024-02-29",
+        words["count"]: 12,
+        words["price"]: 3.5,
+    }
+    document[words["done"]] = True
+    ids = tokenizer(json.dumps(document, ensure_ascii=False), add_special_tokens=False)["input_ids"]
+    masks = make_masks(schema_to_grammar(schema), tokenizer, size)
+    state, counts = masks.matcher.start, []
+    for token in ids:
+        counts.append(int(masks.allowed(state).sum()))
+        state = masks.next(state, token)
+    labels = [picture_text(piece) for piece in whole_pieces(tokenizer, ids)]
+
+    def bars(axes, text) -> None:
+        axes.bar(range(len(ids)), counts, color=COLORS[0])
+        axes.set_yscale("log")
+        axes.set_ylim(0.7, size * 1.5)
+        ticks = [10**i for i in range(len(str(size)))]
+        axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xticks(range(len(ids)), [text(label) for label in labels], fontsize=8)
+        axes.axhline(size, color="#999999", linewidth=1, linestyle="--")
+        axes.annotate(
+            text(f"全部 {size:,} 个|all {size:,}"),
+            (0, size),
+            xytext=(0, -11),
+            textcoords="offset points",
+            fontsize=8,
+        )
+
+    labels_of_axes = (
+        "每一步许可几个 token|Tokens allowed at each step",
+        "写出的 token|token",
+        "许可几个|allowed",
+    )
+    render(path, bars, [], labels_of_axes, min_width=1.1 * len(ids))
+
+
+def picture_text(text: str) -> str:
+    return text.replace(" ", "␣").replace("|", "/")
 
 
 def answer_one(settings, path: str) -> dict:

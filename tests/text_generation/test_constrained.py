@@ -25,7 +25,7 @@ def test_the_lesson(tmp_path, capsys, chat_folder):
     assert metrics["valid_before"] < 0.2 and metrics["valid"] == 1.0
     assert metrics["whitespace_lover_valid"] == 1.0
     assert metrics["mask_ms"] < 0.6
-    assert (tmp_path / "out" / "valid.svg").exists()
+    assert (tmp_path / "out" / "allowed.svg").exists()
     capsys.readouterr()
     cd.main([*arguments, "--temperature", "1.0", "--output_dir", str(tmp_path / "out")])
     assert "直接加载" in capsys.readouterr().out
