@@ -199,12 +199,9 @@ def write(
     return [{"kind": kind, "text": text} for text in texts]
 
 
-def acrostic(model, tokenizer, heads: str, settings, rules: Rules, tries: int = 16) -> list[dict]:
+def acrostic(model, tokenizer, heads: str, kind: str, settings, rules: Rules, tries: int = 16) -> list[dict]:
     """藏头诗：写 tries 首，按模型给的概率从高到低排。头一个字是硬放进去的，前后接得好不好，就靠多写几首来挑。"""
     encode_known(tokenizer, heads, "--heads")
-    kind = "五绝" if len(heads) == 4 else "五联"
-    if f"<{kind}>" not in tokenizer.get_vocab():
-        raise UserError(f"这份数据里没有{kind}，写不了藏头诗。")
     found = write(model, tokenizer, kind, tries, settings, rules, heads, settings.seed)
     found = list({poem["text"]: poem for poem in found}.values())
     for poem in found:
@@ -327,10 +324,14 @@ def show_acrostic(folder: Path, settings) -> None:
     tokenizer, model = load_plain_lm(str(folder))
     lines = (folder / "tones.txt").read_text(encoding="utf-8").split()
     rules = Rules(tokenizer, {line[0]: line[1:] for line in lines})
-    found = acrostic(model, tokenizer, settings.heads, settings, rules)
-    print(f"\n藏头“{settings.heads}”，最像诗的三首（括号里是模型给的每字 nats，越小越顺）：")
-    for poem in found[:3]:
-        print(f"  {poem['text']}（{poem['nats_per_char']:.2f}）")
+    kinds = [kind for kind, (_, n_lines) in KINDS.items() if n_lines == len(settings.heads)]
+    kinds = [kind for kind in kinds if f"<{kind}>" in tokenizer.get_vocab()]
+    if not kinds:
+        raise UserError(f"这份数据里没有{len(settings.heads)}句的诗，写不了藏头“{settings.heads}”。")
+    print(f"\n藏头“{settings.heads}”（括号里是模型给的每字 nats，越小越顺；写 16 首，挑最顺的两首）：")
+    for kind in kinds:
+        for poem in acrostic(model, tokenizer, settings.heads, kind, settings, rules)[:2]:
+            print(f"  {kind}  {poem['text']}（{poem['nats_per_char']:.2f}）")
 
 
 def main(argv: list[str] | None = None) -> dict:

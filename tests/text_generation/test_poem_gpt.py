@@ -148,12 +148,14 @@ def test_constraints_hold_whatever_the_model_says(untrained, settings, kind):
 def test_acrostics(untrained, settings):
     tokenizer, model = untrained
     rules = pg.Rules(tokenizer, sounds.TONES)
-    found = pg.acrostic(model, tokenizer, "春江花月", settings, rules, tries=6)
-    for poem in found:
-        assert "".join(line[0] for line in poem_data.lines_of(poem["text"])) == "春江花月"
-    assert [p["nats_per_char"] for p in found] == sorted(p["nats_per_char"] for p in found)
+    for kind, heads in (("五绝", "春江花月"), ("七绝", "风雨江山"), ("七联", "春秋")):
+        found = pg.acrostic(model, tokenizer, heads, kind, settings, rules, tries=6)
+        for poem in found:
+            assert "".join(line[0] for line in poem_data.lines_of(poem["text"])) == heads
+            assert poem_data.length_kept(poem)
+        assert [p["nats_per_char"] for p in found] == sorted(p["nats_per_char"] for p in found)
     with pytest.raises(UserError, match="饕"):
-        pg.acrostic(model, tokenizer, "春江饕月", settings, rules)
+        pg.acrostic(model, tokenizer, "春江饕月", "五绝", settings, rules)
 
 
 def test_reading_the_npm_package(tmp_path):
