@@ -63,7 +63,7 @@ def test_memory_rows():
 
 def test_script(small_dataset, tmp_path, capsys):
     arguments = ["--preset", "tiny", "--dataset", str(small_dataset), "--output_dir", str(tmp_path / "out")]
-    arguments += ["--memory_steps", "3", "--hidden_size", "16", "--num_train_epochs", "2"]
+    arguments += ["--memory_steps", "2", "--hidden_size", "16", "--num_train_epochs", "2"]
     record = rt.main(arguments)
     assert set(record["metrics"]["entity_f1"]) == {
         f"{k}_{w}" for k in rt.KINDS for w in ("one_way", "both_ways")
