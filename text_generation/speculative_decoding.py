@@ -50,6 +50,7 @@ PRESETS = {
     "tiny": {
         "max_train_samples": 6000,
         "n_prompts": 12,
+        "rounds": 7,
         "max_new_tokens": 48,
         "samples": 1500,
         "draft_dim": 64,
@@ -60,6 +61,7 @@ PRESETS = {
         "max_train_samples": 6000,
         "num_train_epochs": 3.0,
         "n_prompts": 3,
+        "rounds": 3,
         "max_new_tokens": 64,
         "samples": 0,
         "draft_dim": 128,
@@ -79,6 +81,7 @@ class SpeculativeSettings(LoopSettings):
     draft_layers: int | None = option("现场训练的小模型的层数", None, COUNT)
     n_prompts: int | None = option("比快慢用几个开头", None, COUNT)
     max_new_tokens: int | None = option("每个开头写多少个 token")
+    rounds: int | None = option("比快慢时各轮流跑几遍，取中位数", None, COUNT)
     samples: int | None = option("卡方检验采样几次；0 是不做")
     temperature: float = option("卡方检验用的温度，大于 0", 1.0, POSITIVE)
 
@@ -152,11 +155,11 @@ def timed(run, prompts: list[list[int]]) -> tuple[float, list]:
 def race(
     target: Reader, draft: Reader, prompts: list[list[int]], stops: set[int], settings, ks: list[int]
 ) -> dict:
-    """一个一个写与各个 k 轮流跑三遍，取中位数 → {k: (秒, 写出的)}；k = 0 是一个一个写。"""
+    """一个一个写与各个 k 轮流跑 rounds 遍，取中位数 → {k: (秒, 写出的)}；k = 0 是一个一个写。"""
     n = settings.max_new_tokens
     seconds: dict[int, list[float]] = {k: [] for k in [0, *ks]}
     results: dict[int, list] = {}
-    for _ in range(3):
+    for _ in range(settings.rounds):
         for k in seconds:
             if k == 0:
                 run = lambda prompt: plain_generate(fresh(target), prompt, n, stops)  # noqa: E731
@@ -176,7 +179,7 @@ def library_race(
 ) -> dict[str, float]:
     """transformers 的 generate：贪心，与 assistant_model（它的投机解码），每秒几个 token。"""
     speeds: dict[str, list[float]] = {"transformers": [], "transformers_assisted": []}
-    for _ in range(3):
+    for _ in range(settings.rounds):
         for name, extra in (
             ("transformers", {}),
             ("transformers_assisted", {"assistant_model": draft.model}),
