@@ -7,7 +7,7 @@
     python rnn_tagger.py
     python rnn_tagger.py --predict "江泽民主席昨天在上海会见了桥本龙太郎"   # 画出门怎样读这一句
 
-预期输出（实测见本文件夹的 README.md）：隔 40 个符号，门先开着的 LSTM、GRU 学得会，RNN 隔 20 个就学不会；
+预期输出（实测见本文件夹的 README.md）：隔 20 个符号，门先开着的 LSTM、GRU 学得会，RNN 和门半开的 LSTM 学不会；
 参数个数差不多，双向的实体 F1 高出许多。
 
 参考：Elman 1990（RNN）；Hochreiter & Schmidhuber 1997、Gers et al. 2000（LSTM 与遗忘门）；Cho et al. 2014（GRU）；
