@@ -33,6 +33,7 @@ from nlp_common.base.errors import UserError
 from nlp_common.base.runs import file_sha256
 from nlp_common.draw.figures import cjk_font
 from nlp_common.lm.chatml import whole_pieces
+from nlp_common.lm.checks import quiet
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import parse_settings
 from nlp_common.train.stage import Stage
@@ -121,8 +122,9 @@ def eager_against_sdpa(reader: Reader, ids: list[int]) -> dict:
     quick = reader.model(inputs)[0]
     difference = (eager - quick).abs().max().item()
     try:
-        given = reader.model(inputs, output_attentions=True).attentions or ()
-    except ValueError:  # 有的模型直接说 sdpa 不支持
+        with quiet():  # 库会用英文说 sdpa 不支持，下面用中文说
+            given = reader.model(inputs, output_attentions=True).attentions or ()
+    except ValueError:  # 有的模型不肯，直接出错
         given = ()
     written = sum(each is not None for each in given)
     reader.model.set_attn_implementation("eager")

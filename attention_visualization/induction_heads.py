@@ -353,7 +353,7 @@ def draw(folder: Path, history: list[dict], metrics: dict) -> None:
         "loss ÷ 最高|loss / highest": (steps, [row["loss"] / top_loss for row in history]),
     }
     line_chart(
-        folder / "rise.png", series, "归纳头长出来的时候|When the induction head appears", "步数|step", ""
+        folder / "rise.svg", series, "归纳头长出来的时候|When the induction head appears", "步数|step", ""
     )
     bars = {
         name.replace("layer", "").replace(".head", "."): value
@@ -366,7 +366,7 @@ def draw(folder: Path, history: list[dict], metrics: dict) -> None:
             for name, row in metrics["scores"].items()
         },
     }
-    bar_chart(folder / "ablation.png", series, "去掉一个头|One head removed", "层.头|layer.head", "")
+    bar_chart(folder / "ablation.svg", series, "去掉一个头|One head removed", "层.头|layer.head", "")
 
 
 def main(argv: list[str] | None = None) -> dict:

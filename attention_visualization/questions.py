@@ -11,6 +11,8 @@ import json
 import random
 from dataclasses import dataclass
 
+import numpy as np
+
 from nlp_common.base.errors import UserError
 from nlp_common.lm.chatml import encode_text, prompt_ids, whole_pieces
 from nlp_common.tiny import world
@@ -173,3 +175,14 @@ def hits(scores: list, questions: list[Question]) -> float:
         best = max(question.story, key=lambda place: float(score[place]))
         right += best in question.source
     return right / len(questions)
+
+
+def rank_correlation(xs: list[float], ys: list[float]) -> float:
+    """斯皮尔曼秩相关：两列数排出的名次有多一致，1 完全一致，0 毫无关系。并列的取平均名次。"""
+
+    def ranks(values: list[float]) -> np.ndarray:
+        return np.array([sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2 for x in values])
+
+    a, b = ranks(xs) - (len(xs) - 1) / 2, ranks(ys) - (len(ys) - 1) / 2
+    length = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / length if length else 0.0

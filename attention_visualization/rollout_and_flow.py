@@ -203,7 +203,7 @@ def draw(folder: Path, metrics: dict, question, ways: dict, layers: int) -> None
         "流|flow": metrics["hits_flow"],
     }
     title = "最后的位置看的是不是答案|Does it point at the answer"
-    bar_chart(folder / "hits.png", {"指对的题|hits": shown}, title, "", "")
+    bar_chart(folder / "hits.svg", {"指对的题|hits": shown}, title, "", "")
     story, marks = question.story, [place in question.source for place in question.story]
     pieces = [question.pieces[place] for place in story]
     rows = []

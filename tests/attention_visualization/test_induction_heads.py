@@ -88,10 +88,10 @@ def test_the_scores_agree_with_transformer_lens(tmp_path):
                 parameter.mul_(3)  # 注意力不要太平均
     ids = ih.repeated(torch.arange(40), 10, 1, torch.Generator().manual_seed(0))
     scores = ih.head_scores(model, ids)
-    bridge = bridge_of(model, tmp_path)
+    ours = model(ids, output_attentions=True).attentions
+    bridge = bridge_of(model, tmp_path)  # 它把 model 的部件换成自己的，所以我们的先算好
     _, cache = bridge.run_with_cache(ids)
     maps = [cache[f"blocks.{layer}.attn.hook_pattern"][0].detach() for layer in range(2)]
-    ours = model(ids, output_attentions=True).attentions
     patterns = {
         "previous": get_previous_token_head_detection_pattern(ids),
         "duplicate": get_duplicate_token_head_detection_pattern(ids),
@@ -115,6 +115,7 @@ def bridge_of(model, folder):
     tokenizer.pad_token = tokenizer.bos_token = tokenizer.eos_token = "0"
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")  # 它要读分词器是从哪里来的
     return TransformerBridge.boot_transformers(
         str(folder / "model"), hf_model=model, tokenizer=tokenizer, device="cpu", dtype=torch.float32
     )
@@ -139,7 +140,7 @@ def test_a_short_run_and_again(tmp_path, capsys):
     record = ih.main(arguments)
     assert {"induction_score", "accuracy", "accuracy_without_head"} <= record["metrics"].keys()
     assert [row["step"] for row in record["history"]] == [0, 25, 50]
-    assert {"rise.png", "ablation.png", "model.safetensors", "run.json"} <= {
+    assert {"rise.svg", "ablation.svg", "model.safetensors", "run.json"} <= {
         p.name for p in (tmp_path / "r").iterdir()
     }
     assert ih.main(arguments)["seconds"] == record["seconds"]
