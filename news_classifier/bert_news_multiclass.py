@@ -178,12 +178,13 @@ def finetune(stage: Stage) -> dict:
     if splits["test"] is splits["validation"]:
         print("（没有带标签的测试集，test 就是 validation：检查点也是在它上面挑的，报的数会略微偏高）")
     if settings.model or settings.preset == "full":
-        start = require_model(settings.model or FULL_MODEL, settings.source)
-        tokenizer, model = load_classifier(start, LABELS, settings.dropout)
+        start = settings.model or FULL_MODEL
+        folder = require_model(start, settings.source)
+        tokenizer, model = load_classifier(folder, LABELS, settings.dropout)
     else:
         start = "随机的权重"
         tokenizer, model = small_bert(settings, [row["text"] for row in splits["train"]])
-    print(f"模型 {model.num_parameters():,} 个参数，字表 {len(tokenizer):,} 个，从{start}开始")
+    print(f"模型 {model.num_parameters():,} 个参数，字表 {len(tokenizer):,} 个，从 {start} 开始")
     rows = {name: encode(tokenizer, splits[name], settings.max_length) for name in ("train", "validation")}
     rows["validation"].sort(key=lambda row: len(row["input_ids"]))  # 评测不打乱；长度相近的在一起，少算填充
     precision = precision_flags(stage.device, settings.bf16, cpu_bf16=True)
@@ -276,7 +277,7 @@ def tfidf_baseline(train: list[dict], test: list[dict]) -> dict:
 def show_record(record: dict, path: Path) -> None:
     """打印成绩、上限与对照，每一类的成绩，最有把握的错误。"""
     metrics, matrix = record["metrics"], np.array(record["confusion"])
-    print(f"模型 {path}，从{record['start']}开始，用时 {record['seconds']:.0f} 秒")
+    print(f"模型 {path}，从 {record['start']} 开始，用时 {record['seconds']:.0f} 秒")
     print(
         f"  测试 {matrix.sum():,} 条：正确率 {metrics['test_accuracy']:.4f}，macro F1 {metrics['test_macro_f1']:.4f}"
     )

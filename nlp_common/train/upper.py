@@ -45,7 +45,7 @@ def with_vectors(
     started, size = time.time(), 0
     found: dict[str, list[dict]] = {}
     for name, part in rows.items():
-        print(f"  {name} {len(part):,} 行过一遍不训练的 {depth - train_layers} 层…", flush=True)
+        print(f"  {name} {len(part):,} 行过一遍不训练的嵌入和下面 {depth - train_layers} 层…", flush=True)
         vectors = lower_outputs(model, tokenizer, part, train_layers, bf16)
         size += sum(each.nbytes for each in vectors)
         found[name] = [row | {"vectors": each} for row, each in zip(part, vectors, strict=True)]

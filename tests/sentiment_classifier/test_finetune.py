@@ -345,7 +345,7 @@ def test_only_the_upper_layers_change_and_the_result_is_a_whole_model(
 ):
     record = script.main(from_pretrained(pretrained, tmp_path, "--train_layers", train_layers))
     assert record["metrics"]["test_accuracy"] >= (0.9 if train_layers == "2" else 0.7)  # 随机的层，也够用了
-    assert f"过一遍不训练的 {3 - int(train_layers)} 层" in capsys.readouterr().out
+    assert f"过一遍不训练的嵌入和下面 {3 - int(train_layers)} 层" in capsys.readouterr().out
     before = BertModel.from_pretrained(pretrained, add_pooling_layer=False).state_dict()
     model = load_classifier(tmp_path / "out")[1]
     after = model.bert.state_dict()
