@@ -43,13 +43,13 @@ from readers import (
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
 from nlp_common.draw.figures import cjk_font
-from nlp_common.draw.plots import line_chart
+from nlp_common.draw.plots import bar_chart
 from nlp_common.lm.chatml import whole_pieces
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import parse_settings
 from nlp_common.train.stage import Stage
 
-PRESETS = {"tiny": {"questions": 504, "pairs": 96}, "full": {"questions": 40, "pairs": 8}}
+PRESETS = {"tiny": {"questions": 504, "pairs": 96}, "full": {"questions": 20, "pairs": 4}}
 PLACES = {"source": "答案那个词", "last": "最后一个位置", "rest": "其余的位置"}
 
 
@@ -187,12 +187,15 @@ def patch_heads(model, here: Question, there: Question, heads: int) -> list[list
 
 
 def patch_grid(model, here: Question, there: Question) -> torch.Tensor:
-    """一次只换一层里的一个位置：(L+1, T)，答案移过去多少。画图用。"""
+    """一次只换一层里的一个位置：(L+1, T)，答案移过去多少。画图用；层多的模型隔几层换一次，没换的是 0。"""
     new, old = there.answer, here.answer
     start, goal = preference(model, here.ids, new, old), preference(model, there.ids, new, old)
     stream = residual_stream(model, there.ids)
     grid = torch.zeros(len(stream), len(here.ids))
+    every = max(1, len(stream) // 8)
     for row, (module, values) in enumerate(zip((*layers_of(model), norm_of(model)), stream, strict=True)):
+        if row % every and row != len(stream) - 1:
+            continue
         for place in range(len(here.ids)):
             with patched(module, [place], values[[place]]):
                 grid[row, place] = (preference(model, here.ids, new, old) - start) / (goal - start)
@@ -213,21 +216,24 @@ def learn(stage: Stage, found: dict) -> dict:
     questions = make_questions(reader.tokenizer, kind, settings.questions, settings.seed)
     right, probability = lens_accuracy(model, questions)
     print(f"{len(questions)} 道题（{kind}）。如果到这一层就开口，第一个字答对：")
-    for layer, (share, p) in enumerate(zip(right, probability, strict=True)):
-        print(f"  {'词向量' if layer == 0 else f'第 {layer} 层后'}  {share:.3f}   答案的平均概率 {p:.3f}")
+    shown_layers = [n for n in range(reader.layers) if n % max(1, reader.layers // 8) == 0] + [reader.layers]
+    for layer in shown_layers:
+        name = "词向量" if layer == 0 else f"第 {layer} 层后"
+        print(f"  {name}  {right[layer]:.3f}   答案的平均概率 {probability[layer]:.3f}")
     if right[-1] == 0:
         raise UserError(f"这个模型一道题也答不对（{kind}）。请用 --model 换一个，或用 --text 自己写一句。")
 
     pairs = make_pairs(reader, questions, settings)
     moved = [patch_pair(model, here, there) for here, there in pairs]
-    heads = torch.tensor([patch_heads(model, here, there, reader.heads) for here, there in pairs]).mean(0)
+    few = pairs if reader.layers * reader.heads <= 32 else pairs[:1]  # 头多的大模型，一个个换太慢，只换一对
+    heads = torch.tensor([patch_heads(model, here, there, reader.heads) for here, there in few]).mean(0)
     table = {
         name: [sum(m[name][layer] for m in moved) / len(moved) for layer in range(reader.layers + 1)]
         for name in PLACES
     }
     print(f"\n{len(pairs)} 对只差一个词的故事，把另一个故事的残差流换过来，答案移过去多少（1 是完全换了）：")
     for name, label in PLACES.items():
-        cells = "  ".join(f"第{layer}层前 {value:.2f}" for layer, value in enumerate(table[name][:-1]))
+        cells = "  ".join(f"第{layer}层前 {table[name][layer]:.2f}" for layer in shown_layers[:-1])
         print(f"  {label}{'　' * (6 - len(label))}  {cells}  最后 {table[name][-1]:.2f}")
     best = int(heads.argmax())
     print(
@@ -295,18 +301,13 @@ def lens_text(stage: Stage, reader: Reader) -> dict:
 
 
 def draw(folder: Path, right: list[float], probability: list[float], grid: torch.Tensor, pair: tuple) -> None:
-    layers = list(range(len(right)))
-    series = {
-        "第一个字答对|first character right": (layers, right),
-        "答案的概率|probability of it": (layers, probability),
+    names = ["词向量|embedding", *(f"{n} 层后|after {n}" for n in range(1, len(right)))]
+    chosen = range(0, len(right), max(1, len(right) // 8))
+    bars = {
+        "第一个字答对|first token right": {names[n]: right[n] for n in chosen},
+        "答案的概率|probability of it": {names[n]: probability[n] for n in chosen},
     }
-    line_chart(
-        folder / "lens.png",
-        series,
-        "到这一层就开口|If it spoke after this layer",
-        "第几层之后|after layer",
-        "",
-    )
+    bar_chart(folder / "lens.svg", bars, "到这一层就开口|If it spoke after this layer", "", "")
     here, there = pair
     labels = [f"{a}/{b}" if a != b else a for a, b in zip(here.pieces, there.pieces, strict=True)]
     draw_grid(folder / "patching.png", grid, labels, f"{here.word} -> {there.word}")

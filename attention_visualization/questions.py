@@ -91,7 +91,7 @@ def facts_question(tokenizer, rng: random.Random, number: int) -> Question:
         ids += word + encode_text(tokenizer, ".")
     story = list(range(len(ids)))
     asked = names[which]
-    ids += encode_text(tokenizer, f"\nQuestion: where does {asked} live?\nAnswer: {asked} lives in")
+    ids += encode_text(tokenizer, f"\n{asked} lives in")
     answers = [encode_text(tokenizer, f" {city}")[0] for city in cities]
     answer = answers[which]
     others = sorted(set(answers) - {answer})
@@ -157,15 +157,19 @@ def chance(questions: list[Question]) -> float:
 
 def describe(questions: list[Question], kind: str) -> dict:
     """写进 run.json 的数据说明。"""
-    text = json.dumps([[q.ids, q.source, q.answer] for q in questions])
     return {
         "questions": {
             "name": kind,
             "kind": "builtin",
             "rows": len(questions),
-            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "sha256": ids_sha256([[q.ids, q.source, q.answer] for q in questions]),
         }
     }
+
+
+def ids_sha256(ids: list) -> str:
+    """几行 token 的指纹。"""
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 def hits(scores: list, questions: list[Question]) -> float:

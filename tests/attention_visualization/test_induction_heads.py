@@ -129,10 +129,27 @@ def test_ablation_names_the_heads(reader):
     scores["previous"] = torch.zeros(2, 4)
     scores["previous"][0, 1] = 0.8
     result = ih.ablate(reader.model, scores, ids)
-    assert (result["induction_heads"], result["previous_heads"], result["others_heads"]) == (1, 1, 6)
-    assert result["accuracy_without_head"] == result["accuracy_without"]["layer1.head3"]
-    assert result["accuracy_without_induction"] == result["accuracy_without_head"]
-    assert len(result["accuracy_without"]) == 8
+    each = result["accuracy_without"]
+    assert (result["head"], result["previous_head"], len(each)) == ("layer1.head3", "layer0.head1", 8)
+    assert result["accuracy_without_head"] == result["accuracy_without_all_induction"] == each["layer1.head3"]
+    assert result["accuracy_without_previous_head"] == each["layer0.head1"]
+    assert result["accuracy_without_one_other"] == min(
+        value for name, value in each.items() if name not in ("layer1.head3", "layer0.head1")
+    )
+
+
+def test_head_sizes(reader):
+    """每个头 W_V、W_O 的长度，一个一个地算。"""
+    total = 0.0
+    for layer in reader.model.model.layers:
+        for head in range(4):
+            part = slice(32 * head, 32 * head + 32)
+            both = [
+                layer.self_attn.v_proj.weight[part].flatten(),
+                layer.self_attn.o_proj.weight[:, part].flatten(),
+            ]
+            total += torch.cat(both).norm().item()
+    assert ih.head_sizes(reader.model, 4).item() == pytest.approx(total, rel=1e-5)
 
 
 def test_a_short_run_and_again(tmp_path, capsys):
@@ -188,4 +205,5 @@ def test_an_induction_head_appears(tmp_path):
     metrics = ih.main(["--preset", "tiny", "--output_dir", str(tmp_path / "r")])["metrics"]
     assert metrics["induction_score_before"] < 0.1 and metrics["induction_score"] > 0.6
     assert metrics["accuracy"] > 0.98
-    assert metrics["accuracy_without_induction"] < 0.3 and metrics["accuracy_without_previous"] < 0.3
+    assert metrics["accuracy_without_head"] < 0.3 and metrics["accuracy_without_previous_head"] < 0.3
+    assert metrics["accuracy_without_one_other"] > 0.9

@@ -59,7 +59,7 @@ def test_a_swapped_question_differs_in_the_source_alone(tokenizer, few):
 def test_facts_have_the_city_of_the_person_asked(tokenizer):
     for question in q.make_questions(tokenizer, "facts", 5, 0):
         text = "".join(question.pieces)
-        asked = text.split("Answer: ")[1].split(" lives")[0]
+        asked = text.split("\n")[1].split(" lives")[0]
         assert f"{asked} lives in {question.word}." in text
         assert "".join(question.pieces[place] for place in question.source) == f" {question.word}"
 
