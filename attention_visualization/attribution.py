@@ -24,6 +24,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rollout_and_flow import rollout
+
+from nlp_common.base.arguments import COUNT, option
+from nlp_common.base.errors import UserError
+from nlp_common.draw.plots import bar_chart
+from nlp_common.lm.chatml import whole_pieces
+from nlp_common.lm.generation import batches_by_length
+from nlp_common.lm.loading import make_fast
+from nlp_common.train.lesson import run_lesson
+from nlp_common.train.settings import parse_settings
+from nlp_common.train.stage import Stage
 from questions import Question, chance, describe, hits, make_questions, rank_correlation
 from readers import (
     HOME,
@@ -36,18 +47,7 @@ from readers import (
     need_language_model,
     without_heads,
 )
-from rollout_and_flow import rollout
 from strips import Strip, write_strips
-
-from nlp_common.base.arguments import COUNT, option
-from nlp_common.base.errors import UserError
-from nlp_common.draw.plots import bar_chart
-from nlp_common.lm.chatml import whole_pieces
-from nlp_common.lm.generation import batches_by_length
-from nlp_common.lm.loading import make_fast
-from nlp_common.train.lesson import run_lesson
-from nlp_common.train.settings import parse_settings
-from nlp_common.train.stage import Stage
 
 PRESETS = {
     "tiny": {"questions": 504, "points": 32},

@@ -23,11 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from hand_transformer import hand_example
-from pages import head_page, read_saved
-from questions import make_questions
-from readers import HOME, Reader, ReaderSettings, attention_maps, encode, find_reader, load_reader
 
+from hand_transformer import hand_example
 from nlp_common.base.arguments import option
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import file_sha256
@@ -37,6 +34,9 @@ from nlp_common.lm.checks import quiet
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import parse_settings
 from nlp_common.train.stage import Stage
+from pages import head_page, read_saved
+from questions import make_questions
+from readers import HOME, Reader, ReaderSettings, attention_maps, encode, find_reader, load_reader
 
 PRESETS: dict[str, dict] = {"tiny": {}, "full": {}}
 ENGLISH = "The cat sat on the mat because it was tired."

@@ -24,8 +24,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from questions import ids_sha256
-from readers import HOME, ReaderSettings, find_reader, load_reader, need_language_model, without_heads
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
@@ -36,6 +34,8 @@ from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.progress import progress_bar
 from nlp_common.train.settings import parse_settings
 from nlp_common.train.stage import Stage
+from questions import ids_sha256
+from readers import HOME, ReaderSettings, find_reader, load_reader, need_language_model, without_heads
 
 PRESETS = {
     "tiny": {"steps": 2400, "hidden": 64, "heads": 4, "vocab": 64, "half": 24},

@@ -26,6 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from nlp_common.base.arguments import COUNT, option
+from nlp_common.base.errors import UserError
+from nlp_common.draw.figures import cjk_font
+from nlp_common.draw.plots import bar_chart
+from nlp_common.lm.chatml import whole_pieces
+from nlp_common.train.lesson import run_lesson
+from nlp_common.train.settings import parse_settings
+from nlp_common.train.stage import Stage
 from questions import Question, describe, make_questions, swap_answer
 from readers import (
     HOME,
@@ -39,15 +48,6 @@ from readers import (
     need_language_model,
     norm_of,
 )
-
-from nlp_common.base.arguments import COUNT, option
-from nlp_common.base.errors import UserError
-from nlp_common.draw.figures import cjk_font
-from nlp_common.draw.plots import bar_chart
-from nlp_common.lm.chatml import whole_pieces
-from nlp_common.train.lesson import run_lesson
-from nlp_common.train.settings import parse_settings
-from nlp_common.train.stage import Stage
 
 PRESETS = {"tiny": {"questions": 504, "pairs": 96}, "full": {"questions": 20, "pairs": 4}}
 PLACES = {"source": "答案那个词", "last": "最后一个位置", "rest": "其余的位置"}

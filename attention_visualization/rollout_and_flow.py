@@ -24,7 +24,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+
 from hand_transformer import hand_example
+from nlp_common.base.arguments import COUNT, option
+from nlp_common.draw.plots import bar_chart
+from nlp_common.train.lesson import run_lesson
+from nlp_common.train.settings import parse_settings
+from nlp_common.train.stage import Stage
 from questions import chance, describe, hits, make_questions
 from readers import (
     HOME,
@@ -35,12 +41,6 @@ from readers import (
     need_language_model,
 )
 from strips import Strip, write_strips
-
-from nlp_common.base.arguments import COUNT, option
-from nlp_common.draw.plots import bar_chart
-from nlp_common.train.lesson import run_lesson
-from nlp_common.train.settings import parse_settings
-from nlp_common.train.stage import Stage
 
 PRESETS = {
     "tiny": {"questions": 504, "flow_questions": 64},

@@ -25,6 +25,7 @@ def make(n_rows: int, n_steps: int, n_tags: int, shortest: int):
     """同一组参数的两个 CRF，与一批随机的分数、标签、长度。"""
     import torch
     import torchcrf
+
     from crf import CRF
 
     torch.manual_seed(0)

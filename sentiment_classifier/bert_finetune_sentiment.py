@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from mlm import cut, pretrain, small_bert
 
+from mlm import cut, pretrain, small_bert
 from nlp_common.base.arguments import option
 from nlp_common.base.device import precision_flags, seed_everything
 from nlp_common.base.errors import UserError

@@ -25,6 +25,8 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
 from crf import legal_mask, viterbi_batch
 from labeling import (
     LabelSettings,
@@ -36,17 +38,6 @@ from labeling import (
     span_report,
 )
 from long_sentences import MAX_CHARS, short_sentences, tag_long
-from span_metrics import (
-    character_accuracy,
-    draw_confusion,
-    f1_standard_error,
-    pad_text,
-    span_scores,
-    spans_of,
-)
-from tagged_files import BUILTIN, Sentence, Span, load_splits, tags_of
-from torch.nn.utils.rnn import pad_sequence
-
 from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, Limits, option
 from nlp_common.base.errors import UserError
 from nlp_common.hub.models import require_model
@@ -57,6 +48,15 @@ from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.loop import train_loop
 from nlp_common.train.settings import LoopSettings
 from nlp_common.train.stage import Stage
+from span_metrics import (
+    character_accuracy,
+    draw_confusion,
+    f1_standard_error,
+    pad_text,
+    span_scores,
+    spans_of,
+)
+from tagged_files import BUILTIN, Sentence, Span, load_splits, tags_of
 
 HOME = Path(__file__).resolve().parent
 SPACE = "▁"  # sentencepiece 的词头记号

@@ -25,6 +25,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_model, save_model
+from torch import nn
+
 from crf import CRF, legal_mask
 from labeling import (
     LabelSettings,
@@ -36,7 +39,13 @@ from labeling import (
     span_report,
 )
 from long_sentences import MAX_CHARS, short_sentences
-from safetensors.torch import load_model, save_model
+from nlp_common.base.arguments import COUNT, Limits, option
+from nlp_common.base.runs import write_json
+from nlp_common.draw.plots import bar_chart, line_chart
+from nlp_common.train.lesson import run_lesson, run_part
+from nlp_common.train.loop import train_loop
+from nlp_common.train.settings import LoopSettings, parse_settings
+from nlp_common.train.stage import Stage
 from span_metrics import (
     character_accuracy,
     draw_confusion,
@@ -46,16 +55,7 @@ from span_metrics import (
     spans_of,
 )
 from tagged_files import Sentence, Span, load_splits, tags_of
-from torch import nn
 from vocabulary import PAD, UNKNOWN, Vocabulary, collate
-
-from nlp_common.base.arguments import COUNT, Limits, option
-from nlp_common.base.runs import write_json
-from nlp_common.draw.plots import bar_chart, line_chart
-from nlp_common.train.lesson import run_lesson, run_part
-from nlp_common.train.loop import train_loop
-from nlp_common.train.settings import LoopSettings, parse_settings
-from nlp_common.train.stage import Stage
 
 HOME = Path(__file__).resolve().parent
 SHARE = Limits(at_least=0, below=1)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import torch
 from hmm_crf import NEVER, log_marginals, sequence_score
-from span_metrics import may_follow
 from torch import nn
+
+from span_metrics import may_follow
 
 # 分数的起伏在这以内，概率不会下溢：float64 到 e^-700，float32（苹果的 GPU 没有 float64）只到 e^-87
 SMALLEST = {torch.float64: 1e-300, torch.float32: 1e-37}

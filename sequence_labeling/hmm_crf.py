@@ -23,6 +23,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+
 from labeling import (
     LabelSettings,
     all_tags,
@@ -33,16 +35,14 @@ from labeling import (
     span_report,
 )
 from long_sentences import MAX_CHARS, short_sentences
-from safetensors.torch import load_file, save_file
-from span_metrics import character_accuracy, draw_confusion, f1_standard_error, span_scores, spans_of
-from tagged_files import Sentence, Span, load_splits, tags_of
-
 from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, POSITIVE, option
 from nlp_common.base.runs import write_json
 from nlp_common.draw.plots import line_chart
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import parse_settings
 from nlp_common.train.stage import Stage
+from span_metrics import character_accuracy, draw_confusion, f1_standard_error, span_scores, spans_of
+from tagged_files import Sentence, Span, load_splits, tags_of
 
 HOME = Path(__file__).resolve().parent
 NEVER = -math.inf  # 不许走的转移的分数

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from long_sentences import tag_long
+from nlp_common.base.arguments import option
+from nlp_common.base.errors import UserError
+from nlp_common.train.settings import LessonSettings
 from span_metrics import (
     coloured,
     longest_wrong,
@@ -18,10 +21,6 @@ from span_metrics import (
     type_confusion,
 )
 from tagged_files import Sentence, Span
-
-from nlp_common.base.arguments import option
-from nlp_common.base.errors import UserError
-from nlp_common.train.settings import LessonSettings
 
 SCHEMES = ("auto", "bio", "iob1", "bioes", "bmes", "bilou")
 

@@ -26,14 +26,11 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from bilstm_crf import count_sentences
+from safetensors.torch import load_model, save_model
+from torch import nn
+
 from labeling import LabelSettings, all_tags, result_folder, show_prediction
 from long_sentences import MAX_CHARS, short_sentences
-from safetensors.torch import load_model, save_model
-from span_metrics import span_scores, spans_of
-from tagged_files import Sentence, Span, load_splits, tags_of
-from torch import nn
-from vocabulary import Vocabulary, collate
-
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import write_json
@@ -43,6 +40,9 @@ from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.loop import train_loop
 from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.stage import Stage
+from span_metrics import span_scores, spans_of
+from tagged_files import Sentence, Span, load_splits, tags_of
+from vocabulary import Vocabulary, collate
 
 HOME = Path(__file__).resolve().parent
 KINDS = ("rnn", "lstm", "gru")

@@ -21,14 +21,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tagged_files import Sentence, Span, read_rows, read_tag_file, tags_of
-
 from nlp_common.base.arguments import option
 from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import bar_chart
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
+from tagged_files import Sentence, Span, read_rows, read_tag_file, tags_of
 
 HOME = Path(__file__).resolve().parent
 INSIDE = {"I": "M", "L": "E", "U": "S"}  # BIOES、BILOU 的写法 → BMES 的

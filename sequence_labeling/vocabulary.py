@@ -7,10 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from tagged_files import Sentence
 from torch import nn
 
 from nlp_common.base.runs import write_json
+from tagged_files import Sentence
 
 PAD, UNKNOWN = 0, 1
 

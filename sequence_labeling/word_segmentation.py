@@ -24,13 +24,10 @@ from functools import partial
 from pathlib import Path
 
 from bilstm_crf import BiLSTMSettings, BiLSTMTagger, tag_sentences, train_tagger
+from safetensors.torch import load_model, save_model
+
 from labeling import all_tags, predict_text, result_folder
 from long_sentences import MAX_CHARS, short_sentences
-from safetensors.torch import load_model, save_model
-from span_metrics import coloured, f1_standard_error, span_scores, spans_of
-from tagged_files import Sentence, Span, as_words_with_pos, load_splits
-from vocabulary import Vocabulary
-
 from nlp_common.base.arguments import POSITIVE, option
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import write_json
@@ -38,6 +35,9 @@ from nlp_common.draw.plots import bar_chart
 from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.settings import parse_settings
 from nlp_common.train.stage import Stage
+from span_metrics import coloured, f1_standard_error, span_scores, spans_of
+from tagged_files import Sentence, Span, as_words_with_pos, load_splits
+from vocabulary import Vocabulary
 
 HOME = Path(__file__).resolve().parent
 LEAK_SENTENCES = 300

@@ -27,11 +27,9 @@ from typing import Literal
 
 import numpy as np
 import torch
+
 from char_gpt import check_room
 from grammar_peers import RECORD_FIELDS, mask_costs, record_schema, whitespace_lover
-from schema_grammar import is_json, schema_to_grammar
-from token_masks import TokenMasks, make_masks
-
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
 from nlp_common.draw.figures import render
@@ -44,6 +42,8 @@ from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
+from schema_grammar import is_json, schema_to_grammar
+from token_masks import TokenMasks, make_masks
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B-Chat"

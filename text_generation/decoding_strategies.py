@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+
 from char_gpt import char_tokenizer, check_room, collate, count_targets, next_token_loss, small_gpt
 from decoding_search import beam_search, contrastive_search, diverse_beam_search
-
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
 from nlp_common.data.people_daily import people_daily

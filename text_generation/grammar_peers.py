@@ -8,6 +8,7 @@ import time
 from importlib.util import find_spec
 
 import numpy as np
+
 from schema_grammar import is_json, schema_to_grammar
 from token_masks import make_masks, token_bytes
 

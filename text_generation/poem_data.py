@@ -6,12 +6,11 @@ import random
 from pathlib import Path
 
 import poem_grammar
-from poem_grammar import COUPLETS, KINDS, QUATRAINS, pattern
-from poem_sounds import PING, TONES, ZE, learn_tones, rhyme_of
-
 from nlp_common.base.errors import UserError
 from nlp_common.data.files import sha256_of
 from nlp_common.data.rows import read_rows
+from poem_grammar import COUPLETS, KINDS, QUATRAINS, pattern
+from poem_sounds import PING, TONES, ZE, learn_tones, rhyme_of
 
 PACKAGE = "chinese-poetry"
 HOW_TO_GET = (

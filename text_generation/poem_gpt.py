@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import poem_data
 import torch
+
+import poem_data
 from char_gpt import (
     char_tokenizer,
     collate,
@@ -30,10 +31,6 @@ from char_gpt import (
     next_token_loss,
     small_gpt,
 )
-from poem_data import FREE, HOW_TO_GET, find_package, load_poems
-from poem_grammar import COUPLETS, KINDS, QUATRAINS, pattern
-from poem_sounds import rhyme_of
-
 from nlp_common.base.arguments import SHARE, option
 from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import bar_chart
@@ -41,6 +38,9 @@ from nlp_common.train.lesson import run_lesson
 from nlp_common.train.loop import train_loop
 from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.stage import Stage
+from poem_data import FREE, HOW_TO_GET, find_package, load_poems
+from poem_grammar import COUPLETS, KINDS, QUATRAINS, pattern
+from poem_sounds import rhyme_of
 
 HOME = Path(__file__).resolve().parent
 PRESETS = {

@@ -15,9 +15,8 @@ import functools
 import random
 import zlib
 
-from poem_sounds import PING, ZE, rhyme_of, tone_of
-
 from nlp_common.tiny.world import Draw
+from poem_sounds import PING, ZE, rhyme_of, tone_of
 
 # 名词按类分：对联的上下联，同一个位置要用同一类的词
 NOUNS = {

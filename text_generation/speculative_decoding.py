@@ -24,14 +24,6 @@ from typing import Literal
 
 import torch
 from scipy.stats import chisquare
-from speculative import (
-    Reader,
-    accept_or_replace,
-    accept_or_resample_p,
-    plain_generate,
-    speculative_generate,
-)
-from speculative_draft import load_draft, train_draft, work
 
 from nlp_common.base.arguments import COUNT, POSITIVE, option
 from nlp_common.base.errors import UserError
@@ -42,6 +34,14 @@ from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.stage import Stage
+from speculative import (
+    Reader,
+    accept_or_replace,
+    accept_or_resample_p,
+    plain_generate,
+    speculative_generate,
+)
+from speculative_draft import load_draft, train_draft, work
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL, FULL_DRAFT = "Qwen/Qwen1.5-4B-Chat", "Qwen/Qwen1.5-0.5B-Chat"

@@ -4,10 +4,9 @@ import random
 from functools import partial
 
 import torch
-from char_gpt import collate, count_targets, next_token_loss
-from speculative import Reader
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from char_gpt import collate, count_targets, next_token_loss
 from nlp_common.base.errors import UserError
 from nlp_common.hub.models import require_model
 from nlp_common.lm.chatml import encode_chat, prompt_ids
@@ -15,6 +14,7 @@ from nlp_common.lm.loading import load_plain_lm
 from nlp_common.tiny import world
 from nlp_common.train.loop import train_loop
 from nlp_common.train.stage import Stage
+from speculative import Reader
 
 # ---------------------------------------------------------------- 1. 写什么：两种活儿
 

@@ -6,9 +6,9 @@
 import re
 
 import numpy as np
+
 from automaton import DEAD, Matcher
 from gbnf import parse_grammar
-
 from nlp_common.lm.generation import stop_tokens
 
 

@@ -25,11 +25,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bpe import decode, encode_word, train_bpe
-from char_gpt import END, PAD, collate, count_targets, heldout_nats, next_token_loss, small_gpt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from bpe import decode, encode_word, train_bpe
+from char_gpt import END, PAD, collate, count_targets, heldout_nats, next_token_loss, small_gpt
 from nlp_common.base.arguments import Limits, option
 from nlp_common.base.errors import UserError
 from nlp_common.data.rows import read_rows

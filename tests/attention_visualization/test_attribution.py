@@ -5,9 +5,9 @@ import copy
 import attribution as at
 import pytest
 import torch
-from readers import without_heads
 
 from nlp_common.base.errors import UserError
+from readers import without_heads
 
 
 def forward(model, question):

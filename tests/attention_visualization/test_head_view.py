@@ -7,12 +7,12 @@ import shutil
 import subprocess
 
 import head_view as hv
-import pages
 import pytest
-import readers
 import torch
 from transformers import BertConfig, BertModel, MambaConfig, MambaForCausalLM
 
+import pages
+import readers
 from nlp_common.base.errors import UserError
 
 

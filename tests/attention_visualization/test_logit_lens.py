@@ -5,6 +5,7 @@ import random
 import logit_lens as ll
 import pytest
 import torch
+
 from questions import swap_answer
 from readers import layers_of, norm_of
 

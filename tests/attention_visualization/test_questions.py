@@ -3,8 +3,8 @@
 import random
 
 import pytest
-import questions as q
 
+import questions as q
 from nlp_common.base.errors import UserError
 from nlp_common.tiny import world
 

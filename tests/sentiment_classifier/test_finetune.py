@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import bert_finetune_sentiment as script
-import mlm
 import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, TrainerCallback
 
+import mlm
 from nlp_common.base.errors import UserError
 from nlp_common.data.labels import text_key
 from nlp_common.data.reviews import reviews

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import bert_ner as bn
 import pytest
-from tagged_files import Sentence, tags_of
 
 from nlp_common.lm.losses import IGNORE
 from nlp_common.tiny.bert import character_tokenizer
+from tagged_files import Sentence, tags_of
 
 TEXT = "他1998年进IBM 公司，Office 组😀"
 BERT_VOCABULARY = Path(__file__).resolve().parents[3] / "shared/data/tokenizers/bert-base-chinese/vocab.txt"

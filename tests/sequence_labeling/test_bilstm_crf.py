@@ -7,12 +7,12 @@ import hmm_crf
 import pytest
 import torch
 import word_segmentation as ws
-from labeling import all_tags
 from small_ner import small_sentences
+
+from labeling import all_tags
+from nlp_common.base.errors import UserError
 from tagged_files import tags_of
 from vocabulary import UNKNOWN, Vocabulary, collate, neighbours
-
-from nlp_common.base.errors import UserError
 
 SMALL = ["--preset", "tiny", "--hidden_size", "24", "--embedding_size", "16", "--input_dropout", "0.1"]
 SMALL += ["--num_train_epochs", "6", "--learning_rate", "0.02"]
@@ -180,6 +180,7 @@ def test_recall_of_unseen_words():
 def words_folder(tmp_path):
     """分词的数据，写成 B-n 这样的 BMES 文件。"""
     from small_ner import write_tag_file
+
     from tagged_files import Sentence
 
     def sentence(i):

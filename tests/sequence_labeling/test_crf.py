@@ -3,11 +3,12 @@
 import itertools
 import math
 
-import crf as fast
 import hmm_crf as plain
 import pytest
 import torch
 from hmm_crf import NEVER
+
+import crf as fast
 
 
 def random_case(n_rows=4, n_steps=5, n_tags=3, seed=0, spread=2.0):
@@ -163,8 +164,9 @@ def test_with_the_mask_no_chain_is_illegal_and_the_probabilities_stay_right():
 
 def test_explicit_gradient_in_hmm_crf_is_the_gradient():
     """hmm_crf.py 不用 autograd：它的一步等于对 log Z − 分数 用 autograd 再走 AdaGrad 的一步。"""
-    from labeling import all_tags
     from small_ner import small_sentences
+
+    from labeling import all_tags
 
     sentences = small_sentences(12)
     tags = all_tags(sentences)

@@ -3,10 +3,10 @@
 import random
 
 import pytest
-import span_metrics as sm
-from tagged_files import Sentence, tags_of
 
+import span_metrics as sm
 from nlp_common.base.errors import UserError
+from tagged_files import Sentence, tags_of
 
 
 def random_tags(rng, length, letters, kinds=("A", "B")):

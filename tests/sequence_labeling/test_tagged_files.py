@@ -2,14 +2,14 @@
 
 import json
 
-import long_sentences as ls
 import pytest
-import tagged_files as tf
 from small_ner import small_sentences, write_tag_file
-from tagged_files import Sentence
 
+import long_sentences as ls
+import tagged_files as tf
 from nlp_common.base.errors import UserError
 from nlp_common.data import people_daily
+from tagged_files import Sentence
 
 
 @pytest.mark.parametrize("scheme", ["BMES", "BIO", "BIOES"])

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 import tokenizer_training as tt
-from bpe import decode, encode_word, train_bpe
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from bpe import decode, encode_word, train_bpe
 from nlp_common.base.errors import UserError
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from decoding_search import beam_search, contrastive_search, diverse_beam_search
 
+from decoding_search import beam_search, contrastive_search, diverse_beam_search
 from nlp_common.lm.generation import pad_left, stop_tokens
 from nlp_common.tiny import world
 

@@ -6,11 +6,11 @@ import re
 
 import numpy as np
 import pytest
+
 from automaton import Matcher
 from gbnf import parse_grammar
-from token_masks import TokenMasks, token_bytes
-
 from nlp_common.base.errors import UserError
+from token_masks import TokenMasks, token_bytes
 
 
 def matcher(text: str) -> Matcher:

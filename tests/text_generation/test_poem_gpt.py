@@ -3,14 +3,14 @@
 import json
 import math
 
-import poem_data
 import poem_gpt as pg
-import poem_grammar as grammar
-import poem_sounds as sounds
 import pytest
 import torch
-from char_gpt import char_tokenizer, small_gpt
 
+import poem_data
+import poem_grammar as grammar
+import poem_sounds as sounds
+from char_gpt import char_tokenizer, small_gpt
 from nlp_common.base.errors import UserError
 from nlp_common.tiny.world import Draw
 

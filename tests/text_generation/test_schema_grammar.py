@@ -6,12 +6,12 @@ import random
 
 import numpy as np
 import pytest
+
 from automaton import Matcher
 from gbnf import parse_grammar
+from nlp_common.base.errors import UserError
 from schema_grammar import fits, schema_to_grammar
 from token_masks import TokenMasks, token_bytes
-
-from nlp_common.base.errors import UserError
 
 NODE = {
     "type": "object",

@@ -4,12 +4,12 @@ import pytest
 import speculative_decoding as sd
 import torch
 from scipy.stats import chisquare
-from speculative import Reader, accept_or_replace, accept_or_resample_p, plain_generate, speculative_generate
 
 from nlp_common.base.errors import UserError
 from nlp_common.lm.chatml import prompt_ids
 from nlp_common.lm.generation import stop_tokens
 from nlp_common.tiny import world
+from speculative import Reader, accept_or_replace, accept_or_resample_p, plain_generate, speculative_generate
 
 
 def counts_of(accept, p, q, n):
