@@ -77,6 +77,19 @@ TOPICS: dict[str, dict[str, list[Call]]] = {
             Call(TINY, "从随机的权重训练四遍，不到一分钟。", ["tnews_bert_model-tiny/confusion.png"])
         ]
     },
+    "sequence_labeling": {
+        "span_metrics.py": [Call(TINY, "先看指标：95% 的字对了，实体只对了七成。")],
+        "hmm_crf.py": [Call(TINY, "数出来的 HMM 与手写的 CRF，半分钟左右。")],
+        "rnn_tagger.py": [Call(TINY, "RNN、LSTM、GRU 写出来，约两分钟。")],
+        "bilstm_crf.py": [Call(TINY, "三个模型，约三分钟。")],
+    },
+    "text_generation": {
+        "constrained_decoding.py": [
+            Call(TINY, "没有 Qwen 链的小模型时先训练它（另开进程，两三分钟），之后半分钟左右。")
+        ],
+        "speculative_decoding.py": [Call(TINY, "草稿模型当场训练，半分钟左右。")],
+        "poem_gpt.py": [Call(TINY, "写诗的小 GPT，约三分钟。")],
+    },
     "qwen_chinese_finetune": {
         "pretrain_chinese.py": [
             stage("pretrain", "结果放在 `outputs/notebook/`，与在终端里跑出来的 `outputs/tiny/` 各不相干。")
