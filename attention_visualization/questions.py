@@ -1,7 +1,7 @@
 """知道答案抄自哪里的题：小世界的故事题，和给任何语言模型的英文事实题。
 
 "模型看的是哪里"要有标准答案才量得出对错。小世界的语法写故事时记着每个词写在哪里；
-英文事实题（某某住在某地）是拼出来的，位置也就知道。
+英文事实题（车是红的、狗叫 Max）是拼出来的，位置也就知道。
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ from nlp_common.base.errors import UserError
 from nlp_common.lm.chatml import encode_text, prompt_ids, whole_pieces
 from nlp_common.tiny import world
 
-NAMES = ["Alice", "Bob", "Carol", "David", "Emma", "Frank", "Grace", "Henry", "Jack", "Mary"]
-CITIES = ["Paris", "London", "Tokyo", "Rome", "Berlin", "Madrid", "Moscow", "Cairo", "Sydney", "Boston"]
-FACTS = 5  # 一道英文题里说几个人
+FACTS = {  # 给任何语言模型的英文事实题：每样东西只说一次，词都是一个 token
+    "The color of the car is": ["red", "blue", "green", "black", "white", "yellow"],
+    "The name of the dog is": ["Max", "Bob", "Jack", "Sam", "Charlie", "Lucy"],
+    "The city of the trip is": ["Paris", "London", "Tokyo", "Rome", "Berlin", "Moscow"],
+    "The day of the party is": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Sunday"],
+    "The fruit in the bag is": ["apple", "banana", "orange", "lemon", "grape", "mango"],
+}
 
 
 @dataclass
@@ -78,24 +82,24 @@ def tiny_world_question(tokenizer, rng: random.Random, number: int) -> Question:
 
 
 def facts_question(tokenizer, rng: random.Random, number: int) -> Question:
-    """一道英文题：五个人各住在一个城市，问其中一个。"""
-    names, cities = rng.sample(NAMES, FACTS), rng.sample(CITIES, FACTS)
-    which = rng.randrange(FACTS)
+    """一道英文题：五件事打乱了说，再问其中一件。"""
+    facts = rng.sample(list(FACTS), len(FACTS))
+    asked = facts[number % len(facts)]
     ids: list[int] = []
     source: list[int] = []
-    for place, (name, city) in enumerate(zip(names, cities, strict=True)):
-        ids += encode_text(tokenizer, f"{' ' if place else ''}{name} lives in")
-        word = encode_text(tokenizer, f" {city}")
-        if place == which:
-            source = list(range(len(ids), len(ids) + len(word)))
-        ids += word + encode_text(tokenizer, ".")
+    word = ""
+    for place, fact in enumerate(facts):
+        value = rng.choice(FACTS[fact])
+        ids += encode_text(tokenizer, f"{' ' if place else ''}{fact}")
+        tokens = encode_text(tokenizer, f" {value}")
+        if fact == asked:
+            word, source = value, list(range(len(ids), len(ids) + len(tokens)))
+        ids += tokens + encode_text(tokenizer, ".")
     story = list(range(len(ids)))
-    asked = names[which]
-    ids += encode_text(tokenizer, f"\n{asked} lives in")
-    answers = [encode_text(tokenizer, f" {city}")[0] for city in cities]
-    answer = answers[which]
-    others = sorted(set(answers) - {answer})
-    return Question(ids, whole_pieces(tokenizer, ids), story, source, answer, others, "city", cities[which])
+    ids += encode_text(tokenizer, f" Question: {asked}")
+    answer = encode_text(tokenizer, f" {word}")[0]
+    others = sorted({encode_text(tokenizer, f" {each}")[0] for each in FACTS[asked]} - {answer})
+    return Question(ids, whole_pieces(tokenizer, ids), story, source, answer, others, asked, word)
 
 
 def swap_answer(tokenizer, question: Question, rng: random.Random) -> Question | None:
@@ -103,8 +107,8 @@ def swap_answer(tokenizer, question: Question, rng: random.Random) -> Question |
 
     别的词 token 数都不同，或第一个字恰好相同时，换不成，是 None。
     """
-    words = CITIES if question.slot == "city" else world.WORLD[question.slot]
-    lead = " " if question.slot == "city" else ""
+    words = FACTS.get(question.slot) or world.WORLD[question.slot]
+    lead = " " if question.slot in FACTS else ""
     old = encode_text(tokenizer, lead + question.word)
     step = old.index(question.answer)
     choices = []

@@ -56,12 +56,15 @@ def test_a_swapped_question_differs_in_the_source_alone(tokenizer, few):
         assert question.answer in other.others
 
 
-def test_facts_have_the_city_of_the_person_asked(tokenizer):
-    for question in q.make_questions(tokenizer, "facts", 5, 0):
-        text = "".join(question.pieces)
-        asked = text.split("\n")[1].split(" lives")[0]
-        assert f"{asked} lives in {question.word}." in text
+def test_facts_have_the_value_of_the_thing_asked(tokenizer):
+    for question in q.make_questions(tokenizer, "facts", 10, 0):
+        story, asked = "".join(question.pieces).split(" Question: ")
+        assert asked == question.slot and f"{asked} {question.word}." in story
         assert "".join(question.pieces[place] for place in question.source) == f" {question.word}"
+        other = q.swap_answer(tokenizer, question, random.Random(0))
+        assert other is None or "".join(other.pieces).replace(other.word, question.word) == "".join(
+            question.pieces
+        )
 
 
 def test_a_story_that_cannot_be_found():
