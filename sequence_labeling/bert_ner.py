@@ -10,7 +10,7 @@
     python bert_ner.py --dataset ../../shared/data/resume_ner  # 自己的数据
     python bert_ner.py --predict "江泽民主席昨天在上海会见了桥本龙太郎"
 
-预期输出（实测见本文件夹的 README.md）：先看一张对齐的表，再看实体的 F1：小 BERT 不如 BiLSTM-CRF，真的预训练过的才行。
+预期输出（实测见本文件夹的 README.md）：先看一张对齐的表，再看实体的 F1：从零训练的小 BERT 不如 BiLSTM-CRF。
 
 参考：Devlin et al. 2019（BERT）第 5.3 节；Wang et al. 2024（multilingual-e5）。
 """
