@@ -51,7 +51,7 @@ from strips import Strip, write_strips
 
 PRESETS = {
     "tiny": {"questions": 504, "points": 32},
-    "full": {"questions": 20, "points": 32},
+    "full": {"questions": 10, "points": 32},
 }
 LABELS = {
     "chance": "随手一指|chance",
@@ -173,7 +173,7 @@ def accuracy(model, questions: list[Question]) -> float:
 def heads_table(reader: Reader, questions: list[Question], scores: dict[str, list]) -> dict:
     """每个头：放在答案上的注意力、指对的题、去掉它之后的正确率。
 
-    头多的大模型，一个一个去掉太慢：只去掉看答案最多的 12 个和最少的 12 个，别的头没有 accuracy_without。
+    头多的大模型，一个一个去掉太慢：只去掉看答案最多的 6 个和最少的 6 个，别的头没有 accuracy_without。
     """
     table: dict[str, dict] = {}
     for layer in range(reader.layers):
@@ -182,7 +182,7 @@ def heads_table(reader: Reader, questions: list[Question], scores: dict[str, lis
             on_answer = [float(w[q.source].sum()) for w, q in zip(scores[name], questions, strict=True)]
             table[name] = {"weight": sum(on_answer) / len(on_answer), "hits": hits(scores[name], questions)}
     order = sorted(table, key=lambda name: table[name]["weight"])
-    for name in order if len(order) <= ALL_HEADS else order[:12] + order[-12:]:
+    for name in order if len(order) <= ALL_HEADS else order[:6] + order[-6:]:
         layer, head = (int(part) for part in name.removeprefix("layer").split(".head"))
         with without_heads(reader.model, [(layer, head)]):
             table[name]["accuracy_without"] = accuracy(reader.model, questions)

@@ -192,7 +192,7 @@ def patch_grid(model, here: Question, there: Question) -> torch.Tensor:
     start, goal = preference(model, here.ids, new, old), preference(model, there.ids, new, old)
     stream = residual_stream(model, there.ids)
     grid = torch.zeros(len(stream), len(here.ids))
-    every = max(1, len(stream) // 8)
+    every = max(1, len(stream) // 4) if len(stream) > 8 else 1
     for row, (module, values) in enumerate(zip((*layers_of(model), norm_of(model)), stream, strict=True)):
         if row % every and row != len(stream) - 1:
             continue
