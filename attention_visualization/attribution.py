@@ -344,7 +344,11 @@ def print_ways(metrics: dict, ways: dict) -> None:
         left = metrics["accuracy_after_removing"][name]
         label = LABELS[name].split("|")[0]
         print(f"  {label}{' ' * (14 - 2 * len(label))}{metrics[f'hits_{name}']:>10.3f}{left:>14.3f}")
-    print()
+    error = metrics["completeness_error"]
+    print(
+        f"积分梯度的份额之和，与分数的变化差 {error:.1%}"
+        + ("：不可信，加大 --points 再看。\n" if error > 0.01 else "\n")
+    )
 
 
 def draw(folder: Path, metrics: dict, question: Question, ways: dict) -> None:
