@@ -315,7 +315,10 @@ def draw(folder: Path, right: list[float], probability: list[float], grid: torch
 
 def shown(text: str) -> str:
     """图上的一个 token：没有中文字体就只留能画的。"""
-    text = "".join(c if c.isprintable() else "." for c in text.replace("\n", "⏎").replace("$", ""))
+    text = "".join(
+        c if c.isprintable() and c != "\N{REPLACEMENT CHARACTER}" else "."
+        for c in text.replace("\n", "⏎").replace("$", "")
+    )
     text = text.replace("<|im_start|>", "<s>").replace("<|im_end|>", "<e>")
     return text if cjk_font() or text.isascii() else "".join(c if c.isascii() else "?" for c in text)
 

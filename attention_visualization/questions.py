@@ -18,11 +18,11 @@ from nlp_common.lm.chatml import encode_text, prompt_ids, whole_pieces
 from nlp_common.tiny import world
 
 FACTS = {  # 给任何语言模型的英文事实题：每样东西只说一次，词都是一个 token
-    "The color of the car is": ["red", "blue", "green", "black", "white", "yellow"],
-    "The name of the dog is": ["Max", "Bob", "Jack", "Sam", "Charlie", "Lucy"],
-    "The city of the trip is": ["Paris", "London", "Tokyo", "Rome", "Berlin", "Moscow"],
-    "The day of the party is": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Sunday"],
-    "The fruit in the bag is": ["apple", "banana", "orange", "lemon", "grape", "mango"],
+    "color": ("The color of the car is", ["red", "blue", "green", "black", "white", "yellow"]),
+    "dog": ("The name of the dog is", ["Max", "Bob", "Jack", "Sam", "Charlie", "Lucy"]),
+    "city": ("The city of the trip is", ["Paris", "London", "Tokyo", "Rome", "Berlin", "Moscow"]),
+    "day": ("The day of the party is", ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Sunday"]),
+    "fruit": ("The fruit in the bag is", ["apple", "banana", "orange", "lemon", "grape", "mango"]),
 }
 
 
@@ -82,23 +82,30 @@ def tiny_world_question(tokenizer, rng: random.Random, number: int) -> Question:
 
 
 def facts_question(tokenizer, rng: random.Random, number: int) -> Question:
-    """一道英文题：五件事打乱了说，再问其中一件。"""
-    facts = rng.sample(list(FACTS), len(FACTS))
-    asked = facts[number % len(facts)]
-    ids: list[int] = []
+    """一道英文题：五件事打乱了说，再问其中一件。
+
+    故事前面先写 "Facts:"：大模型的许多头没什么可看时，就把权重放在第一个 token 上（Xiao et al. 2024 的 attention sink），
+    第一个 token 要是故事里的，滚动全归给它；遮住它，整个模型都乱了。
+    """
+    slots = rng.sample(list(FACTS), len(FACTS))
+    asked = list(FACTS)[number % len(FACTS)]
+    ids = encode_text(tokenizer, "Facts:")
+    start = len(ids)
     source: list[int] = []
     word = ""
-    for place, fact in enumerate(facts):
-        value = rng.choice(FACTS[fact])
-        ids += encode_text(tokenizer, f"{' ' if place else ''}{fact}")
+    for slot in slots:
+        fact, values = FACTS[slot]
+        value = rng.choice(values)
+        ids += encode_text(tokenizer, f" {fact}")
         tokens = encode_text(tokenizer, f" {value}")
-        if fact == asked:
+        if slot == asked:
             word, source = value, list(range(len(ids), len(ids) + len(tokens)))
         ids += tokens + encode_text(tokenizer, ".")
-    story = list(range(len(ids)))
-    ids += encode_text(tokenizer, f" Question: {asked}")
+    story = list(range(start, len(ids)))
+    fact, values = FACTS[asked]
+    ids += encode_text(tokenizer, f" Question: {fact}")
     answer = encode_text(tokenizer, f" {word}")[0]
-    others = sorted({encode_text(tokenizer, f" {each}")[0] for each in FACTS[asked]} - {answer})
+    others = sorted({encode_text(tokenizer, f" {each}")[0] for each in values} - {answer})
     return Question(ids, whole_pieces(tokenizer, ids), story, source, answer, others, asked, word)
 
 
@@ -107,8 +114,9 @@ def swap_answer(tokenizer, question: Question, rng: random.Random) -> Question |
 
     别的词 token 数都不同，或第一个字恰好相同时，换不成，是 None。
     """
-    words = FACTS.get(question.slot) or world.WORLD[question.slot]
-    lead = " " if question.slot in FACTS else ""
+    is_fact = "".join(question.pieces).startswith("Facts:")
+    words = FACTS[question.slot][1] if is_fact else world.WORLD[question.slot]
+    lead = " " if is_fact else ""
     old = encode_text(tokenizer, lead + question.word)
     step = old.index(question.answer)
     choices = []

@@ -59,7 +59,8 @@ def test_a_swapped_question_differs_in_the_source_alone(tokenizer, few):
 def test_facts_have_the_value_of_the_thing_asked(tokenizer):
     for question in q.make_questions(tokenizer, "facts", 10, 0):
         story, asked = "".join(question.pieces).split(" Question: ")
-        assert asked == question.slot and f"{asked} {question.word}." in story
+        assert asked == q.FACTS[question.slot][0] and f"{asked} {question.word}." in story
+        assert story.startswith("Facts:") and question.story[0] > 0
         assert "".join(question.pieces[place] for place in question.source) == f" {question.word}"
         other = q.swap_answer(tokenizer, question, random.Random(0))
         assert other is None or "".join(other.pieces).replace(other.word, question.word) == "".join(
