@@ -237,7 +237,8 @@ def learn(stage: Stage, found: dict) -> dict:
     metrics |= {f"hits_{name}": hits(values, questions) for name, values in ways.items()}
     metrics["completeness_error"] = sum(errors) / sum(changes)
     metrics["completeness_error_worst"] = max(e / c for e, c in zip(errors, changes, strict=True))
-    removed = [row for row in heads.values() if "accuracy_without" in row]
+    heads = {name: row for name, row in heads.items() if "accuracy_without" in row}
+    removed = list(heads.values())
     metrics["weight_and_importance"] = rank_correlation(
         [row["weight"] for row in removed], [before - row["accuracy_without"] for row in removed]
     )
