@@ -123,7 +123,7 @@ def sequences_of(stage: str, row) -> list[tuple[int, int]]:
 
 
 def row_flops(stage: str, config, row) -> int:
-    """训练一行必须做的：前向的 3 倍；DPO 另有参考模型的一次前向。"""
+    """训练一行必须做的：前向的 3 倍；DPO 另有参考模型的一次前向，一对的两条各算各的（共用提示省下的不减）。"""
     return (4 if stage == "dpo" else 3) * sum(forward_flops(config, *s) for s in sequences_of(stage, row))
 
 

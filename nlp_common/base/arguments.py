@@ -84,7 +84,7 @@ LIMITS = {
     **dict.fromkeys(("ppo_epochs", "top_k"), COUNT),
     "max_steps": Limits(at_least=1, also=-1),
     "dataloader_num_workers": NOT_NEGATIVE,
-    "samples": NOT_NEGATIVE,
+    **dict.fromkeys(("samples", "train_layers"), NOT_NEGATIVE),
     "seed": Limits(at_least=0, at_most=2**32 - 1),  # numpy 的种子只能这么大
     "port": Limits(at_least=1, at_most=65535),
     # 学习率等：大于 0
@@ -95,7 +95,8 @@ LIMITS = {
     # 0 是不用
     **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "sft_weight"), NOT_NEGATIVE),
     **dict.fromkeys(("mlm_epochs", "mlm_news", "kl_coef", "kl_gain", "temperature"), NOT_NEGATIVE),
-    "adam_beta2": Limits(at_least=0, below=1),
+    **dict.fromkeys(("adam_beta2", "dropout"), Limits(at_least=0, below=1)),
+    "layer_decay": Limits(above=0, at_most=1),
     "gamma": SHARE,
     "lam": SHARE,
 }

@@ -71,10 +71,6 @@ class BertSettings(RunSettings):
                 raise UserError(f"--{name} 不能小于 0，给的是 {values[name]}；0 是不用。")
         if self.train_layers is not None and self.train_layers < 0:
             raise UserError(f"--train_layers 不能小于 0，给的是 {self.train_layers}；0 是只训练分类层。")
-        if not 0 < self.layer_decay <= 1:
-            raise UserError(f"--layer_decay 要大于 0、不超过 1，给的是 {self.layer_decay}。")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise UserError(f"--dropout 要在 0 到 1 之间（不含 1），给的是 {self.dropout}。")
         if self.train_layers is not None and self.model is None and self.preset == "tiny":
             raise UserError("--train_layers 要和预训练好的模型一起用：再加上 --model，例如 --model e5。")
         if not 3 <= self.max_length <= MAX_POSITIONS:

@@ -307,9 +307,9 @@ def test_mistyped_path_and_flag(tmp_path):
         ("mlm_epochs", "-1", "不能小于 0"),
         ("hidden_size", "200", "64 的倍数"),
         ("train_layers", "-1", "不能小于 0"),
-        ("dropout", "1", "在 0 到 1 之间"),
-        ("layer_decay", "0", "要大于 0、不超过 1"),
-        ("layer_decay", "1.5", "要大于 0、不超过 1"),
+        ("dropout", "1", "小于 1"),
+        ("layer_decay", "0", "要大于 0、不大于 1"),
+        ("layer_decay", "1.5", "要大于 0、不大于 1"),
     ],
 )
 def test_impossible_sizes_are_refused_before_training(name, value, said, tmp_path):

@@ -71,13 +71,14 @@ def test_a_prompt_longer_than_the_context(tmp_path, chat_folder):
         )
 
 
-def test_bad_arguments(tmp_path):
+def test_bad_arguments(tmp_path, chat_folder):
     with pytest.raises(UserError, match="--prompt 要配"):
         cd.main(["--preset", "tiny", "--prompt", "问"])
     with pytest.raises(UserError, match="只能给一个"):
         cd.main(["--preset", "tiny", "--prompt", "问", "--schema", "a", "--grammar", "b"])
     with pytest.raises(UserError, match="读不了"):
-        cd.main(["--preset", "tiny", "--prompt", "问", "--schema", str(tmp_path / "没有.json")])
+        missing = ["--schema", str(tmp_path / "没有.json")]
+        cd.main(["--preset", "tiny", "--model", str(chat_folder), "--prompt", "问", *missing])
 
 
 def test_arithmetic_is_judged_by_python():
