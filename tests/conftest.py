@@ -54,6 +54,14 @@ def _load(name: str):
     return module
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate 在一个进程里只认第一次的精度（如 BERT 的 bf16）：每个测试之后清掉，与先后无关。"""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def readers_own() -> re.Pattern:
     """哪些环境变量是读者自己的，开始时就清掉了。"""
