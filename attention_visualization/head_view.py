@@ -20,6 +20,7 @@
 from nlp_common.base.cli import run_main
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -223,11 +224,7 @@ def main(argv: list[str] | None = None) -> dict:
     elif not settings.hand:
         found = find_reader(settings)
         more = {"model_id": found["id"]}
-
-    def work(stage: Stage) -> dict:
-        return learn(stage, found)
-
-    return run_lesson("head_view", HOME, settings, work, **more)
+    return run_lesson("head_view", HOME, settings, partial(learn, found=found), **more)
 
 
 if __name__ == "__main__":

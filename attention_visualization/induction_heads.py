@@ -20,6 +20,7 @@ from nlp_common.base.cli import run_main
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -388,11 +389,9 @@ def main(argv: list[str] | None = None) -> dict:
     if not settings.model:
         return run_lesson("induction_heads", HOME, settings, learn)
     found = find_reader(settings)
-
-    def work(stage: Stage) -> dict:
-        return learn_from_model(stage, found)
-
-    return run_lesson("induction_heads", HOME, settings, work, model_id=found["id"])
+    return run_lesson(
+        "induction_heads", HOME, settings, partial(learn_from_model, found=found), model_id=found["id"]
+    )
 
 
 if __name__ == "__main__":

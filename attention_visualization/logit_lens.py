@@ -23,6 +23,7 @@ import contextlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -367,11 +368,7 @@ def draw_text(path: Path, pieces: list[str], said: list[list[str]], sure: torch.
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(LensSettings, PRESETS, argv, None)
     found = find_reader(settings)
-
-    def work(stage: Stage) -> dict:
-        return learn(stage, found)
-
-    return run_lesson("logit_lens", HOME, settings, work, model_id=found["id"])
+    return run_lesson("logit_lens", HOME, settings, partial(learn, found=found), model_id=found["id"])
 
 
 if __name__ == "__main__":

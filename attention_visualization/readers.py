@@ -22,7 +22,6 @@ from nlp_common.lm.checks import (
     check_config,
     check_tokenizer,
     check_vocabulary,
-    config_of,
     load_weights,
     quiet,
     readable_errors,
@@ -213,7 +212,3 @@ def _zeroing(removed: list[int], size: int):
 def model_name(found: dict, settings: ReaderSettings) -> str:
     """给人看的名字。"""
     return settings.model or f"Qwen 链 tiny 的 {found['stage']}"
-
-
-def architecture(path: str) -> str:
-    return str((config_of(path).get("architectures") or [""])[0])

@@ -20,6 +20,7 @@ from nlp_common.base.cli import run_main
 
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -257,11 +258,7 @@ def main(argv: list[str] | None = None) -> dict:
     if settings.hand:
         return run_lesson("rollout_and_flow", HOME, settings, learn_hand)
     found = find_reader(settings)
-
-    def work(stage: Stage) -> dict:
-        return learn(stage, found)
-
-    return run_lesson("rollout_and_flow", HOME, settings, work, model_id=found["id"])
+    return run_lesson("rollout_and_flow", HOME, settings, partial(learn, found=found), model_id=found["id"])
 
 
 if __name__ == "__main__":

@@ -102,7 +102,6 @@ def main() -> None:
     parser.add_argument("--spin", nargs="*", default=[], help="另外再试的 GOMP_SPINCOUNT")
     parser.add_argument("--record", action="store_true", help="记进 docs/measurements")
     args = parser.parse_args()
-    os.environ.pop("GOMP_SPINCOUNT", None)
     from nlp_common.base.measurements import record
 
     os.environ.pop("GOMP_SPINCOUNT", None)  # 导入 nlp_common 时设了；子进程要的是读者的环境

@@ -31,8 +31,8 @@ from crf import legal_mask, viterbi_batch
 from labeling import (
     LabelSettings,
     all_tags,
+    in_batches,
     predict_text,
-    result_folder,
     show_prediction,
     show_report,
     span_report,
@@ -44,7 +44,7 @@ from nlp_common.hub.models import require_model
 from nlp_common.lm.losses import IGNORE
 from nlp_common.tiny.bert import MAX_POSITIONS, character_tokenizer, small_config
 from nlp_common.train.bert import FULL_MODEL, SMALL_MODEL, parse_bert_settings
-from nlp_common.train.lesson import run_lesson, run_part
+from nlp_common.train.lesson import result_folder, run_lesson, run_part
 from nlp_common.train.loop import train_loop
 from nlp_common.train.settings import LoopSettings
 from nlp_common.train.stage import Stage
@@ -301,9 +301,7 @@ def tag_sentences(model, tokenizer, sentences: list[Sentence], tags: list[str]) 
     model.eval()
     zeros = [torch.zeros(mask.shape).masked_fill(~mask, -torch.inf) for mask in legal_mask(tags)]
     found: list[list[str]] = [[] for _ in sentences]
-    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i].chars))
-    for at in range(0, len(order), 32):
-        picked = order[at : at + 32]
+    for picked in in_batches(sentences, 32):
         rows = [with_ends(tokenizer, char_ids(tokenizer, sentences[i].chars)) for i in picked]
         inputs = tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(model.device)
         logits = model(**inputs).logits[:, 1:-1].float().cpu()  # 去掉 [CLS] 与最后一格
@@ -368,7 +366,7 @@ def predict(settings: BertNerSettings) -> list[Span]:
     """像读任何 hub 上的模型那样读回来，标一句话。"""
     from transformers import AutoTokenizer, BertForTokenClassification
 
-    folder = result_folder(HOME, settings, lesson_name(settings))
+    folder = result_folder(lesson_name(settings), HOME, settings)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = BertForTokenClassification.from_pretrained(folder)
     tags = [model.config.id2label[i] for i in range(model.config.num_labels)]
@@ -377,7 +375,7 @@ def predict(settings: BertNerSettings) -> list[Span]:
         return [spans_of(each) for each in tag_sentences(model, tokenizer, sentences, tags)]
 
     spans = predict_text(settings.predict, tag, settings.max_length)
-    show_prediction(settings.predict, spans, sorted({t[2:] for t in tags if t != "O"}))
+    show_prediction(settings.predict, spans, tags)
     return spans
 
 

@@ -22,6 +22,7 @@ import random
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +33,8 @@ from crf import CRF, legal_mask
 from labeling import (
     LabelSettings,
     all_tags,
+    in_batches,
     predict_text,
-    result_folder,
     show_prediction,
     show_report,
     span_report,
@@ -42,7 +43,7 @@ from long_sentences import MAX_CHARS, short_sentences
 from nlp_common.base.arguments import COUNT, Limits, option
 from nlp_common.base.runs import write_json
 from nlp_common.draw.plots import bar_chart, line_chart
-from nlp_common.train.lesson import run_lesson, run_part
+from nlp_common.train.lesson import result_folder, run_lesson, run_part
 from nlp_common.train.loop import train_loop
 from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.stage import Stage
@@ -77,6 +78,7 @@ TRAINING = {
 
 @dataclass
 class BiLSTMSettings(LoopSettings, LabelSettings):
+    COMMON: ClassVar[dict] = LoopSettings.COMMON | TRAINING
     NOT_IN_FINGERPRINT = LoopSettings.NOT_IN_FINGERPRINT | LabelSettings.NOT_IN_FINGERPRINT
 
     max_length: int | None = option("一段最多多少字；更长的在标点处切开", limits=COUNT)
@@ -204,9 +206,7 @@ def tag_sentences(
     for name in ("start", "transitions", "end"):
         getattr(crf, name).copy_(getattr(model.crf, name) if model.use_crf else torch.tensor(0.0))
     found: list[list[str]] = [[] for _ in sentences]
-    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i].chars))
-    for at in range(0, len(order), 64):
-        picked = order[at : at + 64]
+    for picked in in_batches(sentences, 64):
         batch = collate([vocabulary.encode(sentences[i].chars) for i in picked])
         emissions = model.emissions(**batch)
         if model.use_crf or legal:
@@ -337,7 +337,7 @@ def draw_pictures(folder: Path, rows: dict, curve: dict[int, float], report: dic
 
 def predict(settings: BiLSTMSettings) -> list[Span]:
     """读回训练好的模型，标一句话，打印出来。"""
-    folder = result_folder(HOME, settings, "bilstm_crf")
+    folder = result_folder("bilstm_crf", HOME, settings)
     tags = json.loads((folder / "tags.json").read_text(encoding="utf-8"))
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     model = BiLSTMTagger(vocabulary, tags, settings, use_crf=True)
@@ -347,13 +347,12 @@ def predict(settings: BiLSTMSettings) -> list[Span]:
         return [spans_of(each) for each in tag_sentences(model, vocabulary, sentences, legal=True)]
 
     spans = predict_text(settings.predict, tag, settings.max_length)
-    show_prediction(settings.predict, spans, sorted({t[2:] for t in tags if t != "O"}))
+    show_prediction(settings.predict, spans, tags)
     return spans
 
 
 def main(argv: list[str] | None = None) -> dict:
-    presets = {name: TRAINING | preset for name, preset in PRESETS.items()}
-    settings = parse_settings(BiLSTMSettings, presets, argv)
+    settings = parse_settings(BiLSTMSettings, PRESETS, argv)
     record = run_lesson("bilstm_crf", HOME, settings, learn)
     if settings.predict is not None:
         predict(settings)

@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from labeling import (
     LabelSettings,
     all_tags,
+    in_batches,
     predict_text,
-    result_folder,
     show_prediction,
     show_report,
     span_report,
@@ -38,7 +38,7 @@ from long_sentences import MAX_CHARS, short_sentences
 from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, POSITIVE, option
 from nlp_common.base.runs import write_json
 from nlp_common.draw.plots import line_chart
-from nlp_common.train.lesson import run_lesson
+from nlp_common.train.lesson import result_folder, run_lesson
 from nlp_common.train.settings import parse_settings
 from nlp_common.train.stage import Stage
 from span_metrics import character_accuracy, draw_confusion, f1_standard_error, span_scores, spans_of
@@ -180,12 +180,6 @@ def decode_hmm(hmm: dict, sentences: list[Sentence], tags: list[str]) -> list[li
         for i, path in zip(picked, paths, strict=True):
             found[i] = [tags[k] for k in path]
     return found
-
-
-def in_batches(sentences: list[Sentence], size: int) -> list[list[int]]:
-    """按长短排好，每批 size 句，长短相近：→ 各批是第几句。"""
-    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i].chars))
-    return [order[at : at + size] for at in range(0, len(order), size)]
 
 
 # ---------------------------------------------------------------- 3. CRF：特征的权重，用梯度训练
@@ -371,7 +365,7 @@ def learn(stage: Stage) -> dict:
 
 def predict(settings: HmmCrfSettings) -> list[Span]:
     """读回训练好的 CRF，标一句话，打印出来。"""
-    folder = result_folder(HOME, settings, "hmm_crf")
+    folder = result_folder("hmm_crf", HOME, settings)
     saved = json.loads((folder / "features.json").read_text(encoding="utf-8"))
     crf = FeatureCRF({f: i for i, f in enumerate(saved["features"])}, saved["tags"])
     for name, value in load_file(str(folder / "crf.safetensors")).items():
@@ -381,7 +375,7 @@ def predict(settings: HmmCrfSettings) -> list[Span]:
         return [spans_of(each) for each in crf.decode(sentences)]
 
     spans = predict_text(settings.predict, tag, MAX_CHARS)
-    show_prediction(settings.predict, spans, sorted({t[2:] for t in saved["tags"] if t != "O"}))
+    show_prediction(settings.predict, spans, saved["tags"])
     return spans
 
 

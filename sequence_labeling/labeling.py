@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from long_sentences import tag_long
 from nlp_common.base.arguments import option
 from nlp_common.base.errors import UserError
+from nlp_common.lm.generation import batches_by_length
 from nlp_common.train.settings import LessonSettings
 from span_metrics import (
     coloured,
@@ -52,6 +52,11 @@ def all_tags(sentences: list[Sentence]) -> list[str]:
     return tags if covered else ["O", *tags]
 
 
+def in_batches(sentences: list[Sentence], size: int) -> list[list[int]]:
+    """每批 size 句，长短相近：→ 各批是第几句。"""
+    return batches_by_length([len(sentence.chars) for sentence in sentences], size)
+
+
 def span_report(sentences: list[Sentence], predicted: list[list[Span]]) -> dict:
     """评测时要看的：各类的成绩、混淆、最长的几个错的实体；都能写进 run.json。"""
     gold = [sentence.spans for sentence in sentences]
@@ -79,12 +84,9 @@ def predict_text(text: str, tag: Callable[[list[Sentence]], list[list[Span]]], l
     return tag_long([Sentence(list(text))], tag, limit)[0]
 
 
-def show_prediction(text: str, spans: list[Span], kinds: list[str]) -> None:
-    """终端里实体上色；接到管道、文件里用方括号。"""
+def show_prediction(text: str, spans: list[Span], tags: list[str]) -> None:
+    """终端里实体上色，每类一种颜色（tags 是模型的全部标签）；接到管道、文件里用方括号。"""
+    kinds = sorted({tag[2:] for tag in tags if tag != "O"})
     print(coloured(list(text), spans, kinds, use_color=sys.stdout.isatty()))
     if not spans:
         print("（没有找到实体）")
-
-
-def result_folder(home: Path, settings: LessonSettings, name: str) -> Path:
-    return Path(settings.output_dir or home / "outputs" / settings.preset / name).expanduser().resolve()

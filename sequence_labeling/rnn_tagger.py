@@ -29,14 +29,14 @@ from bilstm_crf import count_sentences
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from labeling import LabelSettings, all_tags, result_folder, show_prediction
+from labeling import LabelSettings, all_tags, show_prediction
 from long_sentences import MAX_CHARS, short_sentences
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import write_json
 from nlp_common.draw.figures import render
 from nlp_common.draw.plots import bar_chart, line_chart
-from nlp_common.train.lesson import run_lesson, run_part
+from nlp_common.train.lesson import result_folder, run_lesson, run_part
 from nlp_common.train.loop import train_loop
 from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.stage import Stage
@@ -74,6 +74,7 @@ TRAINING = {
 
 @dataclass
 class RnnSettings(LoopSettings, LabelSettings):
+    COMMON: ClassVar[dict] = LoopSettings.COMMON | TRAINING
     NOT_IN_FINGERPRINT: ClassVar[set[str]] = (
         LoopSettings.NOT_IN_FINGERPRINT | LabelSettings.NOT_IN_FINGERPRINT
     )
@@ -365,22 +366,21 @@ def learn(stage: Stage) -> dict:
 
 def predict(settings: RnnSettings) -> list[Span]:
     """用训练好的单向 LSTM 标一句话，并画出它的门。"""
-    folder = result_folder(HOME, settings, "rnn_tagger")
+    folder = result_folder("rnn_tagger", HOME, settings)
     tags = json.loads((folder / "tags.json").read_text(encoding="utf-8"))
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     model = RNNTagger("lstm", len(vocabulary.chars), len(tags), settings.hidden_size, both_ways=False)
     load_model(model, str(folder / "model.safetensors"))
     chars = list(settings.predict)
     spans = spans_of(tag_sentences(model, vocabulary, [Sentence(chars)], tags)[0])
-    show_prediction(settings.predict, spans, sorted({t[2:] for t in tags if t != "O"}))
+    show_prediction(settings.predict, spans, tags)
     draw_gates(folder / "gates_predict.svg", chars, gates_of(model, vocabulary, chars))
     print(f"门怎样读这一句：{folder / 'gates_predict.svg'}")
     return spans
 
 
 def main(argv: list[str] | None = None) -> dict:
-    presets = {name: TRAINING | preset for name, preset in PRESETS.items()}
-    settings = parse_settings(RnnSettings, presets, argv)
+    settings = parse_settings(RnnSettings, PRESETS, argv)
     record = run_lesson("rnn_tagger", HOME, settings, learn)
     if settings.predict is not None:
         predict(settings)

@@ -103,13 +103,6 @@ def as_entities(words: list[Word]) -> Sentence:
     return sentence
 
 
-def as_words(words: list[Word]) -> Sentence:
-    """词与词性 → 字与词：每个词是一段，类型是空的。"""
-    sentence = as_words_with_pos(words)
-    sentence.spans = [("", start, end) for _, start, end in sentence.spans]
-    return sentence
-
-
 def as_words_with_pos(words: list[Word]) -> Sentence:
     """词与词性 → 字与词：每个词是一段，类型是词性。"""
     sentence = Sentence([])

@@ -22,17 +22,18 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from bilstm_crf import BiLSTMSettings, BiLSTMTagger, tag_sentences, train_tagger
 from safetensors.torch import load_model, save_model
 
-from labeling import all_tags, predict_text, result_folder
+from labeling import all_tags, predict_text
 from long_sentences import MAX_CHARS, short_sentences
 from nlp_common.base.arguments import POSITIVE, option
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import write_json
 from nlp_common.draw.plots import bar_chart
-from nlp_common.train.lesson import run_lesson, run_part
+from nlp_common.train.lesson import result_folder, run_lesson, run_part
 from nlp_common.train.settings import parse_settings
 from nlp_common.train.stage import Stage
 from span_metrics import coloured, f1_standard_error, span_scores, spans_of
@@ -58,6 +59,7 @@ TRAINING = {
 
 @dataclass
 class SegmentationSettings(BiLSTMSettings):
+    COMMON: ClassVar[dict] = BiLSTMSettings.COMMON | TRAINING
     input_dropout: float = option("输入的 dropout：数据多，不用那么重", 0.1)
     joint_epochs: float | None = option("连词性一起标的模型训练几遍：标签多，每遍慢些", limits=POSITIVE)
     leak: bool = option("也在前 300 句上量一量 SnowNLP（它在这份语料上训练过，是泄漏的例子；很慢）", False)
@@ -255,7 +257,7 @@ def most_missed(sentences: list[Sentence], predicted: list[list[Span]], known: s
 
 def predict(settings: SegmentationSettings) -> list[Span]:
     """读回连词性一起标的模型，切一句话。"""
-    folder = result_folder(HOME, settings, "word_segmentation")
+    folder = result_folder("word_segmentation", HOME, settings)
     tags = json.loads((folder / "tags.json").read_text(encoding="utf-8"))
     vocabulary = Vocabulary.load(folder / "vocabulary.json")
     model = BiLSTMTagger(vocabulary, tags, replace(settings, direct=False), use_crf=True)
@@ -274,8 +276,7 @@ def predict(settings: SegmentationSettings) -> list[Span]:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    presets = {name: TRAINING | preset for name, preset in PRESETS.items()}
-    settings = parse_settings(SegmentationSettings, presets, argv)
+    settings = parse_settings(SegmentationSettings, PRESETS, argv)
     record = run_lesson("word_segmentation", HOME, settings, learn)
     if settings.predict is not None:
         predict(settings)

@@ -10,12 +10,12 @@ from nlp_common.base.errors import UserError
 from nlp_common.data.files import sha256_of
 from nlp_common.data.rows import read_rows
 from poem_grammar import COUPLETS, KINDS, QUATRAINS, pattern
-from poem_sounds import PING, TONES, ZE, learn_tones, rhyme_of
+from poem_sounds import TONES, learn_tones, rhyme_of
 
 PACKAGE = "chinese-poetry"
 HOW_TO_GET = (
-    f"npm pack {PACKAGE} && tar xzf {PACKAGE}-*.tgz，再加 --dataset package（约 85 MB；没有 npm 就从"
-    " https://registry.npmjs.org/chinese-poetry 下载同一个包）"
+    f"npm pack {PACKAGE} && tar xzf {PACKAGE}-*.tgz，再加 --dataset package（约 85 MB；没有 npm 就到它的"
+    "网站上下载同名的包）"
 )
 FREE = "文"  # 读者自己的文字：不论格律
 
@@ -224,6 +224,3 @@ def random_rhyme(poems: list[dict]) -> float:
         return 0.0
     ends = [(a[1][-1], b[3][-1]) for a, b in itertools.pairwise(quatrains)]
     return mean([rhyme_of(a) is not None and rhyme_of(a) == rhyme_of(b) for a, b in ends])
-
-
-__all__ = ["PING", "ZE", "find_package", "load_poems", "measure", "random_rhyme"]

@@ -34,13 +34,13 @@ from char_gpt import (
 from nlp_common.base.arguments import SHARE, option
 from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import bar_chart
-from nlp_common.train.lesson import run_lesson
+from nlp_common.train.lesson import result_folder, run_lesson
 from nlp_common.train.loop import train_loop
 from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.stage import Stage
 from poem_data import FREE, HOW_TO_GET, find_package, load_poems
 from poem_grammar import COUPLETS, KINDS, QUATRAINS, pattern
-from poem_sounds import rhyme_of
+from poem_sounds import PING, ZE, rhyme_of
 
 HOME = Path(__file__).resolve().parent
 PRESETS = {
@@ -135,7 +135,7 @@ class Rules:
         # 平仄不明的字，两边都算
         self.tone = {
             tone: self.is_char & torch.tensor([tones.get(token, tone) == tone for token in tokens])
-            for tone in (poem_data.PING, poem_data.ZE)
+            for tone in (PING, ZE)
         }
 
     def allowed(self, place: dict, rhyme: str | None, metre: bool) -> torch.Tensor:
@@ -344,7 +344,7 @@ def main(argv: list[str] | None = None) -> dict:
             raise UserError(f"--preset full 学的是全唐诗，旁边没有：{HOW_TO_GET}。")
     settings.dataset = settings.dataset or "grammar"
     record = run_lesson("poem_gpt", HOME, settings, learn)
-    folder = Path(settings.output_dir or HOME / "outputs" / settings.preset / "poem_gpt").expanduser()
+    folder = result_folder("poem_gpt", HOME, settings)
     settings.heads = settings.heads or ("春江花月" if settings.dataset == "grammar" else None)
     if settings.heads:
         show_acrostic(folder, settings)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from scipy.stats import chisquare
@@ -45,7 +45,6 @@ from speculative_draft import load_draft, train_draft, work
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL, FULL_DRAFT = "Qwen/Qwen1.5-4B-Chat", "Qwen/Qwen1.5-0.5B-Chat"
-COMMON = {"per_device_train_batch_size": 32, "learning_rate": 3e-3, "adam_beta2": 0.98, "max_length": 512}
 PRESETS = {
     "tiny": {
         "max_train_samples": 6000,
@@ -55,8 +54,7 @@ PRESETS = {
         "samples": 1500,
         "draft_dim": 64,
         "draft_layers": 1,
-    }
-    | COMMON,
+    },
     "full": {
         "max_train_samples": 6000,
         "num_train_epochs": 3.0,
@@ -66,13 +64,18 @@ PRESETS = {
         "samples": 0,
         "draft_dim": 128,
         "draft_layers": 2,
-    }
-    | COMMON,
+    },
 }
 
 
 @dataclass
 class SpeculativeSettings(LoopSettings):
+    COMMON: ClassVar[dict] = LoopSettings.COMMON | {
+        "per_device_train_batch_size": 32,
+        "learning_rate": 3e-3,
+        "adam_beta2": 0.98,
+        "max_length": 512,
+    }
     model: str | None = option("大模型：hub 名、本地文件夹或 smollm2；默认是 Qwen 链 tiny 预设的 SFT 模型")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
     draft: str | None = option("小模型，词表要与大模型的相同；默认现场训练一个")

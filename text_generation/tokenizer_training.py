@@ -34,7 +34,7 @@ from nlp_common.base.arguments import Limits, option
 from nlp_common.base.errors import UserError
 from nlp_common.data.rows import read_rows
 from nlp_common.draw.plots import line_chart
-from nlp_common.train.lesson import run_lesson, run_part
+from nlp_common.train.lesson import result_folder, run_lesson, run_part
 from nlp_common.train.loop import train_loop
 from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.stage import Stage
@@ -329,9 +329,7 @@ def draw(path: Path, metrics: dict) -> None:
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(TokenizerSettings, PRESETS, argv)
     record = run_lesson("tokenizer_training", HOME, settings, learn)
-    folder = Path(
-        settings.output_dir or HOME / "outputs" / settings.preset / "tokenizer_training"
-    ).expanduser()
+    folder = result_folder("tokenizer_training", HOME, settings)
     loaded = AutoTokenizer.from_pretrained(folder)
     tokens = loaded.tokenize(settings.text)
     print(f"\n{settings.text}\n切成 {len(tokens)} 个：{' | '.join(tokens)}")

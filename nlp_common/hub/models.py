@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from importlib.util import find_spec
@@ -9,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from nlp_common.base.errors import UserError
-from nlp_common.hub import e5, smollm2
 from nlp_common.hub.download import download_model
 from nlp_common.hub.model_folder import check_model_folder, has_tokenizer, missing_file, what_file
 from nlp_common.hub.network import MIRROR, endpoint, hub_reachable, offline, why_unreachable
 from nlp_common.hub.verify import verify_model
 
-# 内置名字 → 它的模块（缓存文件夹、装没装、怎么装、怎么导出）；同名的本地文件夹写成 ./smollm2
-BUILT_INS: dict[str, Any] = {"smollm2": smollm2, "e5": e5}
+# 内置名字，也是它的模块（缓存文件夹、装没装、怎么装、怎么导出），用到才导入；同名的本地文件夹写成 ./smollm2
+BUILT_INS = ("smollm2", "e5")
 BUILT_IN = "smollm2"  # 会说话的那一个
 
 
@@ -52,8 +52,12 @@ def _is_path(name: str) -> bool:
     return bool(re.match(r"[./~]|[A-Za-z]:", name)) or "\\" in name or name.count("/") > 1
 
 
+def _built_in_module(name: str) -> Any:
+    return importlib.import_module(f"nlp_common.hub.{name}")
+
+
 def _built_in(name: str) -> str | None:
-    module = BUILT_INS[name]
+    module = _built_in_module(name)
     folder = module.cache_folder()
     if missing_file(folder) and not module.packages_installed():
         return None
@@ -119,7 +123,7 @@ def require_model(name: str, source: str = "hf", verify: bool = False) -> str:
 def how_to_get(name: str, source: str = "hf") -> str:
     """得不到模型时给读者看的话：为什么，以及几种办法。"""
     if name in BUILT_INS:
-        return BUILT_INS[name].INSTALL_HINT
+        return _built_in_module(name).INSTALL_HINT
     return f"""得不到模型 {name}：{why_not(source)}。任选一种办法，再运行同一条命令：
   1. 换镜像      Linux/macOS：export HF_ENDPOINT={MIRROR}
                  Windows：set HF_ENDPOINT={MIRROR}（PowerShell：$env:HF_ENDPOINT="{MIRROR}"）

@@ -19,6 +19,7 @@ from nlp_common.lm.checks import (
     quiet,
     readable_errors,
 )
+from nlp_common.lm.generation import batches_by_length
 
 if TYPE_CHECKING:
     from transformers import BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
@@ -107,10 +108,8 @@ def predict(
 ) -> torch.Tensor:
     """每段文字各类的概率 (N, C)，次序与 texts 相同。先按长度排好再分批，少算填充。"""
     model.eval()
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     logits = torch.empty(len(texts), model.config.num_labels)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in batches_by_length([len(text) for text in texts], batch_size):
         batch = [texts[i] for i in chosen]
         inputs = tokenizer(batch, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
         logits[chosen] = model(**inputs.to(model.device)).logits.float().cpu()

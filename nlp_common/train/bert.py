@@ -69,8 +69,6 @@ class BertSettings(RunSettings):
         for name in ("mlm_epochs", "mlm_news"):
             if values.get(name, 0) < 0:
                 raise UserError(f"--{name} 不能小于 0，给的是 {values[name]}；0 是不用。")
-        if self.train_layers is not None and self.train_layers < 0:
-            raise UserError(f"--train_layers 不能小于 0，给的是 {self.train_layers}；0 是只训练分类层。")
         if self.train_layers is not None and self.model is None and self.preset == "tiny":
             raise UserError("--train_layers 要和预训练好的模型一起用：再加上 --model，例如 --model e5。")
         if not 3 <= self.max_length <= MAX_POSITIONS:

@@ -114,9 +114,7 @@ def chain_model(stage: str = "sft", model: str | None = None, source: str = "hf"
     if found is None:
         script = home / QWEN_SCRIPTS[stage]
         print(f"要用 Qwen 链的 {stage} 模型，还没有训练：先运行 {script.name} --preset tiny …", flush=True)
-        command = [sys.executable, str(script), "--preset", "tiny"]
-        if code := subprocess.run(command, env=without_launcher()).returncode:
-            raise UserError(f"{stage} 没有训练成（退出码 {code}）：{' '.join(command[1:])}")
+        _run(f"{stage} 没有训练成", script, "--preset", "tiny")
         found = find_trained(None, folder)
     assert found is not None
     return found
@@ -131,10 +129,15 @@ def _train_first(settings: StageSettings, folder: Path, field: str, stage: str, 
             f"或用 --{field} 指定一个模型，或加 --preset tiny。"
         )
     print(f"还没有上一阶段（{stage}）的结果，先训练它 …", flush=True)
-    command = [sys.executable, str(chain.home / script), "--preset", settings.preset]
-    command += ["--seed", str(settings.seed), "--output_dir", str(folder)]
+    options = ["--preset", settings.preset, "--seed", str(settings.seed), "--output_dir", str(folder)]
+    _run("上一阶段没有完成", chain.home / script, *options)
+
+
+def _run(failed: str, script: Path, *options: str) -> None:
+    """另开一个进程运行一个阶段的脚本；没有跑完是 UserError，以 failed 开头。"""
+    command = [sys.executable, str(script), *options]
     if code := subprocess.run(command, env=without_launcher()).returncode:
-        raise UserError(f"上一阶段没有完成（退出码 {code}）：{' '.join(command[1:])}")
+        raise UserError(f"{failed}（退出码 {code}）：{' '.join(command[1:])}")
 
 
 def _tiny_base(settings: StageSettings, root: Path) -> dict:

@@ -34,8 +34,9 @@ def run_lesson(
 
     more：设置之外决定结果的（如上游模型的编号），也记进 fingerprint。设置不同是 UserError，列出每一项不同。
     """
-    out = Path(settings.output_dir or home / "outputs" / settings.preset / name)
-    with open_result(out, name, settings, fingerprint(settings, **more)) as stage:
+    with open_result(
+        result_folder(name, home, settings), name, settings, fingerprint(settings, **more)
+    ) as stage:
         if stage.record is None:
             learn(stage)
             assert stage.record is not None, "learn 没有调用 stage.save"
@@ -44,6 +45,11 @@ def run_lesson(
         else:
             show_metrics(stage.record["metrics"])
         return stage.record
+
+
+def result_folder(name: str, home: Path, settings: LessonSettings) -> Path:
+    """一课的结果放在哪里：--output_dir，没给就是 ``home/outputs/<预设>/<name>``。"""
+    return Path(settings.output_dir or home / "outputs" / settings.preset / name).expanduser().resolve()
 
 
 def run_part(

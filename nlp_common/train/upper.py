@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from nlp_common.base.errors import UserError
+from nlp_common.lm.generation import batches_by_length
 from nlp_common.lm.mean_pooled import mean_pool
 
 if TYPE_CHECKING:
@@ -71,10 +72,8 @@ def lower_outputs(
     model.bert.encoder.layer = layers[: len(layers) - train_layers]
     model.eval()
     outputs: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     try:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in batches_by_length([len(row["input_ids"]) for row in rows], batch_size):
             batch = tokenizer.pad({"input_ids": [rows[i]["input_ids"] for i in chosen]}, return_tensors="pt")
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
                 hidden = model.bert(**batch.to(model.device)).last_hidden_state  # (B, T, H)
