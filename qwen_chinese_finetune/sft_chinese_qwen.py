@@ -31,6 +31,7 @@ from nlp_common.base.arguments import option
 from nlp_common.base.errors import UserError
 from nlp_common.data.chats import to_chats
 from nlp_common.draw.tokens import token_boxes
+from nlp_common.lm.chat_rows import chat_length, collate
 from nlp_common.lm.chatml import encode_chat, whole_pieces
 from nlp_common.lm.loading import end_chat_turns, load_causal_lm
 from nlp_common.lm.losses import IGNORE, token_logps
@@ -99,21 +100,6 @@ def pack_rows(rows: list[dict], block_size: int) -> list[dict]:
             row["position_ids"] += range(len(chat["input_ids"]))
         packed.append(row)
     return packed
-
-
-def chat_length(row: dict) -> int:
-    return len(row["input_ids"])
-
-
-def collate(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
-    """右填充成 (B, T)。注意力是因果的，真实 token 看不到右边的填充，所以连 attention_mask 都不需要。"""
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def pad(key: str, value: int) -> torch.Tensor:
-        return torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])
-
-    fill = {"input_ids": pad_id, "labels": IGNORE, "position_ids": 0}
-    return {key: pad(key, fill[key]) for key in rows[0]}
 
 
 def show_batch(tokenizer, rows: list[dict], picture: Path, n: int = 3) -> None:
