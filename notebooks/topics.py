@@ -83,6 +83,16 @@ TOPICS: dict[str, dict[str, list[Call]]] = {
         "rnn_tagger.py": [Call(TINY, "RNN、LSTM、GRU 写出来，约两分钟。")],
         "bilstm_crf.py": [Call(TINY, "三个模型，约三分钟。")],
     },
+    "attention_visualization": {
+        "head_view.py": [
+            Call(
+                TINY,
+                "没有 Qwen 链的小模型时先训练它（另开进程，两三分钟）。能点的网页是 `outputs/tiny/head_view/head_view.html`，用浏览器打开。",
+            )
+        ],
+        "rollout_and_flow.py": [Call(TINY, "几层叠起来看，半分钟左右。")],
+        "logit_lens.py": [Call(TINY, "答案在第几层、哪个位置出现，半分钟左右。")],
+    },
     "text_generation": {
         "constrained_decoding.py": [
             Call(TINY, "没有 Qwen 链的小模型时先训练它（另开进程，两三分钟），之后半分钟左右。")

@@ -374,9 +374,8 @@ def load_models(stage: Stage, device: torch.device):
 
 def learning_rate(settings: PPOSettings, step: int) -> float:
     """先线性预热，再线性降到 0。刚开始时 Adam 的二阶矩只见过一两批，走满步容易一下走远。"""
-    warmup = settings.warmup_steps
-    if warmup < 1:  # 是比例
-        warmup *= settings.max_steps
+    steps = settings.warmup_steps
+    warmup = steps if steps >= 1 else steps * settings.max_steps  # 小于 1 的是比例
     return settings.learning_rate * min(1.0, (step + 1) / max(1.0, warmup)) * (1 - step / settings.max_steps)
 
 

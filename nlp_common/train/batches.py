@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from nlp_common.base.errors import UserError
 from nlp_common.base.processes import num_processes, process_index
@@ -51,6 +51,36 @@ def my_batches(n_rows: int, lengths: list[int] | None, settings: LoopSettings, e
     if not batches:
         raise UserError(f"训练数据只有 {n_rows} 行，不够 {parts} 个进程分。")
     return batches
+
+
+def micro_batches_of(
+    rows: list,
+    collate: Callable[[list], dict],
+    lengths: list[int] | None,
+    settings: LoopSettings,
+    epoch: int,
+    done: int,
+    device: torch.device,
+) -> Iterator[list[dict]]:
+    """第 epoch 遍从第 done 步起，每一步要的几批（gradient_accumulation_steps 批，最后一步可能不满），拼好，搬到 device 上。"""
+    size = settings.gradient_accumulation_steps
+    loader = DataLoader(
+        rows,
+        batch_sampler=my_batches(len(rows), lengths, settings, epoch)[done * size :],
+        collate_fn=collate,
+        num_workers=settings.dataloader_num_workers,
+        pin_memory=device.type == "cuda",
+        # DataLoader 开始时从全局的随机数里取一个；从一遍的中间接着训练，那一个早取过了，再取 dropout 就错位
+        generator=torch.Generator() if done else None,
+    )
+    group = []
+    for batch in loader:
+        group.append({name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 class LengthBucketSampler(Sampler[int]):

@@ -8,16 +8,15 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from nlp_common.lm.losses import count_labels
-from nlp_common.train.batches import my_batches
+from nlp_common.train.batches import micro_batches_of, my_batches
 from nlp_common.train.checkpoints import load_checkpoint, save_checkpoint
 from nlp_common.train.progress import average, progress_bar, speed
 from nlp_common.train.settings import LoopSettings
@@ -83,17 +82,8 @@ def train_loop(
     model.train()
     while step < last_step:
         epoch, done = divmod(step, steps_per_epoch)  # 次序只由 (种子, epoch) 决定：接着训练时跳过走过的
-        batches = my_batches(len(rows), lengths, settings, epoch)
-        loader = DataLoader(
-            rows,
-            batch_sampler=batches[done * settings.gradient_accumulation_steps :],
-            collate_fn=collate,
-            num_workers=settings.dataloader_num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-            # DataLoader 开始时从全局的随机数里取一个；从一遍的中间接着训练，那一个早取过了，再取 dropout 就错位
-            generator=torch.Generator() if done else None,
-        )
-        for micro_batches in in_groups(loader, settings.gradient_accumulation_steps, accelerator.device):
+        steps = micro_batches_of(rows, collate, lengths, settings, epoch, done, accelerator.device)
+        for micro_batches in steps:
             recent.append(update(accelerator, model, optimizer, micro_batches, loss, count, settings))
             if not accelerator.optimizer_step_was_skipped:  # fp16 溢出的一步没有更新，学习率也不动
                 schedule.step()
@@ -154,15 +144,3 @@ def make_optimizer(model: torch.nn.Module, settings: LoopSettings) -> torch.opti
     ]
     betas = (0.9, settings.adam_beta2)
     return torch.optim.AdamW(groups, settings.learning_rate, betas, fused=True)  # fused：一次更新全部参数
-
-
-def in_groups(loader: DataLoader, size: int, device: torch.device) -> Iterator[list[dict]]:
-    """每 size 批一组，搬到 device 上；最后一组可能不满。"""
-    group = []
-    for batch in loader:
-        group.append({name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
