@@ -28,7 +28,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+from automaton import Matcher
 from char_gpt import check_room
+from gbnf import parse_grammar
 from grammar_peers import RECORD_FIELDS, mask_costs, record_schema, whitespace_lover
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
@@ -311,18 +313,26 @@ def picture_text(text: str) -> str:
     return text.replace(" ", "␣").replace("|", "/")
 
 
-def answer_one(settings, path: str) -> dict:
-    """--schema 或 --grammar：读者自己的形式，写一次。"""
+def read_grammar(settings) -> str:
+    """--schema 或 --grammar 的文件 → 文法；读不了、写错了是 UserError，说出在哪里。"""
     file = Path(settings.schema or settings.grammar).expanduser()
     try:
         text = file.read_text(encoding="utf-8-sig")
         grammar = schema_to_grammar(json.loads(text)) if settings.schema else text
+        Matcher(parse_grammar(grammar))  # 写错了，不必等模型载入
     except OSError as error:
         raise UserError(f"读不了 {file}：{error.strerror}。") from None
     except UnicodeDecodeError:
         raise UserError(f"{file} 不是 UTF-8 的文字。请另存为 UTF-8 再试。") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{file} 的第 {error.lineno} 行不是合法的 JSON（{error.msg}）。") from None
+    except RecursionError:
+        raise UserError(f"{file} 套得太深（上千层括号），读不了：写浅一些。") from None
+    return grammar
+
+
+def answer_one(settings, grammar: str, path: str) -> dict:
+    """读者自己的形式，写一次。"""
     tokenizer, model = load_causal_lm(path)
     masks = make_masks(grammar, tokenizer, model.config.vocab_size)
     prompt = prompt_ids(tokenizer, [{"role": "user", "content": settings.prompt}])
@@ -344,9 +354,10 @@ def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(ConstrainedSettings, PRESETS, argv, FULL_MODEL)
     if settings.preset == "full" and settings.model is None:
         settings.model = FULL_MODEL
+    grammar = read_grammar(settings) if settings.prompt else ""
     found = chain_model("sft", settings.model, settings.source)
-    if settings.prompt:
-        return answer_one(settings, found["path"])
+    if grammar:
+        return answer_one(settings, grammar, found["path"])
     is_chain = (found["run"] or {}).get("data", {}).get("train", {}).get("name") == "tiny_world"
     name = "constrained_decoding" + ("_smollm2" if settings.model == "smollm2" else "")
     return run_lesson(

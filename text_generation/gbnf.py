@@ -114,8 +114,15 @@ def _bounds(text: str, line: int) -> tuple[int, int | None]:
 def _unescape(text: str, line: int) -> str:
     def one(match: re.Match) -> str:
         code = match[1]
-        if code[0] in "xuU":
-            return chr(int(code[1:], 16))
+        if len(code) > 1:  # \xHH、\uHHHH、\UHHHHHHHH
+            number = int(code[1:], 16)
+            if number > 0x10FFFF or 0xD800 <= number <= 0xDFFF:
+                raise UserError(f"文法的第 {line} 行：\\{code} 不是一个字（没有这个码位）。")
+            return chr(number)
+        if code in "xuU":
+            raise UserError(
+                f"文法的第 {line} 行：\\{code} 后面要写 {dict(x=2, u=4, U=8)[code]} 位十六进制数。"
+            )
         if code not in ESCAPES:
             raise UserError(f"文法的第 {line} 行：不认识 \\{code}。")
         return ESCAPES[code]

@@ -20,6 +20,9 @@ KNOWN = {
     "boolean": set(),
     "null": set(),
 }
+COUNTS = ("minItems", "maxItems", "minLength", "maxLength")
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+LISTS = ("enum", "anyOf", "oneOf", "required")
 BASE = r"""
 value   ::= object | array | string | number | "true" | "false" | "null"
 object  ::= "{" (member (", " member)*)? "}"
@@ -91,16 +94,13 @@ def convert(schema, where: str, rule, ref) -> str:
         return "value"
     if not isinstance(schema, dict):
         raise UserError(f"{where} 应当是一个对象，写的是 {schema!r}。")
+    check_shapes(schema, where)
     if "$ref" in schema:
+        only(schema, "$ref", where)
         return ref(schema["$ref"], where)
-    if "const" in schema:
-        return literal_of(schema["const"])
-    if "enum" in schema:
-        if not schema["enum"]:
-            raise UserError(f"{where} 的 enum 是空的：没有一个值可选。")
-        return "(" + " | ".join(map(literal_of, schema["enum"])) + ")"
     for name in ("anyOf", "oneOf"):
         if name in schema:
+            only(schema, name, where)
             options = [
                 convert(each, f"{where}.{name}[{i}]", rule, ref) for i, each in enumerate(schema[name])
             ]
@@ -109,9 +109,13 @@ def convert(schema, where: str, rule, ref) -> str:
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     if strange := [kind for kind in kinds if kind not in KNOWN]:
         raise UserError(f"{where} 的 type {strange[0]!r} 不认识：可以是 {'、'.join(KNOWN)}。")
-    allowed = NOTES | {"type"} | set().union(*(KNOWN[kind] for kind in kinds))
+    allowed = NOTES | {"type", "const", "enum"} | set().union(*(KNOWN[kind] for kind in kinds))
     if strange := [name for name in schema if name not in allowed]:
         raise UserError(f"{where} 的 {strange[0]!r} 还不支持：去掉它，或把要求写成文法（--grammar）。")
+    if "number" in kinds and (strange := KNOWN["integer"] & schema.keys()):
+        raise UserError(f"{where} 的 {min(strange)!r} 只支持整数：type 要写成 integer，不能有 number。")
+    if "const" in schema or "enum" in schema:
+        return choice_rule(schema, where)
     makers = {"object": object_rule, "array": array_rule, "string": string_rule, "integer": integer_rule}
     options = []
     for kind in kinds:
@@ -122,16 +126,59 @@ def convert(schema, where: str, rule, ref) -> str:
     return options[0] if len(options) == 1 else "(" + " | ".join(options) + ")"
 
 
+def check_shapes(schema: dict, where: str) -> None:
+    """各个限制的值写成该有的样子；写错了是 UserError，说出是哪一个。"""
+    for name, value in schema.items():
+        good, shape = True, ""
+        if name in COUNTS or name in BOUNDS:
+            shape = "不小于 0 的整数" if name in COUNTS else "整数"
+            good = type(value) is int and (name in BOUNDS or value >= 0)
+        elif name in LISTS:
+            good, shape = isinstance(value, list), "列表 […]"
+            if good and not value and name != "required":
+                raise UserError(f"{where} 的 {name} 是空的：没有一个可选。")
+        elif name in ("$ref", "format"):
+            good, shape = isinstance(value, str), "一个名字"
+        elif name == "properties":
+            good, shape = isinstance(value, dict), '对象 {"栏名": {…}}'
+        elif name == "type":
+            kinds = value if isinstance(value, list) else [value]
+            good, shape = (
+                bool(kinds) and all(isinstance(each, str) for each in kinds),
+                "类型的名字，或几个名字的列表",
+            )
+        if not good:
+            raise UserError(f"{where} 的 {name} 要是{shape}，写的是 {value!r}。")
+
+
+def only(schema: dict, name: str, where: str) -> None:
+    """$ref、anyOf、oneOf 旁边还写了别的限制，是 UserError：两样要同时满足，这里做不到。"""
+    if more := sorted(schema.keys() - NOTES - {name}):
+        raise UserError(f"{where} 的 {name} 旁边还有 {more[0]!r}，还不支持：把它写进 {name} 里面的每一种。")
+
+
+def choice_rule(schema: dict, where: str) -> str:
+    """const、enum：列出的值里，合旁边别的限制（type、minLength……）的那几个。"""
+    values = [schema["const"]] if "const" in schema else schema["enum"]
+    kept = [value for value in values if fits(value, schema)]
+    if not kept:
+        raise UserError(f"{where} 的 const 或 enum 里，没有一个值合旁边的限制。")
+    return "(" + " | ".join(map(literal_of, kept)) + ")"
+
+
 def object_rule(schema: dict, where: str, rule, ref) -> str:
-    """各栏按写下的次序；没有列在 required 里的可有可无。没有写 properties 就是任意的对象。"""
-    if "properties" not in schema:
+    """各栏按写下的次序；没有列在 required 里的可有可无。什么也没有限制的，就是任意的对象。"""
+    if is_any_object(schema):
         return "object"
-    required = set(schema.get("required", []))
-    if missing := required - set(schema["properties"]):
+    if "properties" not in schema and isinstance(schema.get("additionalProperties"), dict):
+        raise UserError(f"{where} 的 'additionalProperties' 还不支持：把各栏写进 properties。")
+    fields_of = schema.get("properties", {})
+    required = set(map(str, schema.get("required", [])))
+    if missing := required - set(fields_of):
         raise UserError(f"{where} 的 required 里有 {sorted(missing)[0]!r}，properties 里却没有它。")
     fields = [
         (f"{literal_of(name)} {quoted(': ')} {convert(each, f'{where}.{name}', rule, ref)}", name in required)
-        for name, each in schema["properties"].items()
+        for name, each in fields_of.items()
     ]
     first, rest = '""', '""'  # 从第 i 栏起：前面还一栏也没写；前面已经写了，要先写逗号
     for body, is_required in reversed(fields):
@@ -142,6 +189,11 @@ def object_rule(schema: dict, where: str, rule, ref) -> str:
         else:
             first, rest = f"({one} {tail} | {rule(first)})", f'(", " {one})? {tail}'
     return f'"{{" {rule(first)} "}}"'
+
+
+def is_any_object(schema: dict) -> bool:
+    free = schema.get("additionalProperties", True) in (True, {})
+    return "properties" not in schema and not schema.get("required") and free
 
 
 def array_rule(schema: dict, where: str, rule, ref) -> str:
@@ -171,11 +223,7 @@ def string_rule(schema: dict, where: str, rule, ref) -> str:
 
 
 def integer_rule(schema: dict, where: str, rule, ref) -> str:
-    low, high = schema.get("minimum"), schema.get("maximum")
-    if "exclusiveMinimum" in schema:
-        low = schema["exclusiveMinimum"] + 1
-    if "exclusiveMaximum" in schema:
-        high = schema["exclusiveMaximum"] - 1
+    low, high = integer_bounds(schema)
     if low is None and high is None:
         return "integer"
     if low is None or high is None:
@@ -189,6 +237,15 @@ def integer_rule(schema: dict, where: str, rule, ref) -> str:
     if high >= low:
         options += digits(low, high)
     return "(" + " | ".join(options) + ")"
+
+
+def integer_bounds(schema: dict) -> tuple[int | None, int | None]:
+    """最小、最大；两种写法都有时，取更紧的一个。"""
+    lows = [schema["minimum"]] if "minimum" in schema else []
+    lows += [schema["exclusiveMinimum"] + 1] if "exclusiveMinimum" in schema else []
+    highs = [schema["maximum"]] if "maximum" in schema else []
+    highs += [schema["exclusiveMaximum"] - 1] if "exclusiveMaximum" in schema else []
+    return max(lows, default=None), min(highs, default=None)
 
 
 def digits(low: int, high: int) -> list[str]:
@@ -229,10 +286,10 @@ def fits(value, schema, root: dict | None = None) -> bool:
         return True
     if "$ref" in schema:
         return fits(value, lookup(root, schema["$ref"], "schema"), root)
-    if "const" in schema:
-        return same(value, schema["const"])
-    if "enum" in schema:
-        return any(same(value, each) for each in schema["enum"])
+    if "const" in schema and not same(value, schema["const"]):
+        return False
+    if "enum" in schema and not any(same(value, each) for each in schema["enum"]):
+        return False
     for name in ("anyOf", "oneOf"):
         if name in schema:
             return any(fits(value, each, root) for each in schema[name])
@@ -254,13 +311,8 @@ def fits_kind(value, kind: str, schema: dict, root: dict) -> bool:
     if kind in ("integer", "number"):
         if isinstance(value, bool) or not isinstance(value, int if kind == "integer" else int | float):
             return False
-        low = schema.get(
-            "minimum", schema.get("exclusiveMinimum", float("-inf")) + ("exclusiveMinimum" in schema)
-        )
-        high = schema.get(
-            "maximum", schema.get("exclusiveMaximum", float("inf")) - ("exclusiveMaximum" in schema)
-        )
-        return kind == "number" or low <= value <= high
+        low, high = integer_bounds(schema)
+        return kind == "number" or ((low is None or low <= value) and (high is None or value <= high))
     if kind == "string":
         if not isinstance(value, str):
             return False
@@ -282,8 +334,9 @@ def fits_kind(value, kind: str, schema: dict, root: dict) -> bool:
     if not isinstance(value, dict):
         return False
     fields = schema.get("properties")
-    if fields is None:
+    if is_any_object(schema):
         return True
+    fields = fields or {}
     known = all(name in fields and fits(each, fields[name], root) for name, each in value.items())
     return known and all(name in value for name in schema.get("required", []))
 

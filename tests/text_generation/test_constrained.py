@@ -50,7 +50,9 @@ def test_own_schema_and_grammar(tmp_path, chat_folder):
     [
         ("s.json", "{", "第 1 行不是合法的 JSON"),
         ("s.json", '{"type": "text"}', "'text' 不认识"),
+        ("s.json", '{"items": ' * 3000 + "{}" + "}" * 3000, "套得太深"),
         ("g.gbnf", "root ::= x", "没有定义"),
+        ("g.gbnf", "root ::= " + "(" * 3000 + '"a"' + ")" * 3000, "套得太深"),
         ("g.gbnf", 'root ::= "a"{300}', "--max_new_tokens"),
     ],
 )

@@ -174,6 +174,10 @@ def test_the_budget_always_closes():
         ('root ::= "a"{3,2}', "上限小于下限"),
         ('root ::= "a\n"', "读不懂"),
         ("root ::= *", "不能写在这里"),
+        (r'root ::= "\xZZ"', "后面要写 2 位十六进制数"),
+        (r"root ::= [\u12]", "后面要写 4 位十六进制数"),
+        (r'root ::= "\U00110000"', "没有这个码位"),
+        (r'root ::= "\ud800"', "没有这个码位"),
     ],
 )
 def test_bad_grammars_say_what_is_wrong(text, said):

@@ -149,6 +149,23 @@ def test_integers_in_a_range(low, high):
         ({"type": "array", "minItems": 5, "maxItems": 2}, "maxItems 2 小于"),
         ({"type": "string", "format": "email"}, "'email' 还不支持"),
         ({"$ref": "#/$defs/x"}, "找不到"),
+        ({"$ref": 5}, "一个名字"),
+        ({"enum": "abc"}, "enum 要是列表"),
+        ({"anyOf": []}, "anyOf 是空的"),
+        ({"anyOf": [{"type": "null"}], "minLength": 3}, "anyOf 旁边还有 'minLength'"),
+        ({"type": "string", "enum": ["a"], "minLength": 3}, "没有一个值合旁边的限制"),
+        ({"type": "object", "properties": ["a"]}, "properties 要是对象"),
+        ({"type": "object", "required": "a"}, "required 要是列表"),
+        ({"type": "object", "required": ["a"]}, "properties 里却没有"),
+        ({"type": "object", "additionalProperties": {"type": "null"}}, "'additionalProperties' 还不支持"),
+        ({"type": "array", "minItems": "a"}, "minItems 要是不小于 0 的整数"),
+        ({"type": "string", "maxLength": -1}, "maxLength 要是不小于 0 的整数"),
+        ({"type": "integer", "minimum": 1.5, "maximum": 3}, "minimum 要是整数"),
+        ({"type": ["integer", "number"], "minimum": 1, "maximum": 3}, "'maximum' 只支持整数"),
+        ({"type": []}, "type 要是类型的名字"),
+        ({"type": 5}, "type 要是类型的名字"),
+        ({"type": "string", "format": ["date"]}, "format 要是一个名字"),
+        (5, "应当是一个对象"),
         ({"type": "object", "properties": {"a": {}}, "required": ["b"]}, "'b'"),
         (
             {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "x"}}}},
@@ -160,6 +177,18 @@ def test_integers_in_a_range(low, high):
 def test_bad_schemas_say_where(schema, said):
     with pytest.raises(UserError, match=said):
         matcher(schema)
+
+
+def test_limits_beside_each_other_all_count():
+    both = matcher(
+        {"type": "integer", "minimum": 5, "exclusiveMinimum": 0, "maximum": 9, "exclusiveMaximum": 8}
+    )
+    assert [n for n in range(-2, 12) if both.matches(str(n))] == [5, 6, 7]
+    chosen = matcher({"type": "string", "enum": ["a", "abc", 3], "minLength": 2})
+    assert [text for text in ('"a"', '"abc"', "3") if chosen.matches(text)] == ['"abc"']
+    empty = matcher({"type": "object", "additionalProperties": False})
+    assert empty.matches("{}") and not empty.matches('{"a": 1}')
+    assert matcher({"type": "object", "additionalProperties": True}).matches('{"a": 1}')
 
 
 # ---------------------------------------------------------------- 与别的库
