@@ -197,7 +197,7 @@ def learn(stage: Stage, found: dict) -> dict:
     settings = stage.settings
     reader = load_reader(found)
     need_language_model(reader)
-    if settings.text:
+    if settings.text is not None:
         return explain_text(stage, reader)
     kind = "tiny_world" if reader.trained_on == "tiny_world" else "facts"
     questions = make_questions(reader.tokenizer, kind, settings.questions, settings.seed)

@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nlp_common.base.errors import UserError
+
 WHO = ["我", "他们", "大家"]
 FEELINGS = {"喜欢": 1, "爱": 1, "讨厌": 0, "恨": 0}
 WHAT = ["这家店", "这部电影", "那本书", "这道菜"]
@@ -118,12 +120,15 @@ def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(__doc__.strip())
         sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
+    path = Path(sys.argv[1])
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"写不了 {path}：要是一个文件的名字，它所在的文件夹要已经有了。")
     example = hand_example(0)
     attention = [
         [[[round(w, 6) for w in row] for row in head] for head in maps.tolist()] for maps in example.maps
     ]
     text = json.dumps({"tokens": example.pieces, "attention": attention}, ensure_ascii=False)
-    Path(sys.argv[1]).write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     print(
         f"{''.join(example.pieces)} → {example.answer}，留出的句子答对 {example.accuracy:.2f}；注意力存在 {sys.argv[1]}"
     )

@@ -215,8 +215,9 @@ def draw_matrices(path: Path, tokens: list[str], maps: list[torch.Tensor], layer
 
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(HeadViewSettings, PRESETS, argv, None)
-    if settings.hand and settings.attention:
-        raise UserError("--hand 与 --attention 只能给一个。")
+    given = [name for name in ("hand", "attention", "text") if getattr(settings, name) not in (None, False)]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} 与 --{given[1]} 只能给一个。")
     found, more = None, {}
     if settings.attention:
         read_saved(settings.attention)  # 写错了，先说

@@ -211,7 +211,7 @@ def learn(stage: Stage, found: dict) -> dict:
     reader = load_reader(found)
     need_language_model(reader)
     model = reader.model
-    if settings.text:
+    if settings.text is not None:
         return lens_text(stage, reader)
     kind = "tiny_world" if reader.trained_on == "tiny_world" else "facts"
     questions = make_questions(reader.tokenizer, kind, settings.questions, settings.seed)

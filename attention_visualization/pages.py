@@ -65,12 +65,14 @@ def read_saved(path: str) -> tuple[list[str], list[torch.Tensor]]:
         raise UserError(f"--attention 给的 {path} 读不出来（{error}）。") from error
     if not isinstance(saved, dict) or not {"tokens", "attention"} <= saved.keys():
         raise UserError(f'{path} 里要是 {{"tokens": [...], "attention": [层][头][T][T]}}。')
+    if not isinstance(saved["tokens"], list) or not isinstance(saved["attention"], list):
+        raise UserError(f"{path} 里的 tokens 与 attention 都要是列表。")
     tokens = [str(token) for token in saved["tokens"]]
     maps: list[torch.Tensor] = []
     for number, layer in enumerate(saved["attention"]):
         try:
             weights = torch.tensor(layer, dtype=torch.float32)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{path} 第 {number} 层不是整齐的 [头][T][T]（{error}）。") from error
         if weights.dim() != 3 or weights.shape[1:] != (len(tokens), len(tokens)):
             raise UserError(

@@ -107,7 +107,7 @@ def need_language_model(reader: Reader) -> None:
     if not is_causal_lm(reader):
         name = type(reader.model).__name__
         raise UserError(
-            f"{name} 是编码器，没有“下一个词”可看。请用 --model 换一个自回归的语言模型，例如 smollm2。"
+            f"{name} 没有写字的输出层（编码器、分类或奖励模型），没有“下一个词”可看。请用 --model 换一个自回归的语言模型，例如 smollm2。"
         )
 
 

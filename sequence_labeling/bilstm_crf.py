@@ -288,7 +288,7 @@ def learning_curve(
     """句数少些会怎样：1/8、1/4、1/2 的训练句子，各训练一个 CRF。"""
     points = {}
     for share in (8, 4, 2):
-        some = random.Random(stage.settings.seed).sample(train, len(train) // share)
+        some = random.Random(stage.settings.seed).sample(train, max(1, len(train) // share))
         vocabulary = Vocabulary.of(some)  # 没见过的字也跟着变多
         model = BiLSTMTagger(vocabulary, tags, stage.settings, use_crf=True)
         work = partial(train_tagger, label=f"1/{share}", model=model, vocabulary=vocabulary, sentences=some)

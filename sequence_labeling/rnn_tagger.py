@@ -31,7 +31,7 @@ from torch import nn
 
 from labeling import LabelSettings, all_tags, show_prediction
 from long_sentences import MAX_CHARS, short_sentences
-from nlp_common.base.arguments import COUNT, option
+from nlp_common.base.arguments import COUNT, Limits, option
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import write_json
 from nlp_common.draw.figures import render
@@ -80,7 +80,9 @@ class RnnSettings(LoopSettings, LabelSettings):
     )
 
     max_length: int | None = option("一段最多多少字；更长的在标点处切开", limits=COUNT)
-    hidden_size: int | None = option("单向的多宽；双向的每个方向窄些，参数个数差不多", limits=COUNT)
+    hidden_size: int | None = option(
+        "单向的多宽；双向的每个方向窄些，参数个数差不多", limits=Limits(at_least=2)
+    )
     memory_steps: int | None = option("记忆题每个距离训练几步", limits=COUNT)
 
     def check(self) -> None:
@@ -269,7 +271,7 @@ def gates_of(model: RNNTagger, vocabulary: Vocabulary, chars: list[str]) -> dict
 def draw_gates(path: Path, chars: list[str], gates: dict[str, torch.Tensor]) -> None:
     """上面三行是三个门的平均；下面是遗忘门里随字变化最大的 8 个单元。颜色越深，门开得越大。"""
     forget = gates["forget"]
-    liveliest = forget.std(0).topk(8).indices.sort().values
+    liveliest = forget.std(0).topk(min(8, forget.shape[1])).indices.sort().values
     rows = {f"{name}|{name}": gates[key].mean(1) for name, key in GATE_NAMES}
     rows |= {f"遗忘门 #{unit}|forget #{unit}": forget[:, unit] for unit in liveliest.tolist()}
     table = torch.stack(list(rows.values())).tolist()

@@ -27,7 +27,8 @@ from nlp_common.draw.plots import bar_chart
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
-from tagged_files import Sentence, Span, read_rows, read_tag_file, tags_of
+from tagged_files import Sentence, Span, tags_of
+from two_files import read_pair
 
 HOME = Path(__file__).resolve().parent
 INSIDE = {"I": "M", "L": "E", "U": "S"}  # BIOES、BILOU 的写法 → BMES 的
@@ -312,7 +313,7 @@ def learn(stage: Stage) -> dict:
         gold_tags = [tags_of(sentence) for sentence in gold_sentences]
         predicted = [tags_of(Sentence(list(text), spans)) for text, _, spans in EXAMPLES]
     gold = [sentence.spans for sentence in gold_sentences]
-    has_ends = any(tag[0] in "ESLU" for tags in gold_tags for tag in tags)
+    has_ends = any(tag[0] in "MESLU" for tags in gold_tags + predicted for tag in tags)
     found = [spans_of(tags, has_ends) for tags in predicted]
 
     kinds = sorted({kind for spans in gold + found for kind, _, _ in spans})
@@ -361,33 +362,6 @@ def learn(stage: Stage) -> dict:
 
     data = {"name": settings.gold or "examples", "sentences": len(gold)}
     return stage.save(metrics, data, draw, by_type=scores_by_type(gold, found), seqeval=cases)
-
-
-def read_pair(
-    gold_path: Path, predicted_path: Path
-) -> tuple[list[Sentence], list[list[str]], list[list[str]]]:
-    """两个标注文件 → (标准答案的句子, 它的标签, 预测的标签)。预测可以有接不上的标签，但字要一一对应。"""
-    for path in (gold_path, predicted_path):
-        if not path.is_file():
-            raise UserError(f"没有 {path} 这个文件。请检查 --gold 与 --predicted。")
-    sentences = read_tag_file(gold_path)
-    gold, predicted = read_rows(gold_path), read_rows(predicted_path)
-    if len(predicted) != len(gold):
-        raise UserError(f"--gold 有 {len(gold)} 句，--predicted 有 {len(predicted)} 句，对不上。")
-    for wanted, found in zip(gold, predicted, strict=True):
-        for number, char in enumerate(char for _, char, _ in wanted):
-            if number >= len(found) or found[number][1] != char:
-                place = found[min(number, len(found) - 1)][0]
-                raise UserError(
-                    f"{predicted_path} 第 {place} 行与标准答案第 {wanted[number][0]} 行的字不同（{char!r}）。"
-                )
-        if len(found) > len(wanted):
-            raise UserError(f"{predicted_path} 第 {found[len(wanted)][0]} 行：这一句比标准答案长。")
-    return (
-        sentences,
-        [[tag for *_, tag in row] for row in gold],
-        [[tag for *_, tag in row] for row in predicted],
-    )
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -41,6 +41,7 @@ from nlp_common.train.stage import Stage
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B"
 START = 16  # 开头几个 token
+CONTEXT = 256  # 现场训练的小模型的上下文
 PRESETS = {
     "tiny": {
         "max_train_samples": 9000,
@@ -77,6 +78,10 @@ class DecodingSettings(LoopSettings):
     def check(self) -> None:
         if any(not text.strip() for text in self.prompt):
             raise UserError("--prompt 里有空的：模型要有个开头才知道接什么。")
+        if not self.model and self.preset == "tiny" and START + self.max_new_tokens > CONTEXT:
+            raise UserError(
+                f"--max_new_tokens {self.max_new_tokens} 太大：小模型的上下文是 {CONTEXT} 个字，最多写 {CONTEXT - START} 个。"
+            )
 
 
 # ---------------------------------------------------------------- 1. 改动那张表：logits (V,) → logits (V,)
@@ -238,7 +243,7 @@ def train_small(stage: Stage) -> tuple:
         rows += [ids[i : i + settings.max_length] for i in range(0, len(ids) - 8, settings.max_length)]
     rows = rows[: settings.max_train_samples]
     torch.manual_seed(settings.seed)
-    model = small_gpt(tokenizer, 256, 128, 2).to(stage.device)
+    model = small_gpt(tokenizer, CONTEXT, 128, 2).to(stage.device)
     print(f"《人民日报》{len(rows)} 段，词表 {len(tokenizer)}，参数 {model.num_parameters():,}")
     pad = partial(collate, pad_id=tokenizer.pad_token_id)
 
@@ -268,6 +273,10 @@ def starts(tokenizer, settings) -> tuple[list[list[int]], list[list[int]]]:
             human.append(ids[START : START + settings.max_new_tokens])
         if len(prompts) == settings.n_prompts:
             break
+    if not prompts:
+        raise UserError(
+            f"留出的文章没有一篇够写 {settings.max_new_tokens} 个 token：把 --max_new_tokens 改小，或用 --prompt。"
+        )
     return prompts, human
 
 

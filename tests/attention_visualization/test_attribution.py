@@ -145,7 +145,12 @@ def test_text_from_the_command_line(chat_folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [(" ", "--text 是空的"), ("花园" * 400, r"有 800 个 token，模型的上下文只有 512 个")]
+    ("text", "said"),
+    [
+        ("", "--text 是空的"),
+        (" ", "--text 是空的"),
+        ("花园" * 400, r"有 800 个 token，模型的上下文只有 512 个"),
+    ],
 )
 def test_bad_text(chat_folder, tmp_path, text, said):
     with pytest.raises(UserError, match=said):

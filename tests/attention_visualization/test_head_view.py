@@ -156,6 +156,9 @@ def test_hand_written_layer_equals_pytorch():
     [
         ("{", "读不出来"),
         ("[]", "里要是"),
+        ('{"tokens": 3, "attention": [[[[1]]]]}', "都要是列表"),
+        ('{"tokens": ["a"], "attention": 5}', "都要是列表"),
+        ('{"tokens": ["a"], "attention": [[[[null]]]]}', "不是整齐的"),
         ('{"tokens": [], "attention": []}', "没有 token"),
         ('{"tokens": ["a"], "attention": [[[[1, 0]]]]}', "第 0 层的形状"),
         ('{"tokens": ["a", "b"], "attention": [[[[1, 0], [1]]]]}', "不是整齐的"),
@@ -168,6 +171,19 @@ def test_a_bad_saved_file(tmp_path, saved, said):
     file.write_text(saved, encoding="utf-8")
     with pytest.raises(UserError, match=said):
         pages.read_saved(str(file))
+
+
+def test_nowhere_to_write(tmp_path, monkeypatch):
+    import hand_transformer
+
+    monkeypatch.setattr("sys.argv", ["hand_transformer.py", str(tmp_path / "没有" / "a.json")])
+    with pytest.raises(UserError, match="写不了"):
+        hand_transformer.main()
+
+
+def test_one_thing_to_look_at():
+    with pytest.raises(UserError, match="--hand 与 --text 只能给一个"):
+        hv.main(["--preset", "tiny", "--hand", "--text", "你好"])
 
 
 def test_no_such_saved_file():

@@ -6,6 +6,7 @@ import logit_lens as ll
 import pytest
 import torch
 
+from nlp_common.base.errors import UserError
 from questions import swap_answer
 from readers import layers_of, norm_of
 
@@ -103,6 +104,11 @@ def test_patching_a_head_equals_patching_its_columns(reader, pair):
     table = ll.patch_heads(model, here, there, reader.heads)
     assert table[1][2] == pytest.approx((now - start) / (goal - start), abs=1e-4)
     assert len(table) == reader.layers and all(len(row) == reader.heads for row in table)
+
+
+def test_an_empty_text_is_said(chat_folder, tmp_path):
+    with pytest.raises(UserError, match="--text 是空的"):
+        ll.main(["--model", str(chat_folder), "--text", "", "--output_dir", str(tmp_path / "r")])
 
 
 def test_text_from_the_command_line(chat_folder, tmp_path, capsys):

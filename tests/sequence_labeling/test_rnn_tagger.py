@@ -84,3 +84,13 @@ def test_a_sentence_too_long_to_draw(tmp_path):
 
     with pytest.raises(UserError, match="61 个字"):
         rt.main(["--predict", "字" * 61, "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="--hidden_size"):
+        rt.main(["--hidden_size", "1", "--output_dir", str(tmp_path / "out")])
+
+
+def test_gates_of_a_narrow_model_can_be_drawn(tmp_path):
+    gates = {name: torch.rand(3, 2) for name in ("input", "forget", "output")}
+    rt.draw_gates(tmp_path / "gates.svg", list("李雷在"), gates)
+    assert "forget #1" in (tmp_path / "gates.svg").read_text(encoding="utf-8") or "遗忘门 #1" in (
+        tmp_path / "gates.svg"
+    ).read_text(encoding="utf-8")

@@ -151,6 +151,24 @@ def test_script_on_two_files(tmp_path, capsys):
         sm.main(["--gold", str(gold), "--predicted", "nowhere", "--output_dir", str(tmp_path / "x")])
 
 
+def test_two_files_of_one_scheme(tmp_path):
+    """IOB1 的不能当作 BIO 数；两个文件写法不同、标签不认识，要说出来，不给一个 0 分。"""
+    gold, predicted = tmp_path / "gold.txt", tmp_path / "predicted.txt"
+    arguments = ["--gold", str(gold), "--predicted", str(predicted), "--output_dir", str(tmp_path / "out")]
+    gold.write_text("李 I-PER\n雷 I-PER\n韩 B-PER\n梅 I-PER\n在 O\n", encoding="utf-8")
+    predicted.write_text("李 I-PER\n雷 I-PER\n韩 I-PER\n梅 I-PER\n在 O\n", encoding="utf-8")
+    metrics = sm.main(arguments)["metrics"]
+    assert metrics["entity_recall"] == 0 and metrics["character_accuracy"] == 0.8
+    predicted.write_text(gold.read_text(encoding="utf-8"), encoding="utf-8")
+    assert sm.main([*arguments, "--retrain"])["metrics"]["entity_f1"] == 1
+    predicted.write_text("李 B-PER\n雷 E-PER\n韩 B-PER\n梅 E-PER\n在 O\n", encoding="utf-8")
+    with pytest.raises(UserError, match="标记法不同"):
+        sm.main([*arguments, "--retrain"])
+    predicted.write_text("李 X-PER\n雷 I-PER\n韩 B-PER\n梅 I-PER\n在 O\n", encoding="utf-8")
+    with pytest.raises(UserError, match="第 1 行的标签 'X-PER' 不认识"):
+        sm.main([*arguments, "--retrain"])
+
+
 def test_the_example_shows_what_the_docstring_says(tmp_path, capsys):
     metrics = sm.main(["--preset", "tiny", "--output_dir", str(tmp_path / "out")])["metrics"]
     assert round(metrics["character_accuracy"], 2) == 0.89 and round(metrics["entity_f1"], 2) == 0.70

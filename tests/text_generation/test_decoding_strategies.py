@@ -127,6 +127,11 @@ def test_the_small_model_is_trained_once_although_interrupted(tmp_path, monkeypa
     assert again["metrics"] == whole["metrics"]
 
 
+def test_longer_than_the_small_model_is_said_before_training(tmp_path):
+    with pytest.raises(UserError, match="最多写 240 个"):
+        ds.main(["--preset", "tiny", "--max_new_tokens", "300", "--output_dir", str(tmp_path / "out")])
+
+
 def test_strange_characters_are_said(tmp_path):
     with pytest.raises(UserError, match="没学过的字"):
         ds.main([*SMALL, "--prompt", "龘", "--output_dir", str(tmp_path / "out")])
