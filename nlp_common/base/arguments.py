@@ -81,7 +81,7 @@ LIMITS = {
     **dict.fromkeys(("hidden_size", "num_layers"), POSITIVE),
     **dict.fromkeys(("max_eval_samples", "max_new_tokens", "micro_batch_size", "batch_size", "n"), COUNT),
     **dict.fromkeys(("gradient_accumulation_steps", "logging_steps", "save_steps", "hacking_steps"), COUNT),
-    **dict.fromkeys(("ppo_epochs", "top_k"), COUNT),
+    **dict.fromkeys(("ppo_epochs", "grpo_epochs", "num_generations", "max_rounds", "top_k"), COUNT),
     "max_steps": Limits(at_least=1, also=-1),
     "dataloader_num_workers": NOT_NEGATIVE,
     **dict.fromkeys(("samples", "train_layers"), NOT_NEGATIVE),
@@ -90,6 +90,7 @@ LIMITS = {
     # 学习率等：大于 0
     **dict.fromkeys(("learning_rate", "mlm_learning_rate", "num_train_epochs", "eval_steps"), POSITIVE),
     **dict.fromkeys(("beta", "kl_target", "max_update_kl", "clip_range", "clip_range_value"), POSITIVE),
+    **dict.fromkeys(("clip_range_high", "ratio_max"), POSITIVE),
     "repetition_penalty": POSITIVE,
     "top_p": Limits(above=0, at_most=1),
     # 0 是不用

@@ -54,11 +54,26 @@ def to_pairs(rows: list[dict], where: str) -> list[dict]:
     return _convert(rows, where, "偏好对齐")
 
 
-def to_questions(rows: list[dict], where: str) -> list[dict]:
-    """PPO 用的题目 ``{"messages"}``，以用户的话结尾：偏好数据取提示，对话数据去掉最后一个回答，只有题目的照用。"""
+def to_thumbs(rows: list[dict], where: str) -> list[dict]:
+    """KTO 用的回答 ``{"prompt": [消息…], "answer": [消息], "good": bool}``：label 等一栏说回答好不好；偏好对照 to_pairs。
+
+    认识的格式见 SCHEMAS["KTO"]；where 与错误同 to_texts。
+    """
+    if rows and not any(column in rows[0] for column in GOOD):
+        return to_pairs(rows, where)
+    return _convert(rows, where, "KTO")
+
+
+def to_questions(rows: list[dict], where: str, keep: tuple[str, ...] = ()) -> list[dict]:
+    """PPO 用的题目 ``{"messages"}``，以用户的话结尾：偏好数据取提示，对话数据去掉最后一个回答，只有题目的照用。
+
+    keep：另外原样留下的栏，如给验证器看的标准答案 answer。
+    """
     if rows and ("chosen" in rows[0] or "response_chosen" in rows[0]):
-        return [{"messages": row["prompt"]} for row in to_pairs(rows, where)]
-    return [{"messages": row["messages"]} for row in _convert(rows, where, "PPO")]
+        found = [row | {"messages": row["prompt"]} for row in to_pairs(rows, where)]
+    else:
+        found = _convert(rows, where, "PPO", keep)
+    return [{name: row[name] for name in ("messages", *keep) if name in row} for row in found]
 
 
 # ---- 每种格式一个函数：一条数据 → 统一的写法 ----
@@ -118,6 +133,18 @@ def _instruction(row: dict) -> dict:
 def _prompt_completion(row: dict) -> dict:
     prompt = opening(row, as_turns(row["prompt"], "prompt", "user"))
     return _chat(prompt + as_turns(row["completion"], "completion", "assistant"))
+
+
+def _thumb(convert: Callable[[dict], dict], column: str) -> Callable[[dict], dict]:
+    """一段对话，与 column 一栏的真假：最后一个回答是赞还是踩。"""
+
+    def thumb(row: dict) -> dict:
+        if str(row[column]).strip().lower() not in ("true", "false", "0", "1"):
+            raise Malformed(f"{column} 要是 true 或 false（也可以是 1、0），现在是 {row[column]!r}")
+        messages = convert(row)["messages"]
+        return {"prompt": messages[:-1], "answer": messages[-1:], "good": _is_true(row[column])}
+
+    return thumb
 
 
 def _prompt_pair(column: str) -> Callable[[dict], dict]:
@@ -199,10 +226,15 @@ SCHEMAS: dict[str, list[tuple[tuple[str, ...], tuple[str, ...], Callable[[dict],
     ],
 }
 GOOD = ("label", "kto_tag", "desirable")  # KTO 数据：这个回答好（true）还是不好（false）
+SCHEMAS["KTO"] = [
+    ((*needed, column), optional, _thumb(convert, column))
+    for column in GOOD
+    for needed, optional, convert in SCHEMAS["SFT"]
+]
 USED_LATER = {"kinds"}  # 留在行里，奖励模型的评测要用
 
 
-def _convert(rows: list[dict], where: str, stage: str) -> list[dict]:
+def _convert(rows: list[dict], where: str, stage: str, keep: tuple[str, ...] = ()) -> list[dict]:
     if not rows:
         raise UserError(f"{where} 里没有数据。")
     needed, optional, convert = _detect(rows[0], where, stage)
@@ -211,7 +243,7 @@ def _convert(rows: list[dict], where: str, stage: str) -> list[dict]:
         if stage == "SFT"
         else None
     )
-    used = {*needed, *optional, *USED_LATER, verdict}
+    used = {*needed, *optional, *USED_LATER, *keep, verdict}
     results: list[dict] = []
     skipped: Counter[str] = Counter()
     unused: dict[str, None] = {}  # 只用它的次序

@@ -1,4 +1,4 @@
-"""偏好对的两个回答共用一个提示：提示只算一遍，结果不变（Wang & Hegde 2024，Prefix Sharing）。
+"""几个回答共用一个提示：提示只算一遍，结果不变（Wang & Hegde 2024，Prefix Sharing）。
 
 DPO、奖励模型一批有 2B 行，前 B 行是好回答，后 B 行是差回答，第 i 行与第 B+i 行的提示一字不差。因果注意力里提示
 看不到回答，两行在提示上算出来的完全相同。所以把一对并成一行：
@@ -65,3 +65,55 @@ def merge_pairs(input_ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tens
     mask = sees & (position >= 0)[:, None, :]  # (B, W, W)：谁也看不到左填充
     mask |= torch.eye(total, dtype=torch.bool, device=input_ids.device)  # 填充看自己，不出 NaN
     return Merged(ids, position.clamp(min=0), mask[:, None], shared, (first, second))
+
+
+# ---------------------------------------------------------------- 一个提示的 G 个回答（GRPO）
+
+
+@dataclass
+class MergedGroups:
+    """同一提示的 G 个回答并成一行：提示（去掉最后一个 token） | 回答 1 | 回答 2 | …，每段 R 列。
+
+    每一段以提示的最后一个 token 的副本开头：它的输出猜这个回答的第一个 token，各段互不相干。回答的最后一个
+    token 后面没有要猜的，不用算。
+    """
+
+    input_ids: torch.Tensor  # (B, W)，W = P−1 + G·R
+    position_ids: torch.Tensor  # (B, W)
+    attention_mask: torch.Tensor  # (B, 1, W, W)，True 是看得到
+    keep: torch.Tensor  # (B, W)，True 的位置依次猜 (B·G, R) 里的真实 token，一行一行地排
+
+
+def merge_groups(
+    ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor, group: int
+) -> MergedGroups | None:
+    """ids、attention_mask (B·G, P+R)：左填充的提示接右填充的回答；mask (B·G, R)。不值得并时是 None。"""
+    rows, width = mask.shape
+    n_prompt, batch = ids.shape[1] - width - 1, rows // group  # P−1
+    total = n_prompt + group * width
+    if total > WORTH * group * ids.shape[1]:
+        return None
+    first, device = ids[::group], ids.device
+    starts = ids[:, n_prompt : n_prompt + width].reshape(
+        batch, group * width
+    )  # 提示的最后一个，和回答的前 R−1 个
+    real = attention_mask[::group, :n_prompt].bool()  # (B, P−1)
+    n_real = real.sum(1, keepdim=True)  # (B, 1)
+    place = torch.arange(total, device=device)
+    part = torch.where(
+        place < n_prompt, 0, 1 + (place - n_prompt) // width
+    )  # (W,)：0 是提示，1…G 是第几个回答
+    in_prompt = (real.cumsum(1) - 1).clamp(min=0)  # (B, P−1)
+    after = n_real + torch.arange(width, device=device).repeat(group)  # (B, G·R)
+    sees = (part[:, None] == part[None, :]) | (part[None, :] == 0)  # (W, W)
+    sees = sees & (place[:, None] >= place[None, :])
+    visible = torch.cat([real, torch.ones_like(starts, dtype=torch.bool)], 1)  # (B, W)
+    seen = sees & visible[:, None, :]
+    seen |= torch.eye(total, dtype=torch.bool, device=device)  # 填充看自己，不出 NaN
+    no_prompt = torch.zeros(batch, n_prompt, dtype=torch.bool, device=device)
+    return MergedGroups(
+        input_ids=torch.cat([first[:, :n_prompt], starts], 1),
+        position_ids=torch.cat([in_prompt, after], 1),
+        attention_mask=seen[:, None],
+        keep=torch.cat([no_prompt, mask.reshape(batch, group * width)], 1),
+    )

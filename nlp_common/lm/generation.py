@@ -102,6 +102,64 @@ def stream_tokens(
         position_ids = position_ids[:, -1:] + 1
 
 
+@torch.no_grad()
+def stream_groups(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    group: int,
+    max_new_tokens: int,
+    stop_ids: list[int],
+    pad_id: int,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[torch.Tensor]:
+    """同 stream_tokens，但一个提示写 group 个回答，逐步产出 (B·group,)；同一提示的回答相邻。
+
+    提示只算一遍，缓存里也只有一份：同一提示的 group 个回答排在一行，每一步添 group 列，掩码让每个回答只看得到
+    提示和它自己。model 的注意力要认得 4 维的掩码（见 takes_4d_masks）。
+    """
+    batch, device = len(input_ids), input_ids.device
+    stops = torch.tensor(stop_ids, device=device)
+    position_ids = padded_positions(attention_mask)
+    out = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits = out.logits[:, -1].repeat_interleave(group, 0)  # (B·G, V)
+    position_ids = position_ids[:, -1:].expand(batch, group)  # (B, G)
+    seen = attention_mask.bool()[:, None].expand(batch, group, -1)  # (B, G, P)：各列看不看得到
+    own = torch.eye(group, dtype=torch.bool, device=device).expand(batch, group, group)
+    done = torch.zeros(batch * group, dtype=torch.bool, device=device)
+    for step in range(max_new_tokens):
+        token = pick_next(logits, temperature, generator=generator, share=share)  # (B·G,)
+        token = token.masked_fill(done, pad_id)
+        yield token
+        done |= torch.isin(token, stops)
+        if done.all() or step == max_new_tokens - 1:
+            return
+        position_ids, seen = position_ids + 1, torch.cat([seen, own], -1)
+        out = model(
+            input_ids=token.view(batch, group),
+            attention_mask=seen[:, None],
+            position_ids=position_ids,
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+        logits = out.logits.flatten(0, 1)
+
+
+def takes_4d_masks(model: PreTrainedModel) -> bool:
+    """每一层都看得到全部前文，注意力照 (B, 1, 列, 列) 的掩码算：flash attention、滑动窗口的不行。"""
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return getattr(config, "_attn_implementation", "") in ("sdpa", "eager") and kinds == {"full_attention"}
+
+
 def batches_by_length(lengths: list[int], batch_size: int) -> list[list[int]]:
     """行号分批，长度相近的在一批里，几乎没有填充。"""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)

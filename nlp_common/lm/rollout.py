@@ -4,10 +4,11 @@
 
     roll_out          提示 → Rollout
     response_logps    Rollout → 每个回答 token 的 log π (B, R)
+    group_logps       同上，一个提示的几个回答并成一行，提示只算一遍（GRPO）
     response_values   Rollout → 写出每个回答 token 之前的价值 (B, R)
     score_responses   Rollout → 整段的分 (B,)
 
-后三个都收 micro_batch_size：一次前向几行。行按长度排好再切，少算填充，也少占内存；结果与一次算完的只差舍入。
+后四个都收 micro_batch_size：一次前向几行。行按长度排好再切，少算填充，也少占内存；结果与一次算完的只差舍入。
 score_with_logps、score_with_values 是它们不要梯度的合用，reference_scores 量出起点的分数有多高、多散。
 """
 
@@ -18,9 +19,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
+from nlp_common.fast.columns import labelled_logits
+from nlp_common.fast.shared_prompts import merge_groups
 from nlp_common.lm.chatml import prompt_ids
-from nlp_common.lm.generation import pad_left, padded_positions, stop_tokens, stream_tokens
+from nlp_common.lm.generation import (
+    pad_left,
+    padded_positions,
+    stop_tokens,
+    stream_groups,
+    stream_tokens,
+    takes_4d_masks,
+)
 from nlp_common.lm.losses import IGNORE, token_logps
 
 if TYPE_CHECKING:
@@ -70,13 +81,15 @@ class Rollout:
             ended=self.ended[index],
         )
 
-    def micro_batches(self, size: int | None, *each_token: torch.Tensor) -> Iterator[tuple]:
+    def micro_batches(self, size: int | None, *each_token: torch.Tensor, group: int = 1) -> Iterator[tuple]:
         """按长度排好，每 size 行一份（None 就只有一份），依次给出 (行号 (b,), 这几行, each_token 的这几行…)。
 
         each_token 是每个回答 token 一个数的张量 (B, R)，切成这几行的 (b, R)：R 变成这几行里最长的。
+        相邻的 group 行是同一提示的回答，总在一份里。
         """
-        order = self.attention_mask.sum(1).argsort(stable=True)
-        for index in order.split(size or len(order)):
+        order = self.attention_mask.sum(1).view(-1, group).amax(1).argsort(stable=True)  # 第几组
+        for groups in order.split(max(1, (size or len(self.ids)) // group)):
+            index = (groups[:, None] * group + torch.arange(group, device=groups.device)).flatten()
             part = self.rows(index)
             width = part.mask.shape[1]
             yield index, part, *(tensor[index, :width] for tensor in each_token)
@@ -99,8 +112,9 @@ def roll_out(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
     share: tuple[int, int] = (0, 1),
+    group: int = 1,
 ) -> Rollout:
-    """policy 按温度采样，每个提示（token 列表）一个回答；想要一个提示几个回答，就把它写几遍。
+    """policy 按温度采样，每个提示（token 列表）写 group 个回答，同一提示的相邻：(B·group) 行。
 
     share=(i, n)：这些提示是 n 个进程里第 i 个的那一份，见 generation.pick_next。
     """
@@ -108,17 +122,33 @@ def roll_out(
     device = next(policy.parameters()).device
     pad_id, stops = tokenizer.pad_token_id, stop_tokens(tokenizer)
     prompt, prompt_mask = pad_left(prompts, pad_id, device)  # (B, P)
-    tokens = stream_tokens(
-        policy,
-        prompt,
-        prompt_mask,
-        max_new_tokens,
-        stops,
-        pad_id,
-        temperature,
-        generator=generator,
-        share=share,
-    )
+    if group > 1 and takes_4d_masks(policy):  # 提示只算一遍
+        tokens = stream_groups(
+            policy,
+            prompt,
+            prompt_mask,
+            group,
+            max_new_tokens,
+            stops,
+            pad_id,
+            temperature,
+            generator=generator,
+            share=share,
+        )
+        prompt, prompt_mask = (each.repeat_interleave(group, 0) for each in (prompt, prompt_mask))
+    else:
+        prompt, prompt_mask = (each.repeat_interleave(group, 0) for each in (prompt, prompt_mask))
+        tokens = stream_tokens(
+            policy,
+            prompt,
+            prompt_mask,
+            max_new_tokens,
+            stops,
+            pad_id,
+            temperature,
+            generator=generator,
+            share=share,
+        )
     responses = torch.stack(list(tokens), 1)  # (B, R)
     is_stop = torch.isin(responses, torch.tensor(stops, device=device))
     mask = is_stop.cumsum(1) - is_stop.int() == 0  # 第一个结束符及它之前
@@ -130,6 +160,64 @@ def roll_out(
         mask=mask,
         ended=(is_stop & mask).any(1),
     )
+
+
+def join_rollouts(rollouts: list[Rollout], pad_id: int) -> Rollout:
+    """几批回答接成一批：提示左填充、回答右填充到同样宽。"""
+    left = max(each.ids.shape[1] - each.mask.shape[1] for each in rollouts)
+    right = max(each.mask.shape[1] for each in rollouts)
+    ids, attention, masks = [], [], []
+    for each in rollouts:
+        width = each.mask.shape[1]
+        sides = (left - (each.ids.shape[1] - width), right - width)
+        ids.append(F.pad(each.ids, sides, value=pad_id))
+        attention.append(F.pad(each.attention_mask, sides))
+        masks.append(F.pad(each.mask, (0, sides[1])))
+    attention_mask = torch.cat(attention)
+    return Rollout(
+        ids=torch.cat(ids),
+        attention_mask=attention_mask,
+        position_ids=padded_positions(attention_mask),
+        mask=torch.cat(masks),
+        ended=torch.cat([each.ended for each in rollouts]),
+    )
+
+
+def group_logps(
+    model: PreTrainedModel,
+    rollout: Rollout,
+    group: int,
+    temperature: float = 1.0,
+    micro_batch_size: int | None = None,
+) -> torch.Tensor:
+    """同 response_logps，但相邻的 group 行是同一提示的回答：并成一行，提示只算一遍（fast/shared_prompts.py）。"""
+    bare = getattr(model, "module", model)  # DistributedDataParallel 的外壳里面
+    if not takes_4d_masks(bare):
+        return response_logps(model, rollout, temperature, micro_batch_size)
+    logps = None
+    for index, part in rollout.micro_batches(micro_batch_size, group=group):
+        merged = merge_groups(part.ids, part.attention_mask, part.mask, group)
+        if merged is None:
+            found = response_logps(model, part, temperature)
+        else:
+            logits = labelled_logits(
+                model,
+                merged.input_ids,
+                merged.keep,
+                attention_mask=merged.attention_mask,
+                position_ids=merged.position_ids,
+            )  # (M, V)，M 是真实 token 的个数
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if temperature != 1:
+                logits = logits / temperature
+            each = -F.cross_entropy(logits, part.responses[part.mask], reduction="none")  # (M,)
+            found = torch.zeros(part.mask.shape, dtype=each.dtype, device=each.device)
+            found = found.masked_scatter(part.mask, each)
+        if logps is None:
+            logps = found.new_zeros(rollout.mask.shape)
+        logps[index, : found.shape[1]] = found
+    assert logps is not None
+    return logps
 
 
 def response_logps(

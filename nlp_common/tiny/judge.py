@@ -92,12 +92,14 @@ def measure_chat(
 def measure_aligned(
     policy: PreTrainedModel,
     reference: PreTrainedModel,
-    reward_model: PreTrainedModel,
+    reward_model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     questions: list[dict],
     max_new_tokens: int,
 ) -> dict:
     """对齐前（reference，名字带 _before）与对齐后（policy）：奖励的均值与标准差，policy 对 reference 的 KL。
+
+    没有奖励模型（GRPO 用验证器打分）就没有奖励那两项。
 
     小世界的题另有程序的评分（measure_chat）；别的题，回答最多 max_new_tokens 个 token，温度 1 采样。
     """
@@ -110,8 +112,9 @@ def measure_aligned(
                 metrics[name + suffix] = chat[name]
         else:
             replies = reply_to(model, tokenizer, questions, max_new_tokens, temperature=1.0)
-        scores = score_replies(reward_model, tokenizer, questions, replies)
-        metrics[f"reward_mean{suffix}"] = scores.mean().item()
-        metrics[f"reward_std{suffix}"] = scores.std().item()
+        if reward_model is not None:
+            scores = score_replies(reward_model, tokenizer, questions, replies)
+            metrics[f"reward_mean{suffix}"] = scores.mean().item()
+            metrics[f"reward_std{suffix}"] = scores.std().item()
     metrics["kl_to_sft"] = token_kl(policy, reference, tokenizer, questions, replies)
     return metrics

@@ -23,6 +23,7 @@ QWEN_SCRIPTS = {
     "reward": "reward_model.py",
     "dpo": "dpo_chinese_qwen.py",
     "ppo": "ppo_alignment.py",
+    "grpo": "grpo_alignment.py",
 }
 
 

@@ -54,7 +54,11 @@ MODELS: dict[str, list[tuple[str, Any, bool]]] = {
         ("参考模型", CAUSAL, False),
         ("奖励模型", SCORE, False),
     ],
+    "grpo": [("策略", CAUSAL, True), ("参考模型", CAUSAL, False), ("奖励模型", SCORE, False)],
 }
+SAMPLING = ("ppo", "grpo")  # 边训练边采样的：用 micro_batch_size，不重算激活
+MODELS["kto"] = MODELS["identity"] = MODELS["dpo"]
+PAIRED = ("reward", "dpo", "kto", "identity")  # 一行数据是两个回答
 
 
 def qwen_0_5b() -> Qwen2Config:
@@ -136,19 +140,20 @@ def estimate(
     trained = sum(n for _, n, _, t in models if t)
     tensors = sum(k for _, _, k, t in models if t)
     rows = settings.per_device_train_batch_size
-    per_forward = getattr(settings, "micro_batch_size", rows) * (2 if name in ("dpo", "reward") else 1)
+    per_forward = getattr(settings, "micro_batch_size", rows) * (2 if name in PAIRED else 1)
     width = settings.max_length + getattr(settings, "max_new_tokens", 0)
     tokens, head = per_forward * width, name != "reward"
-    read = {"ppo": per_forward * getattr(settings, "max_new_tokens", 0), "reward": per_forward**2}
+    answers = per_forward * getattr(settings, "max_new_tokens", 0)
+    read = {**dict.fromkeys(SAMPLING, answers), "reward": per_forward**2}
     n_read = min(read.get(name, tokens), tokens)
     logits = logits_bytes(config, n_read) if head else 0
     activations = {
         key: saved_bytes(config, tokens, half, head, key, n_read) + logits
-        for key in ((False,) if name == "ppo" else (False, True))
+        for key in ((False,) if name in SAMPLING else (False, True))
     }  # 键：是否重算激活
     if name == "ppo" and cpu:  # 策略与价值模型同时更新；在加速器上是一个接一个，策略那份大些
         activations[False] += saved_bytes(config, tokens, half, head=False, n_read=n_read)
-    accumulate = 1 if name == "ppo" else settings.gradient_accumulation_steps
+    accumulate = 1 if name in SAMPLING else settings.gradient_accumulation_steps
     steps = settings.max_steps
     if steps <= 0 and settings.max_train_samples:
         steps = math.ceil(
@@ -162,7 +167,7 @@ def estimate(
         "activations": activations,
         "total": {key: sum(fixed.values()) + value for key, value in activations.items()},
         "tokens_per_forward": tokens,
-        "tokens_per_step": rows * accumulate * width * (2 if name in ("dpo", "reward") else 1),
+        "tokens_per_step": rows * accumulate * width * (2 if name in PAIRED else 1),
         "steps": steps if steps and steps > 0 else None,
         "forwards_per_step": accumulate,
     }
@@ -185,8 +190,8 @@ def seconds_per_forward(
 
 def why_not_measured(name: str, result: dict, device: torch.device, room: int | None) -> str | None:
     """不能量时间的原因；能量给 None。"""
-    if name == "ppo":
-        return "PPO 的一步大半花在采样上，单走前向与反向估不准"
+    if name in SAMPLING:
+        return f"{name.upper()} 的一步大半花在采样上，单走前向与反向估不准"
     return cannot_measure(result["total"][False], sum(result["models"].values()), device, room)
 
 
@@ -209,24 +214,24 @@ def dry_run(name: str, settings: StageSettings, full_model: str) -> dict:
     labels = {False: "不重算", True: "重算（--gradient_checkpointing True）"}
     for key, size in result["activations"].items():
         vocabulary = f"（其中词表上的三份 {result['logits'] / 2**30:.2f} GB）" if result["logits"] else ""
-        label = f"，{labels[key]}" if name != "ppo" else ""
+        label = f"，{labels[key]}" if name not in SAMPLING else ""
         print(
             f"  激活，{tokens} 个 token{label}：{size / 2**30:.2f} GB{vocabulary}，合计 {result['total'][key] / 2**30:.2f} GB"
         )
     if name in ("sft", "dpo"):
         print("  （词表和最后一层其实只算回答占的那些列，要看数据；这里按每列都算，是上限。）")
     print(f"  每步至多 {result['tokens_per_step']} 个 token，{steps}")
-    chosen = result["total"][bool(settings.gradient_checkpointing) and name != "ppo"]
+    chosen = result["total"][bool(settings.gradient_checkpointing) and name not in SAMPLING]
     result["fits"] = None if room is None else chosen <= room
     if result["fits"] is False:
         print(
             f"警告：需要 {chosen / 2**30:.1f} GB，这台机器只有 {room / 2**30:.1f} GB，装不下。可以减小 "
             + (
                 "--micro_batch_size 或 --max_length。"
-                if name == "ppo"
+                if name in SAMPLING
                 else "--per_device_train_batch_size 或 "
             )
-            + ("" if name == "ppo" else "--max_length，或加 --gradient_checkpointing True。")
+            + ("" if name in SAMPLING else "--max_length，或加 --gradient_checkpointing True。")
         )
     if reason := why_not_measured(name, result, device, room):
         print(f"  没有实测时间：{reason}。")
