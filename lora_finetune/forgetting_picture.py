@@ -1,0 +1,61 @@
+"""incremental_lora.py 的表与图：每种方法学了多少，忘了多少。"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nlp_common.draw.plots import COLORS, render
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TITLES = {
+    "full": "全参数|full",
+    "lora_r1": "LoRA r=1",
+    "lora_r4": "LoRA r=4",
+    "lora_r16": "LoRA r=16",
+    "replay_1": "回放 1%|replay 1%",
+    "replay_5": "回放 5%|replay 5%",
+    "replay_10": "回放 10%|replay 10%",
+    "ewc": "EWC",
+    "olora": "O-LoRA",
+    "switch": "分开存，切换|switch",
+    "merge_0.5": "合并 ×0.5|merge 0.5",
+    "merge_1": "合并 ×1|merge 1",
+}
+
+
+def show_rows(rows: dict[str, dict]) -> None:
+    print("\n方法              第一样 前→后   第二样   学完第三样：第一样  第二样  第三样     BWT")
+    for name, row in rows.items():
+        title = TITLES[name].split("|")[0]
+        wide = 16 - sum(2 if ord(c) > 0x2E7F else 1 for c in title)
+        print(
+            f"{title}{' ' * wide}{row['task1_before']:8.3f} → {row['task1_after']:.3f}{row['task2_after']:9.3f}"
+            f"{row['task1_end']:18.3f}{row['task2_end']:8.3f}{row['task3_end']:8.3f}{row['backward_transfer']:9.3f}"
+        )
+
+
+def draw_learned_forgotten(folder: Path, rows: dict[str, dict]) -> None:
+    """横轴是第二样学了多少，纵轴是第一样还剩多少：右上角最好。线是同一次训练只用几成。"""
+
+    def draw(axes: Axes, text: Callable[[str], str]) -> None:
+        axes.figure.set_figheight(4.6)
+        for i, (name, row) in enumerate(rows.items()):
+            color = COLORS[i % len(COLORS)]
+            marker = "osD^vP*X"[i // len(COLORS)]
+            if "scales" in row:
+                points = [(0.0, row["task1_before"]), *((b, a) for a, b in row["scales"].values())]
+                axes.plot(*zip(*points, strict=True), color=color, linewidth=1, alpha=0.6)
+            x, y = row["task2_after"], row["task1_after"]
+            axes.scatter([x], [y], s=50, marker=marker, color=color, label=text(TITLES[name]), zorder=3)
+        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+
+    labels = (
+        "学了多少，忘了多少|Learned and kept",
+        "第二样的正确率|task 2 accuracy",
+        "第一样的正确率|task 1 accuracy",
+    )
+    render(folder / "learned_forgotten.svg", draw, [TITLES[name] for name in rows], labels)
