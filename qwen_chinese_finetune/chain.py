@@ -14,9 +14,17 @@ STAGES = {
     "reward": "奖励模型",
     "dpo": "DPO",
     "ppo": "PPO",
+    "grpo": "GRPO",
     "compare": "对比",
 }
-MODELS = {"base": "预训练", "sft": "SFT", "dpo": "DPO", "ppo": "PPO"}
-FOLDERS = {"base": "pretrain", "sft": "sft", "dpo": "dpo", "ppo": "ppo"}  # 模型是哪个阶段的结果
+EXTRA = ("grpo",)  # run_all.py --with 才跑的阶段
+MODELS = {"base": "预训练", "sft": "SFT", "dpo": "DPO", "ppo": "PPO", "grpo": "GRPO"}
+FOLDERS = {
+    "base": "pretrain",
+    "sft": "sft",
+    "dpo": "dpo",
+    "ppo": "ppo",
+    "grpo": "grpo",
+}  # 模型是哪个阶段的结果
 SCRIPTS = QWEN_SCRIPTS
 CHAIN = Chain(HOME, SCRIPTS, FULL_MODEL)

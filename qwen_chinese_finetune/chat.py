@@ -65,7 +65,7 @@ COMMANDS = {
     "切换": "switch",
     "保存": "save",
 }
-HELP = """  switch 名字   换一个模型接着聊（base、sft、dpo、ppo；也可以写 切换 微调），对话保留
+HELP = """  switch 名字   换一个模型接着聊（base、sft、dpo、ppo、grpo；也可以写 切换 微调），对话保留
   clear         清空对话，从头开始（清空）
   history       看记得的对话（历史）
   save 文件     把这次的对话存下来（保存）：.jsonl 是 messages 格式，可以当 --dataset 用；其余是文本
@@ -80,8 +80,8 @@ TINY_NOTE = (
 @dataclass
 class ChatSettings(SpeakSettings):
     system: str | None = option("系统提示：放在对话最前面的一句话，例如 你是一个耐心的老师。")
-    start: Literal["auto", "base", "sft", "dpo", "ppo"] = option(
-        "从哪个模型开始聊；auto：训练到最后的那个（ppo，没有就 dpo、sft、base）", "auto"
+    start: Literal["auto", "base", "sft", "dpo", "ppo", "grpo"] = option(
+        "从哪个模型开始聊；auto：训练到最后的那个（ppo，没有就 grpo、dpo、sft、base）", "auto"
     )
     web: bool = option("在网页上聊，只有这台机器打得开；要先 pip install gradio", False)
     port: int | None = option("网页用哪个端口；默认从 7860 起找一个空着的")
@@ -297,10 +297,10 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse_arguments(ChatSettings, argv)
     if settings.model and settings.start != "auto":
         raise UserError("--model 和 --start 只能给一个：--start 是从训练结果里选。")
-    names = ["model"] if settings.model else ["base", "sft", "dpo", "ppo"]
+    names = ["model"] if settings.model else ["base", "sft", "dpo", "ppo", "grpo"]
     results = find_results(settings, names, DEFAULTS, needed=any)
     chat = Chat(settings, results)
-    order = ("model", "ppo", "dpo", "sft", "base") if settings.start == "auto" else (settings.start,)
+    order = ("model", "ppo", "grpo", "dpo", "sft", "base") if settings.start == "auto" else (settings.start,)
     chat.switch(next((name for name in order if name in results.paths), settings.start))
     if settings.web:
         examples = [*tiny_example(settings.seed), "你是谁？"] if chat.tiny else FULL_QUESTIONS

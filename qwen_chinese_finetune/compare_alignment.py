@@ -5,7 +5,8 @@
 
 运行：
     python compare_alignment.py                            # 四个模型一起比（--mode all）
-    python compare_alignment.py --mode dpo-ppo             # 只比两个：dpo-ppo、sft-dpo、sft-ppo
+    python compare_alignment.py --mode dpo-ppo             # 只比两个：dpo-ppo、sft-dpo、sft-ppo、ppo-grpo
+    python compare_alignment.py --mode all-grpo            # 四个，再加 GRPO
     python compare_alignment.py --dataset 题目.jsonl        # 用自己的题（没有标准答案，就没有程序的评分）
     python compare_alignment.py --models dpo=路径 ppo=路径 --mode dpo-ppo
 
@@ -43,20 +44,26 @@ MODES = {
     "dpo-ppo": ("dpo", "ppo"),
     "sft-dpo": ("sft", "dpo"),
     "sft-ppo": ("sft", "ppo"),
+    "all-grpo": ("base", "sft", "dpo", "ppo", "grpo"),
+    "ppo-grpo": ("ppo", "grpo"),
 }
 N_SAMPLES = 24  # run.json 里留几道题的回答给人看；全部回答在 compare.json
 
 
 @dataclass
 class CompareSettings:
-    mode: Literal["all", "dpo-ppo", "sft-dpo", "sft-ppo"] = option("比哪几个模型", "all")
+    mode: Literal["all", "dpo-ppo", "sft-dpo", "sft-ppo", "all-grpo", "ppo-grpo"] = option(
+        "比哪几个模型", "all"
+    )
     preset: Literal["auto", "tiny", "full"] = option(
         "比哪一组结果：outputs/tiny 或 outputs/full；auto：哪一组齐全用哪一组，先看 full", "auto"
     )
     output_root: str | None = option("各阶段的结果所在的文件夹；默认 outputs/<预设>，在脚本所在的文件夹里")
     models: list[str] = field(
         default_factory=list,
-        metadata={"help": "换掉某个模型：名字=路径或 hub 名，名字是 base、sft、dpo、ppo、reward，可写几个"},
+        metadata={
+            "help": "换掉某个模型：名字=路径或 hub 名，名字是 base、sft、dpo、ppo、grpo、reward，可写几个"
+        },
     )
     dataset: str | None = option(
         "题目：tiny_world、hub 名、本地文件夹或文件；默认是训练 PPO（或 DPO）时留出的"

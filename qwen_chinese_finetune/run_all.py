@@ -7,6 +7,7 @@
     python run_all.py --preset tiny                        # 离线小世界，2 核 CPU 三到五分钟
     python run_all.py --preset full                        # Qwen1.5-0.5B 与真实数据，需要加速器
     python run_all.py --preset tiny --until sft            # 只跑到 SFT
+    python run_all.py --preset tiny --with grpo            # 再加上 GRPO（验证器打分）
     python run_all.py --preset tiny --max_steps 2          # 每个阶段只走两步，看看能不能跑通
 
 做完的阶段直接用；Ctrl-C 之后再运行同一条命令，从最近的检查点接着来。
@@ -30,7 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from chain import FULL_MODEL, HOME, SCRIPTS, STAGES
+from chain import EXTRA, FULL_MODEL, HOME, SCRIPTS, STAGES
 from nlp_common.base.arguments import option, parse_arguments
 from nlp_common.base.device import accelerator_available, describe, peak_memory_mb, pick_device
 from nlp_common.base.environment import STARTED
@@ -47,7 +48,8 @@ WHAT = {
     "reward": "从偏好对学会打分",
     "dpo": "从偏好对直接调整 SFT 模型",
     "ppo": "让 SFT 模型自己回答，照奖励模型的分调整",
-    "compare": "同样的题问四个模型",
+    "grpo": "一题写一组回答，照验证器的分调整",
+    "compare": "同样的题问各个模型",
 }
 
 
@@ -60,6 +62,7 @@ class RunAllSettings:
     until: Literal["pretrain", "sft", "reward", "dpo", "ppo", "compare"] = option(
         "跑到哪个阶段为止", "compare"
     )
+    extra: Literal["grpo"] | None = option("另外再跑一个阶段，在对比之前", aliases=["--with"])
     output_dir: str | None = option("各阶段的结果放在哪里；默认 outputs/<预设>，在脚本所在的文件夹里")
     model: str | None = option("预训练从哪个模型开始：hub 名或本地文件夹；默认 tiny 是内置的小模型")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
@@ -97,6 +100,8 @@ def arguments(stage: str, settings: RunAllSettings, root: Path) -> list[str]:
     passed = {"max_eval_samples": settings.max_eval_samples, "source": settings.source}
     if stage == "compare":
         passed |= {"output_root": root, "samples": 3}  # 更多的在 report.html 里
+        if settings.extra:
+            passed |= {"mode": f"all-{settings.extra}", "output_dir": root / stage}
     else:
         passed |= {"preset": settings.preset, "seed": settings.seed, "output_dir": root / stage}
         names = ("max_steps", "max_train_samples", "per_device_train_batch_size")
@@ -196,7 +201,12 @@ def main(argv: list[str] | None = None) -> dict:
     settings.preset = choice.preset
     check_machine(settings)
     root = Path(settings.output_dir or HOME / "outputs" / settings.preset).expanduser().resolve()
-    stages = list(STAGES)[: list(STAGES).index(settings.until) + 1]
+    stages = [stage for stage in STAGES if stage not in EXTRA or stage == settings.extra]
+    stages = stages[: stages.index(settings.until) + 1]
+    if settings.extra and settings.extra not in stages:
+        raise UserError(
+            f"--with {settings.extra} 在 PPO 之后、对比之前跑，不要与 --until {settings.until} 一起用。"
+        )
     if settings.record:
         check_record(settings, stages, root)
     console = Console()

@@ -40,6 +40,7 @@ def save_pictures(folder: Path, records: dict) -> None:
         ("sft", "loss", "SFT 的损失（只算助手的 token）", "nats/token", "sft-loss"),
         ("dpo", "rewards/margins", "DPO：好、差回答的隐式奖励之差", "β·nats", "dpo-margin"),
         ("ppo", "score", "PPO：奖励模型给采样回答的平均分", "分", "ppo-score"),
+        ("grpo", "score", "GRPO：采样回答的平均分", "分", "grpo-score"),
     ]
     for stage, key, title, ylabel, name in lines:
         if stage not in records:
@@ -84,6 +85,20 @@ def ppo_charts(records: dict) -> list[str]:
         ("回答的长度", "token", [("ppo", "length", "长度")]),
         ("被裁剪的 token 占比", "比例", [("ppo", "clip_fraction", "裁剪")]),
         ("价值损失", "损失", [("ppo", "value_loss", "价值损失")]),
+    ]
+    return [svg for title, ylabel, wanted in charts for svg in _lines(records, title, ylabel, wanted)]
+
+
+def grpo_charts(records: dict) -> list[str]:
+    """损失不画：按策略自己采的一批，它总是 0。"""
+    charts = [
+        ("采样回答的平均分（奖励）", "分", [("grpo", "score", "奖励")]),
+        (
+            "优势的大小 |A| 与没有信号的组",
+            "",
+            [("grpo", "advantage", "|A|"), ("grpo", "zero_groups", "没有信号的组")],
+        ),
+        ("回答的长度", "token", [("grpo", "length", "长度")]),
     ]
     return [svg for title, ylabel, wanted in charts for svg in _lines(records, title, ylabel, wanted)]
 

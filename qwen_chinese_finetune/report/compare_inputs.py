@@ -108,7 +108,7 @@ def load_questions(settings, found: dict[str, dict]) -> tuple[list[dict], dict]:
     来源是 ``{"dataset", "rows", "sha256"}``；settings.max_new_tokens 没给的，也在这里定下。
     """
     n, name = settings.max_eval_samples, settings.dataset
-    runs = [found[m]["run"] for m in ("ppo", "dpo") if m in found and found[m]["run"]]
+    runs = [found[m]["run"] for m in ("ppo", "grpo", "dpo") if m in found and found[m]["run"]]
     if settings.max_new_tokens is None:
         settings.max_new_tokens = next((r["settings"].get("max_new_tokens") for r in runs), None) or 128
     if name is None:

@@ -42,6 +42,10 @@ HIGHLIGHTS = [
     ("ppo", "qa_accuracy", "答对（贪心）", "≥", lambda s: s["sft"]["qa_accuracy"] - 0.03),
     ("ppo", "small_talk", "寒暄回得对（13 句）", "≥", 12 / 13),
     ("ppo", "kl_to_sft", "对 SFT 的 KL（nats/token）", "＜", 0.6),
+    ("grpo", "judge_score", "程序评分（采样）", "≥", 0.96),
+    ("grpo", "preferred_rate", "又对又完整又有礼（采样）", "≥", 0.95),
+    ("grpo", "qa_accuracy", "答对（贪心）", "≥", lambda s: s["sft"]["qa_accuracy"] - 0.03),
+    ("grpo", "small_talk", "寒暄回得对（13 句）", "≥", 12 / 13),
 ]
 _REACHED = {
     "≤": lambda value, target: value <= target,

@@ -11,13 +11,14 @@ from string import Template
 
 from chain import MODELS, STAGES
 from nlp_common.base.console import printable
-from report.charts import accuracy_chart, length_chart, loss_charts, ppo_charts
+from report.charts import accuracy_chart, grpo_charts, length_chart, loss_charts, ppo_charts
 from report.comparison import MARKS, mark_of
 from report.metrics import METRICS
 
 TEMPLATE = Path(__file__).with_name("template.html")
 JUDGED = "奖励模型的分只是老师的看法；程序的评分知道标准答案，奖励模型从没见过它。两样都升，才是真的变好。"
 PPO_NOTE = '奖励升、KL 也升：分数是用"离 SFT 多远"换来的，KL 惩罚管着这笔账。'
+GRPO_NOTE = "一组回答的分全一样，就没有谁比谁好，学不到什么：|A| 变小、没有信号的组变多，是快学完了。"
 NOT_JUDGED = "真实的问题没有唯一的答案：奖励模型的分只是老师的看法，长度、用词和 KL 说出它是怎样换来的。"
 SETTINGS = {
     "max_train_samples": "训练行数",
@@ -144,6 +145,8 @@ def _later(report: dict, records: dict[str, dict], answers: list[dict]) -> str:
     sections = []
     if "ppo" in records:
         sections.append(_section("PPO", PPO_NOTE, _charts(ppo_charts(records))))
+    if "grpo" in records:
+        sections.append(_section("GRPO", GRPO_NOTE, _charts(grpo_charts(records))))
     if "compare" in records:
         samples = records["compare"].get("samples", [])
         judged = any("verdict" in r for s in samples for r in s["replies"].values())

@@ -145,7 +145,7 @@ def test_missing_model_names_the_script(compare, root, tmp_path):
         (["--mode", "sft-rm"], "dpo-ppo"),
         (["--modes", "all"], "--mode"),
         (["--models", "sft"], "名字=路径"),
-        (["--models", "rlhf=x"], "base、sft、dpo、ppo、reward"),
+        (["--models", "rlhf=x"], "base、sft、dpo、ppo、grpo、reward"),
         (["--max_eval_samples", "0"], "正整数"),
         (["--max_eval_samples", "many"], "整数"),
     ],

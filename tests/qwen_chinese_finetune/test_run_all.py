@@ -160,3 +160,30 @@ def test_record_keeps_the_names_of_the_report(run_all, monkeypatch):
 def test_mac_configuration_on_apple_silicon(run_all, monkeypatch):
     monkeypatch.setattr(run_all, "pick_device", lambda: type("Device", (), {"type": "mps"}))
     assert run_all.load_script("pretrain").PRESETS["full"]["gradient_accumulation_steps"] == 4
+
+
+def test_with_grpo_comes_between_ppo_and_compare(run_all, load_script, monkeypatch, tmp_path, capsys):
+    """--with grpo 只添一个阶段；比较时也带上它。不加就与以前一样。"""
+    asked = []
+
+    class Script:
+        def __init__(self, stage):
+            self.stage = stage
+
+        def main(self, arguments):
+            asked.append((self.stage, arguments))
+
+    monkeypatch.setattr(run_all, "load_script", Script)
+    monkeypatch.setattr(
+        run_all, "write_report", lambda *_, **__: {"seconds": 0, "wall_seconds": 0, "stages": {}}
+    )
+    run_all.main([*SMALL, "--output_dir", str(tmp_path), "--with", "grpo"])
+    assert [stage for stage, _ in asked] == [*STAGES, "grpo", "compare"]
+    arguments = asked[-1][1]
+    assert arguments[arguments.index("--mode") + 1] == "all-grpo"
+    assert arguments[arguments.index("--output_dir") + 1] == str(tmp_path / "compare")
+    asked.clear()
+    run_all.main([*SMALL, "--output_dir", str(tmp_path)])
+    assert [stage for stage, _ in asked] == [*STAGES, "compare"] and "--mode" not in asked[-1][1]
+    with pytest.raises(UserError, match="不要与 --until sft 一起用"):
+        run_all.main([*SMALL, "--output_dir", str(tmp_path), "--with", "grpo", "--until", "sft"])
