@@ -58,6 +58,7 @@ MODELS: dict[str, list[tuple[str, Any, bool]]] = {
 }
 SAMPLING = ("ppo", "grpo")  # 边训练边采样的：用 micro_batch_size，不重算激活
 MODELS["kto"] = MODELS["identity"] = MODELS["dpo"]
+MODELS["best_of_k"] = MODELS["sft"]
 PAIRED = ("reward", "dpo", "kto", "identity")  # 一行数据是两个回答
 
 
