@@ -8,7 +8,7 @@
 
 怎么运行
   python attribution.py                      # Qwen 链 tiny 的 SFT 模型，504 道题
-  python attribution.py --text "那天清晨，小刚去了花园。" --output_dir outputs/one  # 只看这一句的下一个字
+  python attribution.py --text "那天清晨，小刚去了花园。"  # 只看这一句的下一个字
   python attribution.py --model smollm2      # 真模型，英文的事实题
 
 应当看到（tiny，实测见本文件夹的 README.md）：积分梯度、遮挡指对的比最好的单个头多得多。
@@ -44,6 +44,7 @@ from readers import (
     attention_maps,
     encode,
     find_reader,
+    lesson_name,
     load_reader,
     need_language_model,
     without_heads,
@@ -387,7 +388,8 @@ def draw(folder: Path, metrics: dict, question: Question, ways: dict) -> None:
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(AttributionSettings, PRESETS, argv, None)
     found = find_reader(settings)
-    return run_lesson("attribution", HOME, settings, partial(learn, found=found), model_id=found["id"])
+    name = lesson_name("attribution", settings)
+    return run_lesson(name, HOME, settings, partial(learn, found=found), model_id=found["id"])
 
 
 if __name__ == "__main__":

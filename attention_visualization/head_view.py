@@ -12,7 +12,7 @@
   python head_view.py --hand                           # 这里手写的编码器
   python head_view.py --attention 文件.json            # 你自己的模型存下的注意力
 
-应当看到：outputs/<预设>/head_view/head_view.html，用浏览器打开；matrix.png 是同样的内容。
+应当看到：outputs/<预设>/head_view/head_view.html，用浏览器打开；matrix.png 是同样的内容。自己的一句在 head_view-text/ 里。
 
 参考：Vaswani et al. 2017；Vig 2019（bertviz）；Clark et al. 2019（What Does BERT Look At?）。
 """
@@ -37,7 +37,16 @@ from nlp_common.train.settings import parse_settings
 from nlp_common.train.stage import Stage
 from pages import head_page, read_saved
 from questions import make_questions
-from readers import HOME, Reader, ReaderSettings, attention_maps, encode, find_reader, load_reader
+from readers import (
+    HOME,
+    Reader,
+    ReaderSettings,
+    attention_maps,
+    encode,
+    find_reader,
+    lesson_name,
+    load_reader,
+)
 
 PRESETS: dict[str, dict] = {"tiny": {}, "full": {}}
 ENGLISH = "The cat sat on the mat because it was tired."
@@ -225,7 +234,7 @@ def main(argv: list[str] | None = None) -> dict:
     elif not settings.hand:
         found = find_reader(settings)
         more = {"model_id": found["id"]}
-    return run_lesson("head_view", HOME, settings, partial(learn, found=found), **more)
+    return run_lesson(lesson_name("head_view", settings), HOME, settings, partial(learn, found=found), **more)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from readers import (
     encode,
     find_reader,
     layers_of,
+    lesson_name,
     load_reader,
     mixer_of,
     need_language_model,
@@ -368,7 +369,8 @@ def draw_text(path: Path, pieces: list[str], said: list[list[str]], sure: torch.
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(LensSettings, PRESETS, argv, None)
     found = find_reader(settings)
-    return run_lesson("logit_lens", HOME, settings, partial(learn, found=found), model_id=found["id"])
+    name = lesson_name("logit_lens", settings)
+    return run_lesson(name, HOME, settings, partial(learn, found=found), model_id=found["id"])
 
 
 if __name__ == "__main__":

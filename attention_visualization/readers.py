@@ -69,6 +69,19 @@ def find_reader(settings: ReaderSettings) -> dict:
     return chain_model("sft", settings.model, settings.source)
 
 
+def lesson_name(name: str, settings: ReaderSettings) -> str:
+    """看自己的一句、自己存的注意力、手写的编码器，结果另放一处，不与默认的那一课争一个文件夹。
+
+    自己的一句、自己的文件每次都重新看（几秒），换一句不必加 --retrain；给了 --output_dir 的照平常的规矩。
+    """
+    for flag in ("text", "attention", "hand"):
+        if getattr(settings, flag, None) not in (None, False):
+            if flag != "hand" and not settings.output_dir:
+                settings.retrain = True
+            return f"{name}-{flag}"
+    return name
+
+
 def load_reader(found: dict) -> Reader:
     """载入模型，eval 状态，权重不求梯度。交不出注意力的（Mamba 这样没有注意力的）是 UserError。
 

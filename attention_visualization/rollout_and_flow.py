@@ -38,6 +38,7 @@ from readers import (
     ReaderSettings,
     attention_maps,
     find_reader,
+    lesson_name,
     load_reader,
     need_language_model,
 )
@@ -256,9 +257,10 @@ def learn_hand(stage: Stage) -> dict:
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(RolloutSettings, PRESETS, argv, None)
     if settings.hand:
-        return run_lesson("rollout_and_flow", HOME, settings, learn_hand)
+        return run_lesson(lesson_name("rollout_and_flow", settings), HOME, settings, learn_hand)
     found = find_reader(settings)
-    return run_lesson("rollout_and_flow", HOME, settings, partial(learn, found=found), model_id=found["id"])
+    name = lesson_name("rollout_and_flow", settings)
+    return run_lesson(name, HOME, settings, partial(learn, found=found), model_id=found["id"])
 
 
 if __name__ == "__main__":

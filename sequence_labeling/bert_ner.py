@@ -245,7 +245,8 @@ def pretrained_bert(path: str, tags: list[str]):
 
     from nlp_common.lm.checks import check_config, load_weights, quiet, readable_errors
 
-    check_config(path)
+    if (kind := check_config(path).get("model_type")) != "bert":
+        raise UserError(f"{path} 是 {kind}，不是 BERT。请用 --model 换一个，例如 e5 或 {FULL_MODEL}。")
     names = {"id2label": dict(enumerate(tags)), "label2id": {tag: i for i, tag in enumerate(tags)}}
     model, _ = load_weights(BertForTokenClassification, path, new=("classifier.",), **names)
     with readable_errors(path), quiet():

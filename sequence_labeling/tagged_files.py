@@ -297,7 +297,7 @@ def _json_entities(path: Path, index: int, row: dict):
                 yield str(each["type"]), int(each["start"]), int(each["end"]), each.get("text")
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(
-            f"{path} {row_place(path, index)} 的实体写得不对。要写成 "
+            f"{path} {row_place(path, index)}的实体写得不对。要写成 "
             '{"label": {"name": {"叶老桂": [[0, 2]]}}} 或 {"entities": [{"type": "name", "start": 0, "end": 3}]}。'
         ) from None
 
@@ -317,6 +317,8 @@ def load_splits(
     自带的《人民日报》：test 是整篇留出的文章，dev 从训练的段落里分出约二十分之一。没有 dev 的也从训练里分；
     没有 test 的，dev 就是 test，并且说出来。train 与 test 里一模一样的句子，从 train 里去掉。
     """
+    if not dataset.strip():
+        raise UserError(f"--dataset 是空的：给一个文件、文件夹，或自带的 {BUILTIN}。")
     if dataset == BUILTIN:
         splits = {"train": people_daily_sentences("train", convert)}
         splits["test"] = people_daily_sentences("validation", convert)

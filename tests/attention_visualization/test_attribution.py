@@ -155,3 +155,15 @@ def test_text_from_the_command_line(chat_folder, tmp_path, capsys):
 def test_bad_text(chat_folder, tmp_path, text, said):
     with pytest.raises(UserError, match=said):
         at.main(["--model", str(chat_folder), "--text", text, "--output_dir", str(tmp_path / "r")])
+
+
+def test_a_second_sentence_needs_no_flag_and_the_lesson_keeps_its_folder(chat_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(at, "HOME", tmp_path)
+    for text in ("小刚去了", "小刚去了花园"):
+        at.main(["--preset", "tiny", "--model", str(chat_folder), "--text", text, "--points", "4"])
+    folders = [each.name for each in (tmp_path / "outputs" / "tiny").iterdir() if each.is_dir()]
+    assert folders == ["attribution-text"]
+    one = ["--preset", "tiny", "--model", str(chat_folder), "--output_dir", str(tmp_path / "one")]
+    at.main([*one, "--text", "小刚去了", "--points", "4"])
+    with pytest.raises(UserError, match="--retrain"):
+        at.main([*one, "--text", "花园", "--points", "4"])  # 给了 --output_dir，照平常的规矩

@@ -5,6 +5,7 @@ from pathlib import Path
 import bert_ner as bn
 import pytest
 
+from nlp_common.base.errors import UserError
 from nlp_common.lm.losses import IGNORE
 from nlp_common.tiny.bert import character_tokenizer
 from tagged_files import Sentence, tags_of
@@ -122,3 +123,10 @@ def test_e5(small_dataset, tmp_path):
     arguments = ["--preset", "tiny", "--model", "e5", "--dataset", str(small_dataset)]
     arguments += ["--num_train_epochs", "8", "--learning_rate", "3e-4", "--output_dir", str(tmp_path / "out")]
     assert bn.main(arguments)["metrics"]["entity_f1"] > 0.9
+
+
+def test_another_kind_of_model_is_said(tmp_path):
+    config = '{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}'
+    (tmp_path / "config.json").write_text(config, encoding="utf-8")
+    with pytest.raises(UserError, match="是 qwen2，不是 BERT"):
+        bn.pretrained_bert(str(tmp_path), ["O"])

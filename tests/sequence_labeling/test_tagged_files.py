@@ -150,6 +150,8 @@ def test_a_test_file_without_labels_is_not_measured_on(tmp_path, capsys):
 def test_wrong_datasets_say_so(tmp_path):
     with pytest.raises(UserError, match="没有 nowhere 这个文件或文件夹"):
         tf.load_splits("nowhere")
+    with pytest.raises(UserError, match="--dataset 是空的"):
+        tf.load_splits(" ")
     with pytest.raises(UserError, match="没有叫 train 的标注文件"):
         tf.load_splits(str(tmp_path))
     (tmp_path / "train.txt").write_text("今 O\n天 O\n", encoding="utf-8")
