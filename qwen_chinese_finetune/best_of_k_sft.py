@@ -49,6 +49,7 @@ PRESETS = {
         "per_device_train_batch_size": 16,
         "learning_rate": 5e-4,
         "adam_beta2": 0.98,
+        "num_train_epochs": 2.0,
         "max_new_tokens": 32,
         "ks": "1,2,4,16",
     },
