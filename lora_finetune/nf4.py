@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 import math
 from dataclasses import dataclass
 
@@ -17,6 +19,7 @@ from nlp_common.base.errors import UserError
 
 BLOCK = 64  # 几个权重共用一个刻度
 BLOCK_OF_SCALES = 256  # 双重量化：几个刻度再共用一个
+INSTALL = "pip install bitsandbytes==0.50.2"
 
 # ---------------------------------------------------------------- 1. 四位能表示哪些值
 
@@ -239,6 +242,14 @@ def refuse_four_bit(model: nn.Module) -> None:
     """要训练全部参数，却有四位的权重：UserError。"""
     if any(isinstance(module, NF4Linear) for module in model.modules()):
         raise UserError(
-            "四位的底座不能全参数微调：编号是整数，没有梯度。用 LoRA（--method qlora），"
-            "或用没有量化的模型（--method full）。"
+            "四位的底座不能全参数微调：编号是整数，没有梯度。加上 LoRA 再训练（qlora_trainer.py），或换没有量化的模型。"
         )
+
+
+def import_bitsandbytes():
+    """用到才导入 bitsandbytes；没有装是 UserError。它在 CPU 上一导入就劝人装另一个只管推理的内核，这里用不着，不显示。"""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise UserError(f"要用 bitsandbytes，没有装：{INSTALL}。") from error
