@@ -55,7 +55,7 @@ from nlp_common.train.stage import Stage
 PRESETS = {
     "tiny": {
         "dataset": "tiny_world",
-        "max_train_samples": 2000,
+        "max_train_samples": 1500,
         "max_length": 256,
         "per_device_train_batch_size": 8,
         "learning_rate": 5e-4,
