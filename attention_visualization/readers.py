@@ -98,6 +98,7 @@ def load_reader(found: dict) -> Reader:
     with readable_errors(path), quiet():
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     check_tokenizer(tokenizer, path)
+    tokenizer.model_max_length = 10**9  # 太长的由 encode 用中文说，不要库的英文警告
     try:
         model, _ = load_weights(model_class, path, new, attn_implementation="eager")
     except UserError as error:

@@ -321,7 +321,8 @@ def read_grammar(settings) -> str:
         grammar = schema_to_grammar(json.loads(text)) if settings.schema else text
         Matcher(parse_grammar(grammar))  # 写错了，不必等模型载入
     except OSError as error:
-        raise UserError(f"读不了 {file}：{error.strerror}。") from None
+        why = "它是一个文件夹" if file.is_dir() else "没有这个文件" if not file.exists() else error.strerror
+        raise UserError(f"读不了 {file}：{why}。") from None
     except UnicodeDecodeError:
         raise UserError(f"{file} 不是 UTF-8 的文字。请另存为 UTF-8 再试。") from None
     except json.JSONDecodeError as error:
@@ -334,6 +335,7 @@ def read_grammar(settings) -> str:
 def answer_one(settings, grammar: str, path: str) -> dict:
     """读者自己的形式，写一次。"""
     tokenizer, model = load_causal_lm(path)
+    tokenizer.model_max_length = 10**9  # 太长的由 check_room 说，不要库的英文警告
     masks = make_masks(grammar, tokenizer, model.config.vocab_size)
     prompt = prompt_ids(tokenizer, [{"role": "user", "content": settings.prompt}])
     ids, _ = generate(

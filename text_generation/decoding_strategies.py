@@ -288,6 +288,7 @@ def learn(stage: Stage) -> dict:
     if settings.model:
         tokenizer, model = load_plain_lm(require_model(settings.model, settings.source))
         model, source = model.to(stage.device).eval(), {"name": settings.model}
+        tokenizer.model_max_length = 10**9  # 太长的由 check_room 说，不要库的英文警告
     else:
         tokenizer, model, source = train_small(stage)
     prompts, human = starts(tokenizer, settings)

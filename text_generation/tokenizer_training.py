@@ -162,10 +162,14 @@ def train_library(
         core.decoder = decoders.ByteLevel()
         options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
     elif byte_fallback:
-        # 词表小的时候，常用字先占六成，剩下的留给合并出来的词
+        # 词表小的时候，常用字先占六成，剩下的留给合并出来的词。哪些字由我们点名：一样多的字，库留哪一个，次次不同
+        room = int(0.6 * max(1, vocab_size - 258))
+        counts = Counter(char for text in texts for char in text)
+        common = sorted(counts, key=lambda char: (-counts[char], char))[:room]
         options = {
             "special_tokens": [PAD, END, *BYTES],
-            "limit_alphabet": int(0.6 * max(1, vocab_size - 258)),
+            "initial_alphabet": common,
+            "limit_alphabet": room,
         }
     core.pre_tokenizer = pre_tokenizers.Sequence(steps)
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=1, show_progress=False, **options)

@@ -113,6 +113,15 @@ def test_a_prefix_of_the_merges_is_the_smaller_tokenizer():
     assert json.loads(tt.smaller(large, 280).to_str())["model"] == json.loads(small.to_str())["model"]
 
 
+def test_ties_are_broken_the_same_way_every_time():
+    """六成的位置放不下所有的字，而它们出现得一样多：留下的总是编号小的那几个。"""
+    chars = [chr(0x4E00 + i) for i in range(200)]
+    texts = ["".join(chars), "".join(reversed(chars))]
+    for _ in range(5):
+        kept = [token for token in tt.train_library(texts, 258 + 100).get_vocab() if token in chars]
+        assert sorted(kept) == chars[:60]
+
+
 def test_bad_input(tmp_path):
     few = tmp_path / "few.txt"
     few.write_text("只有一段\n两段\n", encoding="utf-8")

@@ -76,6 +76,9 @@ def test_a_prompt_longer_than_the_context(tmp_path, chat_folder):
 def test_bad_arguments(tmp_path, chat_folder):
     with pytest.raises(UserError, match="--prompt 要配"):
         cd.main(["--preset", "tiny", "--prompt", "问"])
+    for folder, said in ((tmp_path, "它是一个文件夹"), (tmp_path / "没有.json", "没有这个文件")):
+        with pytest.raises(UserError, match=said):
+            cd.main(["--preset", "tiny", "--prompt", "问", "--schema", str(folder)])
     with pytest.raises(UserError, match="只能给一个"):
         cd.main(["--preset", "tiny", "--prompt", "问", "--schema", "a", "--grammar", "b"])
     with pytest.raises(UserError, match="读不了"):
