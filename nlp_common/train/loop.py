@@ -49,17 +49,18 @@ def train_loop(
     tokens: list[int],
     lengths: list[int] | None = None,
     count: Callable[[dict], int] = count_labels,
+    build_optimizer: Callable[[torch.nn.Module, LoopSettings], torch.optim.Optimizer] | None = None,
 ) -> Trained:
     """训练到底，有检查点就从检查点继续。
 
     loss(model, 一批) 给出这一批损失的**和**，以及另外要记录的数（每项一个，求平均）；count(一批) 是有几项。
-    tokens 是每行几个 token；给了 lengths，就把长短相近的行排进同一批。
+    tokens 是每行几个 token；给了 lengths，就把长短相近的行排进同一批。build_optimizer：换一个优化器，默认 AdamW。
     """
     settings = stage.settings
     accelerator = make_accelerator(stage.device, settings)
     if settings.gradient_checkpointing:
         recompute_activations(model)
-    optimizer = make_optimizer(model, settings)
+    optimizer = (build_optimizer or make_optimizer)(model, settings)
 
     # 一遍有几步，一共几步；学习率先升后降
     n_batches = len(my_batches(len(rows), lengths, settings, epoch=0))
