@@ -32,11 +32,10 @@ import torch
 from torch import Tensor
 
 from chain import CHAIN
-from grpo_rewards import load_reward_file, make_score
+from grpo_rewards import load_reward_file, make_score, to_answered
 from nlp_common.base.arguments import Limits, option
 from nlp_common.base.errors import UserError
 from nlp_common.base.processes import merge_stats, num_processes
-from nlp_common.data.chats import to_questions
 from nlp_common.lm.loading import end_chat_turns, load_causal_lm, load_reward_model
 from nlp_common.lm.replies import reply_of
 from nlp_common.lm.rollout import (
@@ -156,41 +155,38 @@ class Answers:
 
 
 def grpo_step(policy, reference, optimizer, draw, score, tokenizer, settings, accelerator, generator) -> dict:
-    """一轮：draw(第几轮) 给出 B 道题，写 N 个回答，用它们更新 grpo_epochs 遍；返回这一轮的统计。R 是最长的回答的 token 数。"""
+    """一轮：draw(第几次) 给出 B 道题，写 N = B·G 个回答，用它们更新 grpo_epochs 遍；返回这一轮的统计。"""
     started = time.perf_counter()
-    group = settings.num_generations
-    # 1. 采样与打分。β = 0 时参考模型用不着
-    answers = sample(policy, draw(0), score, tokenizer, settings, accelerator, generator)
-    first = answers  # 统计只看第一轮：补采样的是挑过的
+    # 1. 采样与打分。R 是最长的回答的 token 数
+    group, given = settings.num_generations, (score, tokenizer, settings, accelerator, generator)
+    answers = sample(policy, draw(0), *given)
+    rollout, rewards = answers.rollout, answers.rewards  # 掩码 (N, R)，奖励 (N,)
     if settings.dynamic_sampling:
-        answers = with_signal(answers, policy, draw, score, tokenizer, settings, accelerator, generator)
-    rollout, mask = answers.rollout, answers.rollout.mask  # (N, R)
+        rollout, rewards = resample(answers, policy, draw, *given)
     sampled = time.perf_counter()
 
     # 2. 优势。一个回答里每个 token 都一样
-    advantages = group_advantages(answers.rewards, group, settings.advantage, accelerator)  # (N,)
-    scored = time.perf_counter()
+    advantages = group_advantages(rewards, group, settings.advantage, accelerator)  # (N,)
 
     # 3. 更新。先数好平均除以几：没有信号的组不必算，可是照样算进分母
-    n_answers = torch.tensor(float(len(mask)), device=mask.device)
-    n_tokens = accelerator.reduce(mask.sum().float(), "mean")  # 每个进程平均多少个 token
-    keep = useful_answers(advantages, group, settings.kl_coef, accelerator)  # (n,) 行号
+    n_answers = torch.tensor(float(len(rewards)), device=rewards.device)
+    n_tokens = accelerator.reduce(rollout.mask.sum().float(), "mean")  # 每个进程平均多少个 token
+    keep = useful_answers(rewards, group, settings.kl_coef, accelerator)  # (n,) 行号
     updated: dict = {"loss": 0.0, "clip_fraction": 0.0, "update_kl": 0.0}
-    if accelerator.reduce(torch.tensor(float(len(keep)), device=mask.device)) > 0:
+    if len(keep):
         used, sizes = (rollout.rows(keep), advantages[keep]), (n_answers, n_tokens)
         updated = update(policy, reference, optimizer, *used, *sizes, settings, accelerator)
-    zero = first.rewards.view(-1, group)
     return {
-        "score": first.rewards.mean().item(),
+        "score": answers.rewards.mean().item(),
         "advantage": advantages.abs().mean().item(),
-        "zero_groups": (zero == zero[:, :1]).all(1).float().mean().item(),  # 一组的分全一样：没有信号
-        "length": first.rollout.mask.sum(1).float().mean().item(),
-        "ended": first.rollout.ended.float().mean().item(),
+        "zero_groups": 1 - has_signal(answers.rewards, group).float().mean().item(),
+        "length": answers.rollout.mask.sum(1).float().mean().item(),
+        "ended": answers.rollout.ended.float().mean().item(),
         **updated,
         "rollout_s": sampled - started,
-        "scoring_s": scored - sampled,
-        "update_s": time.perf_counter() - scored,
-        "answers": first,
+        "scoring_s": 0.0,  # 打分算在采样里
+        "update_s": time.perf_counter() - sampled,
+        "answers": answers,
     }
 
 
@@ -211,29 +207,28 @@ def sample(policy, rows, score, tokenizer, settings, accelerator, generator) -> 
     return Answers(rollout, rewards.float(), replies, questions)
 
 
-def with_signal(answers, policy, draw, score, tokenizer, settings, accelerator, generator) -> Answers:
-    """动态采样（Yu et al. 2025 式 11）：只留 0 < 对的 < G 的组，不够 B 组就再采几轮；一组也没有，就还是原来那批。"""
-    group, wanted, first = settings.num_generations, len(answers.rewards), answers
-    kept: list[Answers] = []
+def has_signal(rewards: Tensor, group: int) -> Tensor:
+    """(N,) 的奖励 → (B,)：这一组的奖励不全一样。全一样就没有谁比谁好，学不到什么。"""
+    grouped = rewards.view(-1, group)
+    return (grouped != grouped[:, :1]).any(1)
+
+
+def resample(answers, policy, draw, score, tokenizer, settings, accelerator, generator):
+    """动态采样（Yu et al. 2025 式 11）：只留有信号的组，不够 B 组就换题再采几次；一组也没有，就还是原来那批。"""
+    rollouts, rewards, group, missing = [], [], settings.num_generations, len(answers.rewards)
     for number in range(settings.max_rounds):
         if number:
             answers = sample(policy, draw(number), score, tokenizer, settings, accelerator, generator)
-        zero = answers.rewards.view(-1, group)
-        index = (zero != zero[:, :1]).any(1).repeat_interleave(group).nonzero().squeeze(1)
-        index = index[: wanted - sum(len(each.rewards) for each in kept)]
+        index = has_signal(answers.rewards, group).repeat_interleave(group).nonzero().squeeze(1)[:missing]
         if len(index):
-            chosen = [[values[i] for i in index] for values in (answers.replies, answers.questions)]
-            kept.append(Answers(answers.rollout.rows(index), answers.rewards[index], *chosen))
-        if sum(len(each.rewards) for each in kept) == wanted:
+            rollouts.append(answers.rollout.rows(index))
+            rewards.append(answers.rewards[index])
+            missing -= len(index)
+        if not missing:
             break
-    if not kept:
-        return first
-    return Answers(
-        join_rollouts([each.rollout for each in kept], tokenizer.pad_token_id),
-        torch.cat([each.rewards for each in kept]),
-        [reply for each in kept for reply in each.replies],
-        [question for each in kept for question in each.questions],
-    )
+    if not rollouts:
+        return answers.rollout, answers.rewards
+    return join_rollouts(rollouts, tokenizer.pad_token_id), torch.cat(rewards)
 
 
 def group_advantages(rewards: Tensor, group: int, kind: str, accelerator) -> Tensor:
@@ -257,15 +252,16 @@ def group_advantages(rewards: Tensor, group: int, kind: str, accelerator) -> Ten
     return (alone - every.mean()) / (every.std() + EPSILON)
 
 
-def useful_answers(advantages: Tensor, group: int, kl_coef: float, accelerator) -> Tensor:
+def useful_answers(rewards: Tensor, group: int, kl_coef: float, accelerator) -> Tensor:
     """要算前向、反向的行号：一组的优势全是 0，梯度恰好是 0，不必算（有 KL 项的除外）。
 
     几个进程时都算：DDP 每次反向都要等大家，各进程的次数得一样。
     """
-    has_signal = (advantages.view(-1, group) != 0).any(1)
-    if kl_coef or accelerator.num_processes > 1:
-        has_signal[:] = True
-    return has_signal.repeat_interleave(group).nonzero().squeeze(1)
+    keep = has_signal(rewards, group)
+    several = accelerator.num_processes > 1
+    if kl_coef or (several and accelerator.reduce(keep.float().sum()) > 0):
+        keep[:] = True
+    return keep.repeat_interleave(group).nonzero().squeeze(1)
 
 
 def update(
@@ -385,7 +381,13 @@ def train(stage: Stage) -> dict:
             scores = [judge(q, r["text"], r["ended"]).score for q, r in both]
             stats["judge_score"] = sum(scores) / len(scores)
         history.append({"step": step + 1, **merge_stats(stats, largest=set())})
-        show_step(bar, history[-1], answers.replies[0]["text"], settings)
+        bar.update(1)
+        bar.set_postfix_str(f"奖励 {stats['score']:.2f}", refresh=False)
+        if (step + 1) % settings.logging_steps == 0:
+            bar.write(
+                f"  {step + 1:>4} 步  奖励 {stats['score']:+.3f}  |A| {stats['advantage']:.2f}  没信号的组 "
+                f"{stats['zero_groups']:.0%}  长度 {stats['length']:.1f}  例：{answers.replies[0]['text']}"
+            )
         if (step + 1) % settings.save_steps == 0:
             save_checkpoint(stage, accelerator, step + 1, history)
     bar.close()
@@ -397,33 +399,12 @@ def train(stage: Stage) -> dict:
     return stage.finish(policy, tokenizer, metrics, data, history)
 
 
-def to_answered(rows: list[dict], where: str, needed: bool) -> list[dict]:
-    """题目，连同标准答案；验证器要答案，哪一行没有就说是哪一行。"""
-    for number, row in enumerate(rows, 1):
-        if needed and not str(row.get("answer") or "").strip():
-            raise UserError(
-                f"{where} 第 {number} 条没有标准答案：--reward verifier 要每条都有 answer 一栏。"
-                "没有标准答案的题，用 --reward reward_model 或 --reward_file。"
-            )
-    return to_questions(rows, where, keep=("answer",))
-
-
 def draw_rows(rows: list[dict], step: int, settings, accelerator, number: int) -> list[dict]:
     """第 step 步、第 number 轮（动态采样才有第 1 轮以后的）、这个进程用的 B 道题，一圈圈地取。"""
     n = settings.per_device_train_batch_size // settings.num_generations
     rounds = settings.max_rounds if settings.dynamic_sampling else 1
     turn = (step * rounds + number) * accelerator.num_processes + accelerator.process_index
     return [rows[(turn * n + i) % len(rows)] for i in range(n)]
-
-
-def show_step(bar, stats: dict, example: str, settings) -> None:
-    bar.update(1)
-    bar.set_postfix_str(f"奖励 {stats['score']:.2f}", refresh=False)
-    if stats["step"] % settings.logging_steps == 0:
-        bar.write(
-            f"  {stats['step']:>4} 步  奖励 {stats['score']:+.3f}  |A| {stats['advantage']:.2f}"
-            f"  没信号的组 {stats['zero_groups']:.0%}  长度 {stats['length']:.1f}  损失 {stats['loss']:+.4f}  例：{example}"
-        )
 
 
 def main(argv: list[str] | None = None) -> dict:

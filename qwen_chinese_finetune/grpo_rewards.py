@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from nlp_common.base.errors import UserError
+from nlp_common.data.chats import to_questions
 from nlp_common.lm.rollout import Rollout, reference_scores, score_responses
 from nlp_common.tiny.judge import judge
 from ppo_alignment import response_rewards
@@ -36,6 +37,17 @@ def verify(question: dict, reply: str, ended: bool) -> float:
     if "sentence" in question:
         return judge(question, reply, ended).score
     return float(says_last(reply, str(question["answer"])))
+
+
+def to_answered(rows: list[dict], where: str, needed: bool) -> list[dict]:
+    """题目，连同标准答案；验证器要答案，哪一行没有就说是哪一行。"""
+    for number, row in enumerate(rows, 1):
+        if needed and not str(row.get("answer") or "").strip():
+            raise UserError(
+                f"{where} 第 {number} 条没有标准答案：--reward verifier 要每条都有 answer 一栏。"
+                "没有标准答案的题，用 --reward reward_model 或 --reward_file。"
+            )
+    return to_questions(rows, where, keep=("answer",))
 
 
 def says_last(reply: str, answer: str) -> bool:

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 import dpo_chinese_qwen
+import grpo_alignment
 import ppo_alignment
 from chain import HOME
 from nlp_common.base.arguments import option, parse_arguments
@@ -36,7 +37,7 @@ from nlp_common.tiny import world
 from nlp_common.tiny.judge import judge, measure_chat
 from nlp_common.train.splits import EVAL_SEED
 
-PARTS = ("best_of_n", "ppo", "dpo", "hacking")
+PARTS = ("best_of_n", "ppo", "dpo", "hacking", "grpo")
 NS = (1, 2, 4, 8, 16)
 KL_COEFS = (0.0, 0.03, 0.1, 0.3, 1.0)
 BETAS = (0.1, 0.3, 1.0, 3.0)
@@ -68,6 +69,8 @@ def run_parts(parts: list[str], root: Path, settings: TradeoffSettings) -> dict:
             result[part] = best_of_n(sft, reward, tokenizer, questions, settings.seed)
         elif part == "hacking":
             result[part] = hacking_curves(root, settings)
+        elif part == "grpo":
+            result[part] = grpo_curves(root, settings)
         else:
             script, flag, values = variants[part]
             result[part] = []
@@ -127,7 +130,7 @@ def train(script, root: Path, name: str, settings: TradeoffSettings, **flags) ->
     """用阶段脚本本身训练一个变体；已有同样设置的结果时直接用。"""
     chain, out = Path(settings.chain), root / name
     flags = {"preset": "tiny", "seed": settings.seed, "model": chain / "sft", "output_dir": out} | flags
-    if script is ppo_alignment:
+    if script is ppo_alignment or flags.get("reward") == "reward_model":
         flags["reward_model"] = chain / "reward"
     arguments = []
     for key, value in flags.items():
@@ -154,6 +157,19 @@ def hacking_curves(root: Path, settings: TradeoffSettings) -> dict[str, list[dic
             learning_rate=4e-4,
         )
         curves[f"β = {kl_coef}"] = load_run(out)["history"]
+    return curves
+
+
+def grpo_curves(root: Path, settings: TradeoffSettings) -> dict[str, list[dict]]:
+    """GRPO 走同样多步，没有 KL 惩罚，奖励来自验证器或奖励模型 → {图例: 每一步的历史}。"""
+    curves = {}
+    for reward, label in (
+        ("verifier", "GRPO，验证器|GRPO, verifier"),
+        ("reward_model", "GRPO，奖励模型|GRPO, reward model"),
+    ):
+        flags = {"reward": reward, "max_steps": settings.hacking_steps}
+        out = train(grpo_alignment, root, f"grpo-{reward}", settings, **flags)
+        curves[label] = load_run(out)["history"]
     return curves
 
 
@@ -189,6 +205,12 @@ def draw(root: Path, result: dict) -> None:
         for key, label in (("score", "奖励模型的分|reward model"), ("judge_score", "程序评分|judge score")):
             curves = {name: smoothed(rows, key) for name, rows in result["hacking"].items()}
             line_chart(root / f"hacking-{key}.svg", curves, label, "步|step", label)
+    if "grpo" in result:
+        curves = {name: smoothed(rows, "judge_score") for name, rows in result["grpo"].items()}
+        if "hacking" in result:
+            curves["PPO，奖励模型|PPO, reward model"] = smoothed(result["hacking"]["β = 0.0"], "judge_score")
+        title, label = "没有 KL 惩罚（β = 0）|No KL penalty", "程序评分|judge score"
+        line_chart(root / "hacking-grpo.svg", curves, title, "步|step", label)
 
 
 def show(result: dict) -> None:
@@ -198,10 +220,10 @@ def show(result: dict) -> None:
                 f"  {part:<10} {p['name']:<8} 每个回答的 KL {p['kl_per_answer']:7.3f}  程序评分 {p['judge_score']:.3f}"
                 f"  奖励 {p['reward_mean']:+.2f}"
             )
-    for name, rows in result.get("hacking", {}).items():
+    for name, rows in (result.get("hacking", {}) | result.get("grpo", {})).items():
         for row in (rows[0], rows[len(rows) // 2], rows[-1]):
             print(
-                f"  hacking    {name:<8} 第 {row['step']:>3} 步  KL {row['kl']:6.3f}/token"
+                f"  hacking    {name:<8} 第 {row['step']:>3} 步  KL {row.get('kl', math.nan):6.3f}/token"
                 f"  程序评分 {row['judge_score']:.3f}  奖励 {row['score']:+.2f}"
             )
 
@@ -216,6 +238,9 @@ def record_result(result: dict, seed: int) -> None:
         for row in (rows[0], rows[len(rows) // 2], rows[-1]):
             key = f"hacking.{name.removeprefix('β = ')}.step_{row['step']}"
             values[key] = {"score": row["score"], "judge_score": row["judge_score"]}
+    for name, rows in zip(("verifier", "reward_model"), result.get("grpo", {}).values(), strict=False):
+        for row in (rows[0], rows[len(rows) // 2], rows[-1]):
+            values[f"grpo_{name}.step_{row['step']}"] = {k: row[k] for k in ("score", "judge_score")}
     record("qwen", {"tradeoff": values}, unit={"kl_per_answer": "nats/answer"}, seed=seed)
 
 

@@ -304,7 +304,7 @@ def test_one_step_is_the_plain_policy_gradient(grpo, step_of, model, chat_tokeni
 def test_skipping_groups_without_signal_changes_nothing(grpo, step_of, model, monkeypatch, kind):
     skipped, stats = step_of(loss=kind, grpo_epochs=2)
     assert 0 < stats["zero_groups"] < 1
-    monkeypatch.setattr(grpo, "useful_answers", lambda advantages, *_: torch.arange(len(advantages)))
+    monkeypatch.setattr(grpo, "useful_answers", lambda rewards, *_: torch.arange(len(rewards)))
     every, again = step_of(loss=kind, grpo_epochs=2)
     assert moved(skipped, every) < 1e-6 < moved(every, model)
     assert again["update_kl"] > 0 and stats["loss"] == pytest.approx(again["loss"], abs=1e-6)

@@ -69,20 +69,27 @@ def test_the_whole_script(tradeoff, chain, monkeypatch, capsys):
             "max_train_samples": 16,
             "max_eval_samples": 4,
             "max_steps": 2,
-            "per_device_train_batch_size": 4,
+            "per_device_train_batch_size": 8,
         }
         return train(script, root, name, settings, **(flags | few))
 
     monkeypatch.setattr(tradeoff, "train", briefly)
     result = tradeoff.main(["--chain", str(chain), "--n", "6"])
-    assert [len(result[part]) for part in tradeoff.PARTS] == [2, 1, 1, 2]
+    assert [len(result[part]) for part in tradeoff.PARTS] == [2, 1, 1, 2, 2]
     for point in result["ppo"] + result["dpo"]:
         assert point["kl_per_answer"] >= 0 and 0 <= point["judge_score"] <= 1
     curves = result["hacking"]
     assert [row["step"] for row in curves["β = 0.0"]] == [1, 2]
     assert "judge_score" in curves["β = 0.1"][0]
+    assert all(row["judge_score"] >= 0 for rows in result["grpo"].values() for row in rows)
     out = chain / "tradeoff"
-    for name in ("tradeoff.svg", "hacking-score.svg", "hacking-judge_score.svg", "tradeoff.json"):
+    for name in (
+        "tradeoff.svg",
+        "hacking-score.svg",
+        "hacking-judge_score.svg",
+        "hacking-grpo.svg",
+        "tradeoff.json",
+    ):
         assert (out / name).stat().st_size > 100, name
     capsys.readouterr()
     again = tradeoff.main(["--chain", str(chain), "--n", "6", "--parts", "ppo"])

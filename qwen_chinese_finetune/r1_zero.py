@@ -1,0 +1,359 @@
+"""R1-Zero 的一刻：只说对不对，不教怎样想，模型自己学会先想再答。一分半钟，从瞎猜到九成半以上。
+
+学到什么：预训练的数据里大多是直接写答案的（短），只有几条把步骤写出来（长）。模型学会了像数据那样，几乎总是直接猜，猜不对。
+GRPO 只给 0 或 1 分，长的才常常对，于是长的越来越多，正确率和长度一起涨。强化学习放大模型已经会的，不发明它不会的：预训练里
+一条长的也没有，就什么也学不到。
+
+题是几个数字加起来，只要个位：
+
+    3 1 4 1 5 9 =             短：  3<end>                                  一口说出，十次对一次
+                              长：  <think>3 4 8 9 4 3</think>3<end>         一个一个加，几乎总是对
+
+运行：
+    python r1_zero.py                        # 预训练、GRPO、同样秒数的监督训练，连同图
+    python r1_zero.py --sweep true           # 再扫：长的占几成、一组几个回答（约 6 分钟）
+
+预期输出（实测见 README.md）：正确率从一成多到九成半以上，写长的从百分之几到几乎全部；同样秒数的监督训练仍是一成多。
+
+参考：DeepSeek-AI 2025（R1-Zero）；arXiv 2510.11495（为什么要先有长的，短的与长的混着预训练）；Yue et al. 2025（放大而不发明）。
+"""
+
+from nlp_common.base.cli import run_main
+
+import random
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from accelerate import Accelerator
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from grpo_alignment import GRPOSettings, grpo_step, sample
+from nlp_common.base.arguments import COUNT, POSITIVE, SHARE, Limits, option
+from nlp_common.base.errors import UserError
+from nlp_common.draw.plots import line_chart
+from nlp_common.lm.loading import make_fast
+from nlp_common.lm.losses import IGNORE, token_logps
+from nlp_common.train.lesson import run_lesson, run_part
+from nlp_common.train.loop import train_loop
+from nlp_common.train.progress import progress_bar
+from nlp_common.train.settings import LoopSettings, parse_settings
+from nlp_common.train.stage import Stage
+
+HOME = Path(__file__).resolve().parent
+END, PAD, EQUALS, THINK, THOUGHT = "<|im_end|>", "<pad>", "=", "<think>", "</think>"
+SHARES, GROUPS = (0.0, 0.02, 0.1, 0.5), (2, 4, 8, 16)
+PRESETS: dict[str, dict] = {
+    "tiny": {"max_train_samples": 60_000, "rl_steps": 60, "dim": 64, "n_digits": 8, "max_eval_samples": 512},
+    "full": {
+        "max_train_samples": 400_000,
+        "rl_steps": 150,
+        "dim": 128,
+        "n_digits": 16,
+        "max_eval_samples": 2000,
+    },
+}
+
+
+@dataclass
+class R1Settings(LoopSettings):
+    COMMON: ClassVar[dict] = LoopSettings.COMMON | {
+        "per_device_train_batch_size": 128,
+        "learning_rate": 3e-3,
+        "adam_beta2": 0.98,
+    }
+    n_digits: int | None = option("一道题几个数字", None, Limits(at_least=2))
+    modulus: int = option("数字从 0 到几减一，加起来除以几的余数", 10, Limits(at_least=2, at_most=10))
+    long_share: float = option("预训练的数据里，写出步骤的占几成", 0.02, SHARE)
+    dim: int | None = option("模型的宽度", None, COUNT)
+    rl_steps: int | None = option("GRPO 走几步", None, COUNT)
+    rl_learning_rate: float = option("GRPO 的学习率", 1e-3, POSITIVE)
+    num_generations: int = option("G：一道题写几个回答", 8)
+    rl_prompts: int = option("GRPO 一步几道题", 32, COUNT)
+    max_eval_samples: int | None = option("量正确率用几道没练过的题", None, COUNT)
+    sweep: bool = option("再扫一遍：长的占几成，一组几个回答", False)
+
+    def check(self) -> None:
+        if self.num_generations == 1:
+            raise UserError("--num_generations 至少 2：一组只有一个回答，减去组平均永远是 0，什么也学不到。")
+        if self.dim % 8:
+            raise UserError(f"--dim 要是 8 的倍数（4 个头，每个头的宽度是偶数），给的是 {self.dim}。")
+
+
+# ---------------------------------------------------------------- 1. 题、短的与长的解
+
+
+class Characters:
+    """一个字一个 token 的分词器；只有 GRPO 采样时用到的几样。"""
+
+    vocab: ClassVar[list[str]] = [*"0123456789", EQUALS, THINK, THOUGHT, END, PAD]
+    ids: ClassVar[dict[str, int]] = {token: i for i, token in enumerate(vocab)}
+    eos_token_id, pad_token_id = ids[END], ids[PAD]
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return self.ids[token]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.vocab[i] for i in ids)
+
+
+def question(rng: random.Random, settings) -> dict:
+    digits = [rng.randrange(settings.modulus) for _ in range(settings.n_digits)]
+    prompt = [*digits, Characters.ids[EQUALS]]  # 数字的编号就是它自己
+    return {"prompt": prompt, "digits": digits, "answer": str(sum(digits) % settings.modulus)}
+
+
+def solution(digits: list[int], modulus: int, long: bool) -> list[int]:
+    """短的只有答案；长的先把加到每一位的余数写出来。"""
+    ids, sums = Characters.ids, []
+    for digit in digits:
+        sums.append((digit + (sums[-1] if sums else 0)) % modulus)
+    steps = [ids[THINK], *sums, ids[THOUGHT]] if long else []
+    return [*steps, sums[-1], ids[END]]
+
+
+def training_rows(settings, long_share: float, seed: int) -> list[dict]:
+    """预训练的行 ``{"ids", "labels"}``：只在解上算损失，题目是随机数字，没有什么可学的。"""
+    rng, rows = random.Random(f"train-{seed}"), []
+    for _ in range(settings.max_train_samples):
+        asked = question(rng, settings)
+        said = solution(asked["digits"], settings.modulus, rng.random() < long_share)
+        rows.append({"ids": asked["prompt"] + said, "labels": [IGNORE] * len(asked["prompt"]) + said})
+    return rows
+
+
+def collate(rows: list[dict]) -> dict:
+    width = max(len(row["ids"]) for row in rows)
+    ids = [row["ids"] + [Characters.pad_token_id] * (width - len(row["ids"])) for row in rows]
+    labels = [row["labels"] + [IGNORE] * (width - len(row["labels"])) for row in rows]
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+
+
+def solution_loss(model, batch: dict):
+    return -token_logps(model, batch["input_ids"], batch["labels"]).sum(), {}
+
+
+def verify(asked: dict, reply: str, ended: bool) -> float:
+    """0 或 1：说完了，而且最后的答案对。中间想得对不对，一概不看。"""
+    return float(ended and reply.rpartition(THOUGHT)[2] == asked["answer"])
+
+
+def score(questions: list[dict], replies: list[dict], rollout) -> torch.Tensor:
+    rewards = [verify(q, r["text"], r["ended"]) for q, r in zip(questions, replies, strict=True)]
+    return torch.tensor(rewards, device=rollout.ids.device)
+
+
+# ---------------------------------------------------------------- 2. 预训练，量一量
+
+
+def build_model(settings) -> Qwen2ForCausalLM:
+    """两层的 Qwen2；种子由 stage 定好了。"""
+    config = Qwen2Config(
+        vocab_size=len(Characters.vocab),
+        hidden_size=settings.dim,
+        intermediate_size=4 * settings.dim,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        pad_token_id=Characters.pad_token_id,
+        eos_token_id=Characters.eos_token_id,
+    )
+    return make_fast(Qwen2ForCausalLM(config))
+
+
+def supervise(part: Stage, model, long_share: float, seed: int, max_steps: int = -1) -> dict:
+    """在短的、长的混着的解上学续写。"""
+    rows = training_rows(part.settings, long_share, seed)
+    part.settings.max_steps = max_steps
+    started = time.perf_counter()
+    trained = train_loop(
+        part, "监督训练", model, rows, collate, solution_loss, [len(row["ids"]) for row in rows]
+    )
+    return {"seconds": time.perf_counter() - started, "history": trained.history}
+
+
+def measure(model, settings, group: int = 1, seed: int = 0) -> dict:
+    """没练过的题上，温度 1 采样：正确率、写长的占几成、平均几个 token、写长的时候对不对。"""
+    rng = random.Random("heldout")
+    rows = [question(rng, settings) for _ in range(settings.max_eval_samples)]
+    answers = ask(model, rows, settings, group, seed)
+    is_long = torch.tensor([reply["text"].startswith(THINK) for reply in answers.replies])
+    forced = [row | {"prompt": row["prompt"] + [Characters.ids[THINK]]} for row in rows]
+    grouped = answers.rewards.view(-1, group)
+    return {
+        "accuracy": answers.rewards.mean().item(),
+        "long_share": is_long.float().mean().item(),
+        "tokens": answers.rollout.mask.sum(1).float().mean().item(),
+        "accuracy_when_long": ask(model, forced, settings, 1, seed).rewards.mean().item(),
+        "zero_groups": (grouped == grouped[:, :1]).all(1).float().mean().item(),
+        "example": answers.replies[0]["text"],
+    }
+
+
+@torch.no_grad()
+def ask(model, rows: list[dict], settings, group: int, seed: int):
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    given = (score, Characters(), grpo_settings(settings, group), Accelerator(cpu=device.type == "cpu"))
+    return sample(model, rows, *given, generator)
+
+
+# ---------------------------------------------------------------- 3. GRPO：一步就是 grpo_alignment.py 的 grpo_step
+
+
+def grpo_settings(settings, group: int) -> GRPOSettings:
+    return GRPOSettings(
+        num_generations=group,
+        max_new_tokens=settings.n_digits + 4,  # 长的解正好写得下
+        micro_batch_size=settings.rl_prompts * group,
+        max_grad_norm=1.0,
+    )
+
+
+def reinforce(part: Stage, model, group: int) -> dict:
+    settings = part.settings
+    accelerator = Accelerator(cpu=part.device.type == "cpu")
+    optimizer = torch.optim.AdamW(model.parameters(), settings.rl_learning_rate, weight_decay=0.0)
+    chosen, history, started = grpo_settings(settings, group), [], time.perf_counter()
+    bar = progress_bar("GRPO", settings.rl_steps, 0)
+    for step in range(settings.rl_steps):
+        rng = random.Random(f"rl-{settings.seed}-{step}")
+        rows = [question(rng, settings) for _ in range(settings.rl_prompts)]
+        generator = torch.Generator(part.device).manual_seed(settings.seed * 1_000_003 + step)
+        draw = partial(same_rows, rows)
+        stats = grpo_step(model, None, optimizer, draw, score, Characters(), chosen, accelerator, generator)
+        replies = stats.pop("answers").replies
+        stats["long_share"] = sum(reply["text"].startswith(THINK) for reply in replies) / len(replies)
+        history.append({"step": step + 1, **stats})
+        bar.update(1)
+        if (step + 1) % settings.logging_steps == 0:
+            bar.write(
+                f"  {step + 1:>4} 步  对的 {stats['score']:.2f}  写长的 {stats['long_share']:.2f}"
+                f"  没信号的组 {stats['zero_groups']:.0%}  例：{replies[0]['text']}"
+            )
+    bar.close()
+    return {"seconds": time.perf_counter() - started, "history": history}
+
+
+def same_rows(rows: list[dict], number: int) -> list[dict]:
+    return rows
+
+
+# ---------------------------------------------------------------- 4. 全课
+
+
+def learn(stage: Stage) -> dict:
+    settings = stage.settings
+    pretrained, base, before = pretrain(stage, settings.long_share)
+    print(
+        f"预训练之后：对 {before['accuracy']:.3f}，写长的 {before['long_share']:.3f}；"
+        f"逼它写长的，对 {before['accuracy_when_long']:.3f}。例：{before['example']}"
+    )
+    learned, after = reinforce_from(stage, base, settings.long_share, settings.num_generations)
+    print(f"GRPO 之后：对 {after['accuracy']:.3f}，写长的 {after['long_share']:.3f}。例：{after['example']}")
+
+    # 同样的秒数，接着监督训练：还是那样混着的数据
+    per_step = pretrained["seconds"] / max(
+        1, settings.max_train_samples // settings.per_device_train_batch_size
+    )
+    steps = max(1, round(learned["seconds"] / per_step))
+    longer = copy_of(base, settings)
+    more = partial(
+        supervise, model=longer, long_share=settings.long_share, seed=settings.seed + 1, max_steps=steps
+    )
+    run_part(stage, "supervised", more, longer)
+    supervised = measure(longer, settings)
+    print(f"同样秒数的监督训练（{steps} 步）：对 {supervised['accuracy']:.3f}")
+
+    names = ("accuracy", "long_share", "tokens", "accuracy_when_long")
+    metrics = {f"{name}_before": before[name] for name in names} | {name: after[name] for name in names}
+    metrics |= {
+        "accuracy_sft_same_seconds": supervised["accuracy"],
+        "long_share_sft_same_seconds": supervised["long_share"],
+        "pretrain_seconds": pretrained["seconds"],
+        "rl_seconds": learned["seconds"],
+        "examples": [before["example"], after["example"]],
+    }
+    if settings.sweep:
+        metrics |= sweep(stage)
+    return stage.save(metrics, {}, partial(draw, learned["history"]), learned["history"])
+
+
+def pretrain(stage: Stage, long_share: float) -> tuple[dict, Qwen2ForCausalLM, dict]:
+    """→ (用了几秒, 模型, 量到的)"""
+    settings = stage.settings
+    base = build_model(settings).to(stage.device)
+    work = partial(supervise, model=base, long_share=long_share, seed=settings.seed)
+    trained = run_part(stage, f"pretrain-{long_share}", work, base)
+    return trained, base, measure(base, settings)
+
+
+def reinforce_from(stage: Stage, base, long_share: float, group: int) -> tuple[dict, dict]:
+    """从 base 的副本开始做 GRPO → (历史与秒数, 量到的)"""
+    policy = copy_of(base, stage.settings)
+    work = partial(reinforce, model=policy, group=group)
+    return run_part(stage, f"grpo-{long_share}-{group}", work, policy), measure(policy, stage.settings)
+
+
+def copy_of(model, settings):
+    other = build_model(settings).to(next(model.parameters()).device)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def sweep(stage: Stage) -> dict:
+    """长的占几成、一组几个回答，各走同样的步数；没有信号的组，算的（每个回答对的概率是 p）与量的并排。"""
+    settings, found = stage.settings, {}
+    for share in SHARES:
+        _, base, before = pretrain(stage, share)
+        _, after = reinforce_from(stage, base, share, settings.num_generations)
+        found[f"share_{share:g}"] = sides(before, after)
+        print(f"  长的占 {share:g}：{before['accuracy']:.3f} → {after['accuracy']:.3f}")
+    _, base, before = pretrain(stage, settings.long_share)
+    for group in GROUPS:
+        _, after = reinforce_from(stage, base, settings.long_share, group)
+        p = before["accuracy"]
+        zero = {"zero_groups_formula": p**group + (1 - p) ** group}
+        zero["zero_groups"] = measure(base, settings, group)["zero_groups"]
+        found[f"group_{group}"] = sides(before, after) | zero
+        print(
+            f"  G = {group}：→ {after['accuracy']:.3f}，没有信号的组算的 {zero['zero_groups_formula']:.3f}，"
+            f"量的 {zero['zero_groups']:.3f}"
+        )
+    return found
+
+
+def sides(before: dict, after: dict) -> dict:
+    names = ("accuracy", "long_share")
+    both = {f"{name}_before": before[name] for name in names} | {name: after[name] for name in names}
+    return both | {"accuracy_when_long_before": before["accuracy_when_long"]}
+
+
+def draw(history: list[dict], folder: Path) -> None:
+    steps = [row["step"] for row in history]
+    line_chart(
+        folder / "r1_zero.svg",
+        {
+            "答对的|right": (steps, [row["score"] for row in history]),
+            "先想再答的|long": (steps, [row["long_share"] for row in history]),
+        },
+        "只说对不对，长的自己多起来|Reward alone grows the long answers",
+        "GRPO 的步数|GRPO step",
+        "占几成|share",
+    )
+
+
+def main(argv: list[str] | None = None) -> dict:
+    settings = parse_settings(R1Settings, PRESETS, argv)
+    return run_lesson("r1_zero", HOME, settings, learn)
+
+
+if __name__ == "__main__":
+    run_main(main)
