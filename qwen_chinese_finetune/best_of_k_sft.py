@@ -86,6 +86,7 @@ class BestOfKSettings(StageSettings):
 
     def check(self) -> None:
         super().check()
+        self.check_loop_only()
         if self.selector == "judge" and self.dataset != "tiny_world":
             raise UserError(
                 "--selector judge 只有小世界的题能用：别的题没有标准答案，请用 --selector reward_model。"

@@ -78,6 +78,7 @@ class CompareSettings(StageSettings):
         if self.preset == "full":
             raise UserError("这个比较要有标准答案才做得了，只在小世界里：加 --preset tiny。")
         super().check()
+        self.check_loop_only()
         if unknown := set(chosen_methods(self)) - set(METHODS):
             raise UserError(f"--methods 不认识 {'、'.join(sorted(unknown))}，可以是 {'、'.join(METHODS)}。")
 

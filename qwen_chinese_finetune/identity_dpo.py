@@ -110,6 +110,7 @@ class IdentitySettings(StageSettings):
 
     def check(self) -> None:
         super().check()
+        self.check_loop_only()
         if not self.name.strip() or self.name == self.old_name:
             raise UserError(f"--name 要是一个新的名字，给的是 '{self.name}'。")
 

@@ -97,6 +97,7 @@ class KTOSettings(StageSettings):
 
     def check(self) -> None:
         super().check()
+        self.check_loop_only()
         if self.per_device_train_batch_size < 2:
             raise UserError("--per_device_train_batch_size 至少 2：参考点 z₀ 要用同一批里别的回答来估计。")
 

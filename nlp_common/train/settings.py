@@ -145,6 +145,13 @@ class StageSettings(RunSettings, LoopSettings):
                 raise UserError(f"--{name} 要是正整数，给的是 {getattr(self, name)}。")
         check_path(self.eval_dataset)
 
+    def check_loop_only(self) -> None:
+        """没有库自带的训练器可比的脚本，在 check 里调用。"""
+        if self.trainer == "library":
+            raise UserError(
+                "--trainer library 只有预训练、SFT、奖励模型、DPO 有；这个脚本用看得见的循环，去掉它。"
+            )
+
 
 S = TypeVar("S", bound=LessonSettings)  # 各脚本自己的设置
 _announced = ContextVar("announced", default=False)

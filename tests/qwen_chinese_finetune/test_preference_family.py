@@ -154,6 +154,12 @@ def test_kto_trains_on_the_readers_own_rows(kto, chat_folder, tmp_path):
     assert kto.main(arguments)["id"] == record["id"]  # 第二次直接用
 
 
+def test_the_library_trainer_is_refused(kto, identity, best_of_k):
+    for script in (kto, identity, best_of_k):
+        with pytest.raises(UserError, match="--trainer library"):
+            script.main(["--preset", "tiny", "--trainer", "library"])
+
+
 def test_a_batch_of_one_is_refused(kto):
     with pytest.raises(UserError, match="参考点"):
         kto.main(["--preset", "tiny", "--per_device_train_batch_size", "1"])
