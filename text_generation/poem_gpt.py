@@ -31,7 +31,7 @@ from char_gpt import (
     next_token_loss,
     small_gpt,
 )
-from nlp_common.base.arguments import SHARE, option
+from nlp_common.base.arguments import COUNT, SHARE, option
 from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import bar_chart
 from nlp_common.train.lesson import result_folder, run_lesson
@@ -43,6 +43,7 @@ from poem_grammar import COUPLETS, KINDS, QUATRAINS, pattern
 from poem_sounds import PING, ZE, rhyme_of
 
 HOME = Path(__file__).resolve().parent
+LONGEST = 2 + 4 * (7 + 1)  # 七绝：体裁、结束各一个 token，四句各七个字一个标点
 PRESETS = {
     "tiny": {
         "max_train_samples": 12000,
@@ -80,9 +81,9 @@ class PoemSettings(LoopSettings):
         "grammar（自带的语法）、解开的 npm 包 chinese-poetry，或一行一首的文件；默认：旁边有那个包就用，没有就用 grammar"
     )
     heads: str | None = option("藏头诗：四个字，各在绝句一句的开头（两个字是对联）")
-    dim: int | None = option("模型的宽度")
-    layers: int | None = option("模型的层数")
-    n_poems: int | None = option("每种体裁写几首来量")
+    dim: int | None = option("模型的宽度", limits=COUNT)
+    layers: int | None = option("模型的层数", limits=COUNT)
+    n_poems: int | None = option("每种体裁写几首来量", limits=COUNT)
     temperature: float = option("采样的温度，大于 0", 0.9)
     metre: bool = option("写的时候加上平仄与押韵的约束；长短不论加不加都量", True)
     copied_goal: float = option("抄来的比例高过留出的诗这么多，就提醒", 0.1, SHARE)
@@ -93,6 +94,10 @@ class PoemSettings(LoopSettings):
         if self.heads is not None and len(self.heads) not in (2, 4):
             raise UserError(
                 f"--heads 要四个字（绝句）或两个字（对联），给的是 {len(self.heads)} 个：{self.heads!r}。"
+            )
+        if self.max_length < LONGEST:
+            raise UserError(
+                f"--max_length 至少 {LONGEST}（一首七绝的 token 数），给的是 {self.max_length}：短了诗就写不完。"
             )
         if self.dim % 4:
             raise UserError(f"--dim 要能被 4 个头平分，给的是 {self.dim}。")

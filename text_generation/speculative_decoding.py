@@ -89,6 +89,10 @@ class SpeculativeSettings(LoopSettings):
     temperature: float = option("卡方检验用的温度，大于 0", 1.0, POSITIVE)
 
     def check(self) -> None:
+        if self.draft_dim % 8:
+            raise UserError(
+                f"--draft_dim 要是 8 的倍数（4 个头，每个头的宽度是偶数），给的是 {self.draft_dim}。"
+            )
         if 0 < self.samples < 200:
             raise UserError(
                 f"--samples 至少 200（或 0，不做检验），给的是 {self.samples}：格子里的数太少，卡方检验不准。"

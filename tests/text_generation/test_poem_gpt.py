@@ -192,6 +192,10 @@ def test_own_texts(tmp_path):
     [
         (["--heads", "春江花"], "--heads"),
         (["--dim", "30"], "--dim"),
+        (["--dim", "0"], "--dim"),
+        (["--layers", "0"], "--layers"),
+        (["--n_poems", "0"], "--n_poems"),
+        (["--max_length", "20"], "--max_length 至少 34"),
         (["--temperature", "0"], "--temperature"),
         (["--dataset", "没有.txt"], "没有.txt"),
     ],

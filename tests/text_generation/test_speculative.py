@@ -134,6 +134,8 @@ def test_bad_input(tmp_path, base_folder, chat_folder):
     common = ["--output_dir", str(tmp_path / "out"), "--model", str(base_folder)]
     with pytest.raises(UserError, match="--samples"):
         sd.main([*common, "--samples", "5"])
+    with pytest.raises(UserError, match="--draft_dim"):
+        sd.main([*common, "--draft_dim", "12"])
     with pytest.raises(UserError, match="--k"):
         sd.main([*common, "--k", "0"])
 
