@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_by_hand import add_lora, lora_layers, train_token_rows, trainable
-from nf4 import BLOCK, VALUES, NF4Linear, import_bitsandbytes, quantize_model
+from nf4 import BLOCK, NF4Linear, import_bitsandbytes, quantize_model
 from nlp_common.base.arguments import COUNT, POSITIVE, option
 from nlp_common.base.device import describe, pick_device
 from nlp_common.base.errors import UserError
@@ -129,22 +129,24 @@ def base_names(settings: QLoRASettings) -> list[str]:
 
 
 def load_base(path: str, base: str, settings, device: torch.device):
-    """→ (分词器, 模型)：底座按 base 存。"""
-    if base == "none" or settings.backend == "ours":
+    """→ (分词器, 模型)：底座按 base 存。backend 是 bitsandbytes 时，显卡上没有量化的部分是 bfloat16。"""
+    if settings.backend == "ours":
         tokenizer, model = load_start(path, device)
         if base != "none":
             quantize_model(model, base, double=settings.double_quant)
         return tokenizer, model
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    refuse_odd_widths(AutoConfig.from_pretrained(path, trust_remote_code=False), device)
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=base,
-        bnb_4bit_use_double_quant=settings.double_quant,
-        bnb_4bit_compute_dtype=half,
-    )
+    config = None
+    if base != "none":
+        refuse_odd_widths(AutoConfig.from_pretrained(path, trust_remote_code=False), device)
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=base,
+            bnb_4bit_use_double_quant=settings.double_quant,
+            bnb_4bit_compute_dtype=half,
+        )
     tokenizer = load_tokenizer(path)
     model = AutoModelForCausalLM.from_pretrained(
         path, quantization_config=config, dtype=half, device_map={"": device}, trust_remote_code=False
@@ -385,8 +387,6 @@ def main(argv: list[str] | None = None) -> dict:
         return dry_run(settings)
     if settings.preset == "full" and settings.model is None:
         settings.model = FULL_MODEL
-    if settings.backend == "ours" and "none" not in base_names(settings):
-        assert all(base in VALUES for base in base_names(settings))
     found = chain_model("pretrain", settings.model, settings.source)
     is_tiny = found["stage"] == "pretrain"
     learn_it = partial(learn, path=found["path"], is_tiny=is_tiny)
