@@ -61,8 +61,14 @@ def read_saved(path: str) -> tuple[list[str], list[torch.Tensor]]:
     file = Path(path)
     try:
         saved = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--attention 给的 {path} 读不出来（{error}）。") from error
+    except OSError as error:
+        why = "它是一个文件夹" if file.is_dir() else "没有这个文件" if not file.exists() else error.strerror
+        raise UserError(f"--attention 给的 {path} 读不出来：{why}。") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--attention 给的 {path} 读不出来：不是 UTF-8 的文字，请另存为 UTF-8。") from error
+    except ValueError as error:
+        line = getattr(error, "lineno", 1)
+        raise UserError(f"--attention 给的 {path} 读不出来：第 {line} 行不是合法的 JSON。") from error
     if not isinstance(saved, dict) or not {"tokens", "attention"} <= saved.keys():
         raise UserError(f'{path} 里要是 {{"tokens": [...], "attention": [层][头][T][T]}}。')
     if not isinstance(saved["tokens"], list) or not isinstance(saved["attention"], list):

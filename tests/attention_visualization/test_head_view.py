@@ -186,9 +186,14 @@ def test_one_thing_to_look_at():
         hv.main(["--preset", "tiny", "--hand", "--text", "你好"])
 
 
-def test_no_such_saved_file():
-    with pytest.raises(UserError, match="读不出来"):
+def test_no_such_saved_file(tmp_path):
+    with pytest.raises(UserError, match="没有这个文件"):
         pages.read_saved("没有.json")
+    with pytest.raises(UserError, match="它是一个文件夹"):
+        pages.read_saved(str(tmp_path))
+    (tmp_path / "a.json").write_text("你好", encoding="gbk")
+    with pytest.raises(UserError, match="不是 UTF-8"):
+        pages.read_saved(str(tmp_path / "a.json"))
 
 
 @pytest.mark.parametrize("text", ["9", "a", "0,,1", "-1"])
