@@ -82,6 +82,7 @@ PRESETS = {
         "per_device_train_batch_size": 16,
         "learning_rate": 4e-4,
         "num_train_epochs": 2.0,
+        "keep_layers": 10,  # 它最后两层把每个字都拉向整句的意思（为了比句子），标字要的是字自己的
         "train_layers": 4,
         "mlm_epochs": 0.0,
     },
@@ -113,6 +114,7 @@ class BertNerSettings(LoopSettings, LabelSettings):
     max_eval_samples: int | None = option("测试最多用几句")
     hidden_size: int | None = option("tiny：小 BERT 的宽度，64 一个头")
     num_layers: int | None = option("tiny：小 BERT 的层数")
+    keep_layers: int | None = option("读来的模型只用下面几层；默认全用", limits=COUNT)
     mlm_epochs: float | None = option("tiny：先预训练几遍没有标签的文字；0 是不预训练", limits=NOT_NEGATIVE)
     mlm_sentences: int = option("tiny：预训练用多少句", 12000, limits=COUNT)
 
@@ -176,13 +178,8 @@ def show_alignment(tokenizer, sentence: Sentence) -> None:
     whole = tokenizer.tokenize(sentence.text)
     print(f"对齐：{sentence.text!r} 有 {len(sentence.chars)} 个字，整句过分词器是 {len(whole)} 个 token：")
     print(f"  {' '.join(whole)}")
-    print(
-        pad_text("字", 4)
-        + "  "
-        + pad_text("token", 10, left=True)
-        + pad_text("标签", 10, left=True)
-        + "照次序贴"
-    )
+    titles = pad_text("token", 10, left=True) + pad_text("标签", 10, left=True)
+    print(f"{pad_text('字', 4)}  {titles}照次序贴")
     for char, token, right, other in zip(
         sentence.chars, tokenizer.convert_ids_to_tokens(ids), tags_of(sentence), wrong, strict=True
     ):
@@ -239,8 +236,8 @@ def pretrain(part: Stage, model, tokenizer, sentences: list[Sentence]) -> dict:
     return {"mlm_seconds": trained.metrics["train_seconds"], "mlm_history": trained.history[-1:]}
 
 
-def pretrained_bert(path: str, tags: list[str]):
-    """读一个预训练过的 BERT，换上新的分类层。"""
+def pretrained_bert(path: str, tags: list[str], keep_layers: int | None = None):
+    """读一个预训练过的 BERT，换上新的分类层；keep_layers：只要下面几层。"""
     from transformers import AutoTokenizer, BertForTokenClassification
 
     from nlp_common.lm.checks import check_config, load_weights, quiet, readable_errors
@@ -249,6 +246,11 @@ def pretrained_bert(path: str, tags: list[str]):
         raise UserError(f"{path} 是 {kind}，不是 BERT。请用 --model 换一个，例如 e5 或 {FULL_MODEL}。")
     names = {"id2label": dict(enumerate(tags)), "label2id": {tag: i for i, tag in enumerate(tags)}}
     model, _ = load_weights(BertForTokenClassification, path, new=("classifier.",), **names)
+    if keep_layers is not None:
+        if keep_layers > (depth := len(model.bert.encoder.layer)):
+            raise UserError(f"--keep_layers 最多 {depth}（{path} 的层数），给的是 {keep_layers}。")
+        model.bert.encoder.layer = model.bert.encoder.layer[:keep_layers]
+        model.config.num_hidden_layers = keep_layers
     with readable_errors(path), quiet():
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     return tokenizer, model
@@ -323,7 +325,8 @@ def learn(stage: Stage) -> dict:
         test = random.Random(0).sample(test, settings.max_eval_samples)
     tags = all_tags(train)
     if settings.model or settings.preset == "full":
-        tokenizer, model = pretrained_bert(require_model(settings.model or FULL_MODEL, settings.source), tags)
+        path = require_model(settings.model or FULL_MODEL, settings.source)
+        tokenizer, model = pretrained_bert(path, tags, settings.keep_layers)
     else:
         unlabelled = train
         if settings.dataset == BUILTIN:  # 预训练不要标签：多读些

@@ -125,6 +125,25 @@ def test_e5(small_dataset, tmp_path):
     assert bn.main(arguments)["metrics"]["entity_f1"] > 0.9
 
 
+def test_only_the_lower_layers_are_kept(small_dataset, tmp_path):
+    """读来的模型只用下面一层：别的层的参数不在，权重就是原来那一层的；要的比有的多，说出来。"""
+    import torch
+    from transformers import BertForTokenClassification
+
+    from nlp_common.tiny.bert import character_tokenizer, small_config
+
+    tokenizer = character_tokenizer(["甲乙丙丁"])
+    whole = BertForTokenClassification(small_config(len(tokenizer), 64, 2, num_labels=1))
+    whole.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    _, kept = bn.pretrained_bert(str(tmp_path), ["O", "B-PER"], 1)
+    assert kept.config.num_hidden_layers == len(kept.bert.encoder.layer) == 1
+    ours, theirs = kept.bert.encoder.layer[0].state_dict(), whole.bert.encoder.layer[0].state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    with pytest.raises(UserError, match="--keep_layers 最多 2"):
+        bn.pretrained_bert(str(tmp_path), ["O"], 3)
+
+
 def test_another_kind_of_model_is_said(tmp_path):
     config = '{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}'
     (tmp_path / "config.json").write_text(config, encoding="utf-8")
