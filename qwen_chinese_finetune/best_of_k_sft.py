@@ -131,9 +131,9 @@ def score(reward, tokenizer, rows: list[dict], written: list[list[dict]], settin
     return scores.masked_fill(~ended, -math.inf)
 
 
-def best(written: list[list[dict]], scores: torch.Tensor, k: int) -> list[dict | None]:
-    """前 k 个里分最高的；一个也没有说完，是 None。"""
-    values, places = scores[:, :k].max(1)
+def best(written: list[list[dict]], scores: torch.Tensor) -> list[dict | None]:
+    """每题分最高的；一个也没有说完，是 None。"""
+    values, places = scores.max(1)
     return [
         None if math.isinf(value) else replies[place]
         for value, place, replies in zip(values.tolist(), places.tolist(), written, strict=True)
@@ -165,7 +165,7 @@ def measure(model, tokenizer, questions: list[dict], written: list[list[dict]] |
 def at_inference(model, reward, tokenizer, questions: list[dict], settings) -> dict:
     """不训练，推理时写 K 个挑一个：程序评分与用词多样。"""
     written = write(model, tokenizer, questions, settings.k, settings, settings.seed)
-    chosen = best(written, score(reward, tokenizer, questions, written, settings), settings.k)
+    chosen = best(written, score(reward, tokenizer, questions, written, settings))
     texts = [reply["text"] for reply in chosen if reply]
     metrics = {"distinct_2_inference": distinct_n(texts)}
     if settings.dataset == "tiny_world":
@@ -177,18 +177,29 @@ def at_inference(model, reward, tokenizer, questions: list[dict], settings) -> d
 
 
 def one_round(
-    part: Stage, model, teacher, reward, tokenizer, rows: list[dict], heldout: list[dict], k: int
+    part: Stage,
+    model,
+    teacher,
+    reward,
+    tokenizer,
+    rows: list[dict],
+    heldout: list[dict],
+    k: int,
+    written: list[list[dict]] | None = None,
 ) -> dict:
-    """teacher 写，挑，model 照着学一遍。"""
+    """teacher 写，挑，model 照着学。written：早已写好的，每题至少 k 个，只看前 k 个。"""
     settings = part.settings
-    written = write(teacher, tokenizer, rows, k, settings, settings.seed + 1)
-    scores = score(reward, tokenizer, rows, written, settings)
-    chosen = best(written, scores, k)
+    if written is None:
+        written = write(teacher, tokenizer, rows, k, settings, settings.seed + 1)
+    written = [replies[:k] for replies in written]
+    scores = score(reward, tokenizer, rows, written, settings)  # (题数, k)
+    chosen = best(written, scores)
     chats = as_chats(rows, chosen)
     if not chats:
         raise UserError("没有一个回答说完了：把 --max_new_tokens 调大，或把 --temperature 调小。")
     mean = scores[scores.isfinite()].mean().item()
-    kept = torch.tensor([scores[i, :k].max() for i in range(len(rows)) if chosen[i]]).mean().item()
+    picked = scores.max(1).values
+    kept = picked[picked.isfinite()].mean().item()
     print(f"  {len(rows)} 题各写 {k} 个，平均 {mean:+.2f} 分；挑出 {len(chats)} 个，平均 {kept:+.2f} 分")
     train_on_chats(part, f"K={k}", model, tokenizer, chats)
     return measure(model, tokenizer, heldout, written, settings) | {"selected_score": kept}
@@ -220,15 +231,23 @@ def train(stage: Stage) -> dict:
 
     metrics = {f"{name}_before": v for name, v in measure(model, tokenizer, heldout, None, settings).items()}
     metrics |= at_inference(model, reward, tokenizer, heldout, settings)
+    ks = [int(k) for k in settings.ks.split(",") if k]
+    # 第一轮的回答只写一遍，最多的那个 K；小些的 K 就看前几个
+    written = write(teacher, tokenizer, rows[:share], max([settings.k, *ks]), settings, settings.seed + 1)
     by_k = {}
-    for k in [int(k) for k in settings.ks.split(",") if k]:
+    for k in ks:
         _, other = load(stage)
-        work = partial(one_round, model=other, teacher=teacher, rows=rows[:share], k=k, **shared)
+        work = partial(
+            one_round, model=other, teacher=teacher, rows=rows[:share], k=k, written=written, **shared
+        )
         by_k[k] = run_part(stage, f"k-{k}", work)
     by_round = {}
     for number in range(1, settings.rounds + 1):
         some = rows[(number - 1) * share : number * share]
-        work = partial(one_round, model=model, teacher=teacher, rows=some, k=settings.k, **shared)
+        mine = written if number == 1 else None
+        work = partial(
+            one_round, model=model, teacher=teacher, rows=some, k=settings.k, written=mine, **shared
+        )
         by_round[number] = run_part(stage, f"round-{number}", work, model)
     by_k[settings.k] = by_round[1]
     metrics |= by_round[settings.rounds]

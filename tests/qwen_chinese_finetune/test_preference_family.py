@@ -220,8 +220,7 @@ def test_best_is_the_highest_that_ended(best_of_k):
     scores = scores.masked_fill(
         torch.tensor([[r["ended"] for r in row] for row in written]).logical_not(), -torch.inf
     )
-    assert best_of_k.best(written, scores, 3) == [written[0][2], None]
-    assert best_of_k.best(written, scores, 2) == [written[0][0], None]
+    assert best_of_k.best(written, scores) == [written[0][2], None]
 
 
 def test_scores_are_the_reward_models(best_of_k, model, reward_net, chat_tokenizer):
