@@ -356,15 +356,16 @@ def train(stage: Stage) -> dict:
     rows = drop_long(with_prompts(tokenizer, train_rows), prompt_length, settings.max_length, "提示")
     heldout = drop_long(with_prompts(tokenizer, heldout), prompt_length, settings.max_length, "留出的提示")
     random.Random(settings.seed).shuffle(rows)
+    n_rows = settings.per_device_train_batch_size * num_processes()  # 一步几个回答
+    prompts = [row["prompt"] for row in rows]
     with accelerator.autocast():
-        score = make_score(settings, tokenizer, reference, reward_model, [row["prompt"] for row in rows])
+        score = make_score(settings, tokenizer, reference, reward_model, prompts, n_rows)
     policy = policy.to(device)
     optimizer = make_optimizer(policy, settings)
     policy, optimizer = accelerator.prepare(policy, optimizer)
     history: list[dict] = []
     if latest := stage.checkpoint():
         _, history = load_checkpoint(latest, accelerator)
-    n_rows = settings.per_device_train_batch_size * num_processes()  # 一步几个回答
     bar = progress_bar("GRPO", settings.max_steps, len(history))
     for step in range(len(history), settings.max_steps):
         for each in optimizer.param_groups:

@@ -139,14 +139,15 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:60] + "…"
 
 
-def make_score(settings, tokenizer, reference, reward_model, prompts: list[list[int]]) -> Callable:
-    """按 --reward、--reward_file 选一种打分。"""
+def make_score(
+    settings, tokenizer, reference, reward_model, prompts: list[list[int]], n_rows: int
+) -> Callable:
+    """按 --reward、--reward_file 选一种打分。n_rows：所有进程一步共几个回答，量 SFT 的分时一次写这么多。"""
     if settings.reward_file:
         return partial(by_file, settings.reward_file, load_reward_file(settings.reward_file))
     if settings.reward == "verifier":
         return partial(by_verifier, verify)
-    length, batch = settings.max_new_tokens, settings.per_device_train_batch_size
-    sampling = (length, settings.temperature, settings.seed, batch)
+    sampling = (settings.max_new_tokens, settings.temperature, settings.seed, n_rows)
     mean, std = reference_scores(reference, reward_model, prompts, tokenizer, *sampling)
     print(f"  SFT 的回答平均 {mean:+.2f} 分，标准差 {std:.2f}：奖励按它归一。")
     normal = (mean, std, settings.missing_end_penalty)

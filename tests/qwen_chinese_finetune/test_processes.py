@@ -1,4 +1,4 @@
-"""几个进程一起训练：真的用 accelerate launch 开两个 CPU 进程，五个阶段都与一个进程、同样的总批大小走出同一条曲线。"""
+"""几个进程一起训练：真的用 accelerate launch 开两个 CPU 进程，六个阶段都与一个进程、同样的总批大小走出同一条曲线。"""
 
 import copy
 import json
@@ -24,6 +24,7 @@ SCRIPTS = {
     "reward": "reward_model",
     "dpo": "dpo_chinese_qwen",
     "ppo": "ppo_alignment",
+    "grpo": "grpo_alignment",
 }
 # 行数凑不满最后一批：不满的那一批也要一样
 SMALL = ["--preset", "tiny", "--max_train_samples", "21", "--max_eval_samples", "4", "--logging_steps", "1"]
@@ -32,6 +33,11 @@ ONLY = {
     "sft": ["--num_train_epochs", "5"],
     "pretrain": ["--num_train_epochs", "3"],
     "ppo": ["--max_steps", "3", "--max_new_tokens", "8"],
+    # 没训练几步的模型一题也答不对，验证器的分全是 0：用奖励模型，每一组才有信号
+    "grpo": [
+        *("--max_steps", "3", "--max_new_tokens", "8", "--num_generations", "4"),
+        *("--reward", "reward_model", "--kl_coef", "0.1", "--advantage", "reinforce_pp"),
+    ],
 }
 # 与时间有关的；ratio_max 是各进程各遍的最大值再平均；DPO 第一步的差只是舍入，谁大于 0 说不准
 NOT_COMPARED = {"rollout_s", "scoring_s", "update_s", "ratio_max", "rewards/accuracies"}
@@ -56,7 +62,7 @@ run_main(main)
 
 def arguments(stage: str, root: Path, parents: Path, processes: int) -> list[str]:
     batch = ["--per_device_train_batch_size", str(8 // processes)]
-    if stage == "ppo":
+    if stage in ("ppo", "grpo"):
         batch += ["--micro_batch_size", "2", "--reward_model", str(parents / "reward")]
     parent = {"sft": "base", "pretrain": "base"}.get(stage, "sft")
     return [
@@ -72,7 +78,7 @@ def arguments(stage: str, root: Path, parents: Path, processes: int) -> list[str
 
 @pytest.fixture(scope="module")
 def one(load_script, base_folder, tmp_path_factory) -> Path:
-    """一个进程训练的五个阶段。"""
+    """一个进程训练的六个阶段。"""
     root = tmp_path_factory.mktemp("one")
     (root / "base").symlink_to(base_folder)
     for stage, script in SCRIPTS.items():
@@ -118,7 +124,7 @@ def test_two_processes_equal_one(one, tmp_path):
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert output.count("接着上次的检查点继续") == 1
-    assert output.count("已存到") == 5 and output.count("预设 tiny") == 5  # 只有一个进程打印
+    assert output.count("已存到") == 6 and output.count("预设 tiny") == 6  # 只有一个进程打印
     assert not list(tmp_path.glob(".*.work"))
     for stage in SCRIPTS:
         first, second = (
@@ -135,7 +141,7 @@ def test_two_processes_equal_one(one, tmp_path):
         for name, weight in a.items():
             # Adam 把几乎是 0 的梯度的舍入误差放大：PPO 有 12 次更新；偏好对并成一行，填充几列随批而变，求和的次序也变
             # （float64 里相等：nlp_common/fast/test_shared_prompts.py、train/test_loop.py）；别的阶段差不到 1e-6
-            atol = {"ppo": 1e-4, "reward": 5e-6, "dpo": 5e-6}.get(stage, 2e-6)
+            atol = {"ppo": 1e-4, "grpo": 1e-4, "reward": 5e-6, "dpo": 5e-6}.get(stage, 2e-6)
             torch.testing.assert_close(b[name], weight, rtol=0, atol=atol, msg=f"{stage} {name}")
         assert max((a[n] - start[n]).abs().max() for n in a.keys() & start.keys()) > 1e-3
 

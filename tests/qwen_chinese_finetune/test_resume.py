@@ -20,6 +20,7 @@ SCRIPTS = {
     "reward": "reward_model.py",
     "dpo": "dpo_chinese_qwen.py",
     "ppo": "ppo_alignment.py",
+    "grpo": "grpo_alignment.py",
 }
 SMALL = [
     *("--preset", "tiny", "--max_train_samples", "200", "--max_eval_samples", "8"),
@@ -34,7 +35,7 @@ SMALL = [
 ]
 # 只比与时间无关的数
 TIMED = {"train_samples_per_s", "train_tokens_per_s", "train_seconds", "reference_seconds", "episodes_per_s"}
-TIMED |= {"rollout_s", "scoring_s", "update_s"}
+TIMED |= {"rollout_s", "scoring_s", "update_s", "completions_per_s"}
 
 
 def run_in_process(stage: str, arguments: list[str]) -> dict:
@@ -69,6 +70,11 @@ def arguments_of(stage: str, root: Path) -> list[str]:
             *("--model", str(root / "sft"), "--reward_model", str(root / "reward")),
             *("--kl_target", "0.02", "--kl_gain", "1.0"),
         ],
+        # 没训练几步的模型一题也答不对：用奖励模型，每一组才有信号
+        "grpo": [
+            *("--model", str(root / "sft"), "--reward", "reward_model"),
+            *("--reward_model", str(root / "reward"), "--num_generations", "2", "--grpo_epochs", "2"),
+        ],
     }
     return [*SMALL, *parents[stage]]
 
@@ -94,6 +100,7 @@ def uninterrupted(root, tmp_path_factory):
         ("dpo", signal.SIGKILL),
         ("ppo", signal.SIGKILL),
         ("ppo", signal.SIGINT),
+        ("grpo", signal.SIGKILL),
     ],
 )
 def test_interrupted_then_resumed_equals_uninterrupted(root, uninterrupted, tmp_path, stage, how):
