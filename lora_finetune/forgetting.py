@@ -50,7 +50,7 @@ def own_replies(model, tokenizer, questions: list[dict], seed: int) -> list[dict
 
 def ewc_penalty(model, memories: list[tuple[dict, dict]], strength: float) -> Tensor:
     """λ/2 · Σ_i F_i (θ_i − θ*_i)²（Kirkpatrick et al. 2017 式 3）。memories：每样旧活儿的 (θ*, F)。"""
-    total = torch.zeros((), device=model.device)
+    total = torch.zeros((), device=next(model.parameters()).device)
     for anchor, fisher in memories:
         for name, p in model.named_parameters():
             total = total + (fisher[name] * (p - anchor[name]) ** 2).sum()
@@ -65,7 +65,7 @@ def orthogonality_penalty(model, old: list[dict[str, Tensor]], strength: float) 
 
     old：每样旧活儿的 {层: A_旧 (r, d_in)}。A 的行决定适配器看输入的哪些方向；旧活儿用的方向，不去看。
     """
-    total = torch.zeros((), device=model.device)
+    total = torch.zeros((), device=next(model.parameters()).device)
     for layers in old:
         for name, layer in lora_layers(model).items():
             total = total + ((layers[name] @ layer.A.T) ** 2).sum()
@@ -74,4 +74,4 @@ def orthogonality_penalty(model, old: list[dict[str, Tensor]], strength: float) 
 
 def main_directions(delta: Tensor, r: int) -> Tensor:
     """全参数学的 ΔW (d_out, d_in) 最主要的 r 个输入方向，(r, d_in)：它没有 A，用奇异值分解的右奇异向量代替。"""
-    return torch.linalg.svd(delta, full_matrices=False).Vh[:r].contiguous()
+    return torch.linalg.svd(delta.detach(), full_matrices=False).Vh[:r].contiguous()

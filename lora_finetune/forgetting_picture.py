@@ -22,8 +22,8 @@ TITLES = {
     "ewc": "EWC",
     "olora": "O-LoRA",
     "switch": "分开存，切换|switch",
-    "merge_0.5": "合并 ×0.5|merge 0.5",
-    "merge_1": "合并 ×1|merge 1",
+    "merge_half": "合并 ×0.5|merge 0.5",
+    "merge_sum": "合并 ×1|merge 1",
 }
 
 
@@ -47,7 +47,7 @@ def draw_learned_forgotten(folder: Path, rows: dict[str, dict]) -> None:
             color = COLORS[i % len(COLORS)]
             marker = "osD^vP*X"[i // len(COLORS)]
             if "scales" in row:
-                points = [(0.0, row["task1_before"]), *((b, a) for a, b in row["scales"].values())]
+                points = [(0.0, row["task1_before"]), *((b, a) for _, a, b in row["scales"])]
                 axes.plot(*zip(*points, strict=True), color=color, linewidth=1, alpha=0.6)
             x, y = row["task2_after"], row["task1_after"]
             axes.scatter([x], [y], s=50, marker=marker, color=color, label=text(TITLES[name]), zorder=3)

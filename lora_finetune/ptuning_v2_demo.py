@@ -1,7 +1,7 @@
 """P-Tuning v2、提示微调、P-Tuning：模型一个参数也不动，只学几个"虚拟 token"，能教会什么？
 
-学到什么：前缀是每层前面多出的几列 K、V，提示是输入前面多出的几个向量；它们要比 LoRA 大十倍的学习率，还要从真的
-文字开始，照库的默认值来就什么也学不会；让模型换一种口气（本来就会的）几个虚拟 token 就够，教新本领就不如 LoRA。
+学到什么：前缀是每层前面多出的几列 K、V，提示是输入前面多出的几个向量；它们要比 LoRA 大十倍的学习率，
+照库的默认值来就什么也学不会；让模型换一种口气（本来就会的）几个虚拟 token 就够，教没见过的一样，加到 32 个也不行，LoRA 行。
 
 运行：
     python ptuning_v2_demo.py                                  # 学习率 × 几个虚拟 token × 从哪里开始，约三分钟
@@ -9,7 +9,7 @@
     python ptuning_v2_demo.py --gradient_checkpointing true    # 重算激活：PEFT 的前缀会丢，这里的不会
     python ptuning_v2_demo.py --preset full                    # Qwen1.5-0.5B-Chat，需要加速器
 
-预期输出（实测见本文件夹的 README.md）：换口气，前缀与 LoRA 一样好；默认的初值与学习率，正确率是 0；新本领只有 LoRA 学得会。
+预期输出（实测见本文件夹的 README.md）：换口气，前缀与 LoRA 一样好；默认的初值与学习率，正确率是 0；新的一样（抽取），只有 LoRA 学得会。
 
 参考：Li & Liang 2021（前缀）、Lester et al. 2021（提示）、Liu et al. 2021（P-Tuning）、Liu et al. 2022（P-Tuning v2）、
 Petrov et al. 2024（前缀只能引出模型会的）。
@@ -50,9 +50,12 @@ NAMES = {
     "prompt": "提示|prompt",
     "p_tuning": "P-Tuning",
     "lora": "LoRA r=4",
+    "prefix_new": "前缀，新的一样|prefix, new task",
+    "lora_new": "LoRA，新的一样|LoRA, new task",
 }
-RATES = (1e-3, 1e-2, 1e-1, 3e-1)  # 学习率
+RATES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # 学习率
 WIDTHS = (1, 2, 4, 16)  # 几个虚拟 token
+P_TUNING_RATE = 1e-2  # 它学的主要是小网络的矩阵，用平常大小的学习率
 DEFAULT_RATE = 5e-5  # transformers 的 TrainingArguments 的默认值
 
 
@@ -68,7 +71,7 @@ class PromptSettings(LoopSettings):
     model: str | None = option("从哪个模型开始；默认是 Qwen 链 tiny 预设的 SFT 模型")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
     task: str = option(f"教什么：{'、'.join(list(TASKS)[1:])}", "courteous")
-    new_skill: str = option("另教一样新本领，与 LoRA 比", "reverse")
+    new_skill: str = option("另教一样新的，与 LoRA 比", "extract")
     virtual_tokens: int = option("几个虚拟 token", 8, COUNT)
     learning_rate: float | None = option("前缀与提示的学习率")
     lora_learning_rate: float = option("旁边的 LoRA 的学习率", 1e-2)
@@ -161,6 +164,7 @@ def learn(stage: Stage, path: str) -> dict:
     questions = task_chats(task, settings.n_questions, seed=0, heldout=True)
     metrics: dict = {"qa_accuracy_before": accuracy(start, tokenizer, task, questions)}
     best = {kind: Trial(kind, m, rate, task=task) for kind in KINDS}
+    best["p_tuning"] = replace(best["p_tuning"], rate=P_TUNING_RATE)
     best["lora"] = Trial("lora", 4, settings.lora_learning_rate, task=task)
     for kind, trial in best.items():
         found = run(trial)
@@ -175,12 +179,14 @@ def learn(stage: Stage, path: str) -> dict:
     by_rate: dict = {}
     by_width: dict = {}
     for kind in ("prefix", "prompt"):
-        by_rate[kind] = {f"{r:g}": run(replace(best[kind], rate=r))["accuracy"] for r in RATES}
+        by_rate[kind] = {f"{r:.0e}": run(replace(best[kind], rate=r))["accuracy"] for r in RATES}
         widths = sorted({*WIDTHS, m})
         by_width[kind] = {str(w): run(replace(best[kind], width=w))["accuracy"] for w in widths}
+    new = {kind: replace(best[kind], task=settings.new_skill) for kind in ("prefix", "lora")}
+    widths = sorted({1, m, 32})
+    by_width["prefix_new"] = {str(w): run(replace(new["prefix"], width=w))["accuracy"] for w in widths}
     metrics |= {"by_rate": by_rate, "by_width": by_width}
-    for kind in ("prefix", "lora"):
-        trial = replace(best[kind], task=settings.new_skill)
+    for kind, trial in new.items():
         metrics[f"new_skill_{kind}"] = run(trial)["accuracy"]
     show(metrics, settings)
     source = {"name": "tiny_world", "kind": "builtin", "rows": settings.max_train_samples}
@@ -190,8 +196,8 @@ def learn(stage: Stage, path: str) -> dict:
 def show(metrics: dict, settings: PromptSettings) -> None:
     print(f"\n{TASKS[settings.task].title.split('|')[0]}（学之前 {metrics['qa_accuracy_before']:.3f}）")
     print("                  参数      正确率")
-    for kind, title in NAMES.items():
-        title = title.split("|")[0]
+    for kind in (*KINDS, "lora"):
+        title = NAMES[kind].split("|")[0]
         wide = 14 - sum(2 if ord(c) > 0x2E7F else 1 for c in title)
         print(
             f"  {title}{' ' * wide}{metrics[f'trainable_{kind}']:7,d}{metrics[f'qa_accuracy_{kind}']:11.3f}"
@@ -205,7 +211,7 @@ def show(metrics: dict, settings: PromptSettings) -> None:
             line = "  ".join(f"{x}：{y:.3f}" for x, y in points.items())
             print(f"{NAMES[kind].split('|')[0]}，{title}  {line}")
     new = TASKS[settings.new_skill].title.split("|")[0]
-    print(f"新本领（{new}）：前缀 {metrics['new_skill_prefix']:.3f}，LoRA {metrics['new_skill_lora']:.3f}")
+    print(f"新的一样（{new}）：前缀 {metrics['new_skill_prefix']:.3f}，LoRA {metrics['new_skill_lora']:.3f}")
 
 
 def draw(folder: Path, metrics: dict) -> None:
@@ -219,6 +225,8 @@ def draw(folder: Path, metrics: dict) -> None:
             for kind, points in metrics[name].items()
         }
         lines = {NAMES["lora"]: metrics["qa_accuracy_lora"]}
+        if name == "by_width":
+            lines[NAMES["lora_new"]] = metrics["new_skill_lora"]
         line_chart(folder / f"prompts_{name}.svg", series, title, xlabel, "正确率|accuracy", hlines=lines)
 
 

@@ -1,4 +1,4 @@
-"""小世界里的几样活儿，答案都是知道的：问答（SFT 已经教过）、判断、抽取、倒着说，和换一种口气回答。
+"""小世界里的几样活儿，答案都是知道的：问答（SFT 已经教过）、判断、抽取、回顾、倒着说，和换一种口气回答。
 
 一行是 ``{"messages": 以助手的回答结尾, "answer": 那句回答}``；留出的题也是它，只是不给模型看最后一句。
 """
@@ -39,6 +39,13 @@ def extraction(rng: random.Random, heldout: bool) -> tuple[str, str]:
     return f"{story}\n{ask}", f"{world.LABEL[first]}{slots[first]}，{world.LABEL[second]}{slots[second]}"
 
 
+def recap(rng: random.Random, heldout: bool) -> tuple[str, str]:
+    """把故事里的一样说成整句，是预训练里回顾的那一句。"""
+    story, slots = draw_story(rng, heldout)
+    slot = rng.choice(world.SLOTS)
+    return f"{story}\n回想一下，{world.LABEL[slot]}", world.SENTENCE[slot].format(**slots)
+
+
 def reversal(rng: random.Random, heldout: bool) -> tuple[str, str]:
     """倒着说出答案：模型从来没有这样抄过，是新本领。"""
     story, slots = draw_story(rng, heldout)
@@ -66,6 +73,7 @@ TASKS = {
     "qa": Task("问答|QA", None, 32),
     "judge": Task("判断|judgement", judgement, 3),
     "extract": Task("抽取|extraction", extraction, 16),
+    "recap": Task("回顾|recap", recap, 16),
     "reverse": Task("倒着说|reversal", reversal, 5),
     "courteous": Task("换口气|courteous", courteous, 32),
 }
