@@ -73,8 +73,18 @@ class Parts:
         return self.other + sum(out * inner for out, inner in self.linears)
 
 
+_counted: dict[str, Parts] = {}  # 建过的不再建：70B 在 meta 设备上也要零点几秒
+
+
 def parts_of(config: PreTrainedConfig) -> Parts:
     """照 config 建在 meta 设备上来数，一个字节的权重都不占。"""
+    key = config.to_json_string()
+    if key not in _counted:
+        _counted[key] = _count(config)
+    return _counted[key]
+
+
+def _count(config: PreTrainedConfig) -> Parts:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()

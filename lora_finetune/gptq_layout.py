@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import file_sha256
+from nlp_common.lm.checks import readable_errors
 
 WEIGHTS, SUMS = "model.safetensors", "sha256.json"
 AGAIN = "请重新复制，或重新运行 save_quantized.py --retrain"
@@ -124,7 +125,8 @@ def load_gptq(folder: Path):
         parts = {part: saved.pop(f"{name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")}
         state[f"{name}.weight"] = dequantize_linear(parts)
     state |= {name: tensor.float() for name, tensor in saved.items()}
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with readable_errors(str(folder)):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     del config.quantization_config  # 已经还原成普通的权重了
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     missing, unexpected = model.load_state_dict(state, strict=False)

@@ -151,7 +151,7 @@ def rank_for(rows: int) -> int:
 
 def choose(fits: dict[str, dict | None], settings) -> tuple[str | None, list[str]]:
     """→ (方法, 理由)。装不下的先划掉；再看活儿几样、数据多少。都装不下是 None。"""
-    reasons = [f"{NAMES[m].split('|')[0]}装不下" for m in METHODS if fits[m] is None]
+    reasons = [f"{NAMES[m].split('|')[0]} 装不下" for m in METHODS if fits[m] is None]
     if settings.tasks > 1:
         reasons.append(
             f"{settings.tasks} 样活儿：全参数要存 {settings.tasks} 个整模型，适配器几十 MB 一份，用时切换"
@@ -159,7 +159,7 @@ def choose(fits: dict[str, dict | None], settings) -> tuple[str | None, list[str
     elif settings.rows >= MANY_ROWS and fits["full"]:
         reasons.append(f"{settings.rows:,} 行、一样活儿，又装得下：数据这么多，全参数学得更多")
         return "full", reasons
-    elif settings.rows < MANY_ROWS:
+    elif settings.rows < MANY_ROWS and any(fits.values()):
         reasons.append(f"{settings.rows:,} 行：LoRA 够用，梯度与优化器只有适配器的那一点")
     if fits["lora"]:
         if fits["qlora"]:

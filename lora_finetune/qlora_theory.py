@@ -25,9 +25,9 @@ from typing import ClassVar, Literal
 import torch
 from finetune_memory import GB, METHODS, SIZES, activations, memory, parts_of
 from memory_picture import draw_one_step
-from nf4 import BLOCK, INSTALL, VALUES, FourBit, dequantize, import_bitsandbytes, quantize
 from torch import Tensor
 
+from nf4 import BLOCK, INSTALL, VALUES, FourBit, dequantize, import_bitsandbytes, quantize
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import line_chart
@@ -97,7 +97,8 @@ def linear_weights(folder: Path | str, n_layers: int) -> list[Tensor]:
             f"{folder} 里没有 layers.N.…proj.weight 这样的线性层（safetensors）：请换 Qwen、Llama 一类的模型。"
         )
     layers = sorted(found)
-    chosen = {layers[i * len(layers) // n_layers] for i in range(min(n_layers, len(layers)))}
+    n = min(n_layers, len(layers))
+    chosen = [layers[i * len(layers) // n] for i in range(n)]
     weights = []
     for file, name in (each for layer in chosen for each in found[layer]):
         with safe_open(str(file), "pt") as f:
