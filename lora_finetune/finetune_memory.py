@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from nf4 import BLOCK, BLOCK_OF_SCALES, NF4Linear
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
+from nf4 import BLOCK, BLOCK_OF_SCALES, NF4Linear
 from nlp_common.train.dry_run_qwen import logits_bytes, qwen_0_5b, saved_bytes
 
 GB = 2**30

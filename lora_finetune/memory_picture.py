@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune_memory import GB, activations, memory, parts_of
 from transformers import PreTrainedConfig
 
+from finetune_memory import GB, activations, memory, parts_of
 from nlp_common.draw.plots import line_chart
 from nlp_common.train.dry_run_qwen import layer_bytes
 

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
+from transformers import PreTrainedConfig
+
 from finetune_memory import (
     GB,
     LLAMA,
@@ -37,8 +39,6 @@ from finetune_memory import (
     parts_of,
     real_bytes,
 )
-from transformers import PreTrainedConfig
-
 from lora_by_hand import add_lora
 from nf4 import quantize_model
 from nlp_common.base.arguments import COUNT, POSITIVE, option

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from finetune_memory import GB, METHODS, SIZES, activations, memory, parts_of
-from memory_picture import draw_one_step
 from torch import Tensor
 
+from finetune_memory import GB, METHODS, SIZES, activations, memory, parts_of
+from memory_picture import draw_one_step
 from nf4 import BLOCK, INSTALL, VALUES, FourBit, dequantize, import_bitsandbytes, quantize
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError

@@ -26,12 +26,10 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from finetune_memory import GB, SIZES, activations, lora_parameters, memory, parts_of, tensor_bytes
-from qlora_peers import BLOCK as PEER_BLOCK
-from qlora_peers import copy_scales, losses, peft_model
 from safetensors.torch import save_file
 from torch import nn
 
+from finetune_memory import GB, SIZES, activations, lora_parameters, memory, parts_of, tensor_bytes
 from lora_by_hand import add_lora, lora_layers, train_token_rows, trainable
 from nf4 import BLOCK, NF4Linear, import_bitsandbytes, quantize_model
 from nlp_common.base.arguments import COUNT, POSITIVE, option
@@ -51,6 +49,8 @@ from nlp_common.train.loop import make_optimizer, train_loop
 from nlp_common.train.settings import StageSettings, parse_settings
 from nlp_common.train.splits import drop_long, load_train_and_eval
 from nlp_common.train.stage import Stage
+from qlora_peers import BLOCK as PEER_BLOCK
+from qlora_peers import copy_scales, losses, peft_model
 from start import heldout_loss, heldout_questions, load_start, qa_accuracy
 
 HOME = Path(__file__).resolve().parent

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from gptq_layout import WEIGHTS, check_sums, load_gptq, save_gptq, write_sums
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from gptq_layout import WEIGHTS, check_sums, load_gptq, save_gptq, write_sums
 from nf4 import BLOCK, INSTALL, import_bitsandbytes
 from nlp_common.base.arguments import Limits, option
 from nlp_common.base.errors import UserError

@@ -2,8 +2,8 @@
 
 import method_selector as script
 import pytest
-from finetune_memory import SIZES, lora_parameters, parts_of
 
+from finetune_memory import SIZES, lora_parameters, parts_of
 from nlp_common.base.errors import UserError
 
 CARD = ["--preset", "tiny", "--gpu_memory"]

@@ -5,10 +5,10 @@ import json
 import pytest
 import qlora_theory as script
 import torch
-from finetune_memory import LLAMA, SIZES, four_bit_bytes, memory, parts_of
-from memory_picture import one_step
 from safetensors.torch import save_file
 
+from finetune_memory import LLAMA, SIZES, four_bit_bytes, memory, parts_of
+from memory_picture import one_step
 from nf4 import VALUES, quantize
 from nlp_common.base.errors import UserError
 

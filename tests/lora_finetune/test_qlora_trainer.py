@@ -5,9 +5,8 @@ import copy
 import pytest
 import qlora_trainer as script
 import torch
-from finetune_memory import four_bit_bytes
-from qlora_peers import BLOCK, copy_scales, losses, peft_model
 
+from finetune_memory import four_bit_bytes
 from lora_by_hand import add_lora, lora_layers, trainable
 from nf4 import NF4Linear, quantize_model
 from nlp_common.base.errors import UserError
@@ -15,6 +14,7 @@ from nlp_common.lm.chat_rows import answer_loss, chat_row, collate
 from nlp_common.lm.loading import load_causal_lm
 from nlp_common.lm.losses import count_labels
 from nlp_common.tiny import world
+from qlora_peers import BLOCK, copy_scales, losses, peft_model
 
 FEW = ["--preset", "tiny", "--max_train_samples", "24", "--max_eval_samples", "8", "--n_questions", "4"]
 

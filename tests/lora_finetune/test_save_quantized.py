@@ -6,6 +6,8 @@ import shutil
 import pytest
 import save_quantized as script
 import torch
+from safetensors.torch import load_file
+
 from gptq_layout import (
     SUMS,
     WEIGHTS,
@@ -18,8 +20,6 @@ from gptq_layout import (
     unpack,
     write_sums,
 )
-from safetensors.torch import load_file
-
 from nlp_common.base.errors import UserError
 from nlp_common.lm.loading import load_causal_lm
 
