@@ -32,18 +32,15 @@ import torch
 from torch import Tensor
 
 from chain import CHAIN
-from grpo_rewards import load_reward_file, make_score, to_answered
+from grpo_rewards import load_reward_file, make_score, sample, to_answered
 from nlp_common.base.arguments import Limits, option
 from nlp_common.base.errors import UserError
 from nlp_common.base.processes import merge_stats, num_processes
 from nlp_common.lm.loading import end_chat_turns, load_causal_lm, load_reward_model
-from nlp_common.lm.replies import reply_of
 from nlp_common.lm.rollout import (
-    Rollout,
     group_logps,
     join_rollouts,
     prompt_length,
-    roll_out,
     rollout_speed,
     with_prompts,
 )
@@ -144,16 +141,6 @@ class GRPOSettings(StageSettings):
             raise UserError("--dynamic_sampling 只能用一个进程：各进程要补几组不一样，会互相等。")
 
 
-@dataclass
-class Answers:
-    """一批回答：B 道题，每题 G 个，同题的相邻，共 N = B·G 个。"""
-
-    rollout: Rollout
-    rewards: Tensor  # (N,)
-    replies: list[dict]
-    questions: list[dict]  # N 个
-
-
 def grpo_step(policy, reference, optimizer, draw, score, tokenizer, settings, accelerator, generator) -> dict:
     """一轮：draw(第几次) 给出 B 道题，写 N = B·G 个回答，用它们更新 grpo_epochs 遍；返回这一轮的统计。"""
     started = time.perf_counter()
@@ -188,23 +175,6 @@ def grpo_step(policy, reference, optimizer, draw, score, tokenizer, settings, ac
         "update_s": time.perf_counter() - sampled,
         "answers": answers,
     }
-
-
-def sample(policy, rows, score, tokenizer, settings, accelerator, generator) -> Answers:
-    """每道题（带 "prompt"）写 G 个回答，打分。几个进程合起来，采出的与一个进程采一大批相同。"""
-    group = settings.num_generations
-    share = (accelerator.process_index, accelerator.num_processes)
-    sampling = (settings.max_new_tokens, settings.temperature, generator, share, group)
-    prompts = [row["prompt"] for row in rows]
-    with accelerator.autocast():
-        rollout = roll_out(accelerator.unwrap_model(policy), prompts, tokenizer, *sampling)
-        replies = [
-            reply_of(tokenizer, ids[:n])
-            for ids, n in zip(rollout.responses.tolist(), rollout.mask.sum(1).tolist(), strict=True)
-        ]
-        questions = [row for row in rows for _ in range(group)]
-        rewards = score(questions, replies, rollout)  # (N,)
-    return Answers(rollout, rewards.float(), replies, questions)
 
 
 def has_signal(rewards: Tensor, group: int) -> Tensor:

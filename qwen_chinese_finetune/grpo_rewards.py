@@ -1,4 +1,4 @@
-"""GRPO 的奖励从哪里来：验证器、奖励模型，或读者自己的一个 Python 文件。三种都是 (题, 回答, 采样) → (N,) 的分数。
+"""GRPO 的回答与奖励：一题写几个回答，由验证器、奖励模型或读者自己的一个 Python 文件打分：(题, 回答, 采样) → (N,) 的分数。
 
 自己的文件里写一个函数：
 
@@ -13,18 +13,48 @@ import importlib.util
 import math
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nlp_common.base.errors import UserError
 from nlp_common.data.chats import to_questions
-from nlp_common.lm.rollout import Rollout, reference_scores, score_responses
+from nlp_common.lm.replies import reply_of
+from nlp_common.lm.rollout import Rollout, reference_scores, roll_out, score_responses
 from nlp_common.tiny.judge import judge
 from ppo_alignment import response_rewards
 
 ENDINGS = "。．.!！?？\"”』」'’ \t\r\n"  # 答案后面可以有的
+
+
+@dataclass
+class Answers:
+    """一批回答：B 道题，每题 G 个，同题的相邻，共 N = B·G 个。"""
+
+    rollout: Rollout
+    rewards: Tensor  # (N,)
+    replies: list[dict]
+    questions: list[dict]  # N 个
+
+
+def sample(policy, rows, score, tokenizer, settings, accelerator, generator) -> Answers:
+    """每道题（带 "prompt"）写 G 个回答，打分。几个进程合起来，采出的与一个进程采一大批相同。"""
+    group = settings.num_generations
+    share = (accelerator.process_index, accelerator.num_processes)
+    sampling = (settings.max_new_tokens, settings.temperature, generator, share, group)
+    prompts = [row["prompt"] for row in rows]
+    with accelerator.autocast():
+        rollout = roll_out(accelerator.unwrap_model(policy), prompts, tokenizer, *sampling)
+        replies = [
+            reply_of(tokenizer, ids[:n])
+            for ids, n in zip(rollout.responses.tolist(), rollout.mask.sum(1).tolist(), strict=True)
+        ]
+        questions = [row for row in rows for _ in range(group)]
+        rewards = score(questions, replies, rollout)  # (N,)
+    return Answers(rollout, rewards.float(), replies, questions)
 
 
 def verify(question: dict, reply: str, ended: bool) -> float:

@@ -1,28 +1,27 @@
-"""R1-Zero 的一刻：只说对不对，不教怎样想，模型自己学会先想再答。一分半钟，从瞎猜到九成半以上。
+"""R1-Zero 的一刻：只说对不对，不教怎样想，模型自己学会先想再答。半分钟，从瞎猜到九成半。
 
-学到什么：预训练的数据里大多是直接写答案的（短），只有几条把步骤写出来（长）。模型学会了像数据那样，几乎总是直接猜，猜不对。
-GRPO 只给 0 或 1 分，长的才常常对，于是长的越来越多，正确率和长度一起涨。强化学习放大模型已经会的，不发明它不会的：预训练里
-一条长的也没有，就什么也学不到。
+学到什么：模型在教材里见过写全步骤的解，可是聊天的数据里几乎都是一口说出答案，于是它也一口说出，十次对一次。GRPO 只给 0 分或 1 分；
+先想的才常常对，于是先想的越来越多，正确率和长度一起涨。强化学习放大模型已经会的，不发明它不会的：从没见过步骤的，什么也学不到。
 
 题是几个数字加起来，只要个位：
 
-    3 1 4 1 5 9 =             短：  3<end>                                  一口说出，十次对一次
-                              长：  <think>3 4 8 9 4 3</think>3<end>         一个一个加，几乎总是对
+    3 1 4 1 5 9 =             短：  3<|im_end|>                            一口说出，十次对一次
+                              长：  <think>348943</think>3<|im_end|>       一个一个加，几乎总是对
 
 运行：
-    python r1_zero.py                        # 预训练、GRPO、同样秒数的监督训练，连同图
-    python r1_zero.py --sweep true           # 再扫：长的占几成、一组几个回答（约 6 分钟）
+    python r1_zero.py                        # 教材、聊天、GRPO、同样秒数的监督训练，连同图
+    python r1_zero.py --sweep true           # 再扫：聊天里先想的占几成，一组几个回答
 
-预期输出（实测见 README.md）：正确率从一成多到九成半以上，写长的从百分之几到几乎全部；同样秒数的监督训练仍是一成多。
+预期输出（实测见 README.md）：正确率从一成到九成半以上，先想的从百分之几到几乎全部；同样秒数的监督训练仍是一成。
 
-参考：DeepSeek-AI 2025（R1-Zero）；arXiv 2510.11495（为什么要先有长的，短的与长的混着预训练）；Yue et al. 2025（放大而不发明）。
+参考：DeepSeek-AI 2025（R1-Zero）；arXiv 2510.11495（短的长的混着预训练，强化学习为什么让长的多起来）；Yue et al. 2025（放大而不发明）。
 """
 
 from nlp_common.base.cli import run_main
 
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -31,7 +30,8 @@ import torch
 from accelerate import Accelerator
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from grpo_alignment import GRPOSettings, grpo_step, sample
+from grpo_alignment import GRPOSettings, grpo_step
+from grpo_rewards import sample
 from nlp_common.base.arguments import COUNT, POSITIVE, SHARE, Limits, option
 from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import line_chart
@@ -47,34 +47,32 @@ HOME = Path(__file__).resolve().parent
 END, PAD, EQUALS, THINK, THOUGHT = "<|im_end|>", "<pad>", "=", "<think>", "</think>"
 SHARES, GROUPS = (0.0, 0.02, 0.1, 0.5), (2, 4, 8, 16)
 PRESETS: dict[str, dict] = {
-    "tiny": {"max_train_samples": 60_000, "rl_steps": 60, "dim": 64, "n_digits": 8, "max_eval_samples": 512},
-    "full": {
-        "max_train_samples": 400_000,
-        "rl_steps": 150,
-        "dim": 128,
-        "n_digits": 16,
-        "max_eval_samples": 2000,
-    },
+    "tiny": {"n_digits": 8, "dim": 64, "max_train_samples": 24_000, "chat_rows": 12_000, "rl_steps": 60},
+    "full": {"n_digits": 16, "dim": 128, "max_train_samples": 100_000, "chat_rows": 30_000, "rl_steps": 150},
 }
 
 
 @dataclass
 class R1Settings(LoopSettings):
     COMMON: ClassVar[dict] = LoopSettings.COMMON | {
-        "per_device_train_batch_size": 128,
+        "per_device_train_batch_size": 64,
         "learning_rate": 3e-3,
         "adam_beta2": 0.98,
+        "logging_steps": 20,
     }
     n_digits: int | None = option("一道题几个数字", None, Limits(at_least=2))
     modulus: int = option("数字从 0 到几减一，加起来除以几的余数", 10, Limits(at_least=2, at_most=10))
-    long_share: float = option("预训练的数据里，写出步骤的占几成", 0.02, SHARE)
+    textbook_share: float = option("教材（--max_train_samples 道）里，写出步骤的占几成", 1.0, SHARE)
+    chat_rows: int | None = option("聊天的数据有几道", None, COUNT)
+    chat_learning_rate: float = option("在聊天的数据上的学习率", 1e-3, POSITIVE)
+    long_share: float = option("聊天的数据里，写出步骤的占几成", 0.02, SHARE)
     dim: int | None = option("模型的宽度", None, COUNT)
     rl_steps: int | None = option("GRPO 走几步", None, COUNT)
-    rl_learning_rate: float = option("GRPO 的学习率", 1e-3, POSITIVE)
+    rl_learning_rate: float = option("GRPO 的学习率，线性降到 0", 1e-3, POSITIVE)
     num_generations: int = option("G：一道题写几个回答", 8)
     rl_prompts: int = option("GRPO 一步几道题", 32, COUNT)
-    max_eval_samples: int | None = option("量正确率用几道没练过的题", None, COUNT)
-    sweep: bool = option("再扫一遍：长的占几成，一组几个回答", False)
+    max_eval_samples: int = option("量正确率用几道没练过的题", 1000, COUNT)
+    sweep: bool = option("再扫一遍：聊天里先想的占几成，一组几个回答", False)
 
     def check(self) -> None:
         if self.num_generations == 1:
@@ -115,10 +113,10 @@ def solution(digits: list[int], modulus: int, long: bool) -> list[int]:
     return [*steps, sums[-1], ids[END]]
 
 
-def training_rows(settings, long_share: float, seed: int) -> list[dict]:
-    """预训练的行 ``{"ids", "labels"}``：只在解上算损失，题目是随机数字，没有什么可学的。"""
-    rng, rows = random.Random(f"train-{seed}"), []
-    for _ in range(settings.max_train_samples):
+def training_rows(settings, long_share: float, n: int, seed: str) -> list[dict]:
+    """n 行 ``{"ids", "labels"}``：只在解上算损失，题目是随机数字，没有什么可学的。"""
+    rng, rows = random.Random(seed), []
+    for _ in range(n):
         asked = question(rng, settings)
         said = solution(asked["digits"], settings.modulus, rng.random() < long_share)
         rows.append({"ids": asked["prompt"] + said, "labels": [IGNORE] * len(asked["prompt"]) + said})
@@ -146,7 +144,7 @@ def score(questions: list[dict], replies: list[dict], rollout) -> torch.Tensor:
     return torch.tensor(rewards, device=rollout.ids.device)
 
 
-# ---------------------------------------------------------------- 2. 预训练，量一量
+# ---------------------------------------------------------------- 2. 教材、聊天，量一量
 
 
 def build_model(settings) -> Qwen2ForCausalLM:
@@ -168,19 +166,16 @@ def build_model(settings) -> Qwen2ForCausalLM:
     return make_fast(Qwen2ForCausalLM(config))
 
 
-def supervise(part: Stage, model, long_share: float, seed: int, max_steps: int = -1) -> dict:
-    """在短的、长的混着的解上学续写。"""
-    rows = training_rows(part.settings, long_share, seed)
-    part.settings.max_steps = max_steps
+def supervise(part: Stage, model, rows: list[dict], learning_rate: float, max_steps: int = -1) -> dict:
+    """在写好的解上学续写 → 用了几秒。"""
+    part.settings = replace(part.settings, learning_rate=learning_rate, max_steps=max_steps)
     started = time.perf_counter()
-    trained = train_loop(
-        part, "监督训练", model, rows, collate, solution_loss, [len(row["ids"]) for row in rows]
-    )
-    return {"seconds": time.perf_counter() - started, "history": trained.history}
+    train_loop(part, "监督训练", model, rows, collate, solution_loss, [len(row["ids"]) for row in rows])
+    return {"seconds": time.perf_counter() - started}
 
 
 def measure(model, settings, group: int = 1, seed: int = 0) -> dict:
-    """没练过的题上，温度 1 采样：正确率、写长的占几成、平均几个 token、写长的时候对不对。"""
+    """没练过的题上，温度 1 采样：正确率、先想的占几成、平均几个 token、逼它先想时对不对。"""
     rng = random.Random("heldout")
     rows = [question(rng, settings) for _ in range(settings.max_eval_samples)]
     answers = ask(model, rows, settings, group, seed)
@@ -224,6 +219,8 @@ def reinforce(part: Stage, model, group: int) -> dict:
     chosen, history, started = grpo_settings(settings, group), [], time.perf_counter()
     bar = progress_bar("GRPO", settings.rl_steps, 0)
     for step in range(settings.rl_steps):
+        for each in optimizer.param_groups:
+            each["lr"] = settings.rl_learning_rate * (1 - step / settings.rl_steps)
         rng = random.Random(f"rl-{settings.seed}-{step}")
         rows = [question(rng, settings) for _ in range(settings.rl_prompts)]
         generator = torch.Generator(part.device).manual_seed(settings.seed * 1_000_003 + step)
@@ -235,7 +232,7 @@ def reinforce(part: Stage, model, group: int) -> dict:
         bar.update(1)
         if (step + 1) % settings.logging_steps == 0:
             bar.write(
-                f"  {step + 1:>4} 步  对的 {stats['score']:.2f}  写长的 {stats['long_share']:.2f}"
+                f"  {step + 1:>4} 步  对的 {stats['score']:.2f}  先想的 {stats['long_share']:.2f}"
                 f"  没信号的组 {stats['zero_groups']:.0%}  例：{replies[0]['text']}"
             )
     bar.close()
@@ -251,24 +248,22 @@ def same_rows(rows: list[dict], number: int) -> list[dict]:
 
 def learn(stage: Stage) -> dict:
     settings = stage.settings
-    pretrained, base, before = pretrain(stage, settings.long_share)
+    base, chat_seconds = pretrain(stage, settings.textbook_share, settings.long_share)
+    before = measure(base, settings)
     print(
-        f"预训练之后：对 {before['accuracy']:.3f}，写长的 {before['long_share']:.3f}；"
-        f"逼它写长的，对 {before['accuracy_when_long']:.3f}。例：{before['example']}"
+        f"GRPO 之前：对 {before['accuracy']:.3f}，先想的 {before['long_share']:.3f}；"
+        f"逼它先想，对 {before['accuracy_when_long']:.3f}。例：{before['example']}"
     )
-    learned, after = reinforce_from(stage, base, settings.long_share, settings.num_generations)
-    print(f"GRPO 之后：对 {after['accuracy']:.3f}，写长的 {after['long_share']:.3f}。例：{after['example']}")
+    learned, after = reinforce_from(stage, base, "grpo", settings.num_generations)
+    print(f"GRPO 之后：对 {after['accuracy']:.3f}，先想的 {after['long_share']:.3f}。例：{after['example']}")
 
-    # 同样的秒数，接着监督训练：还是那样混着的数据
-    per_step = pretrained["seconds"] / max(
-        1, settings.max_train_samples // settings.per_device_train_batch_size
-    )
-    steps = max(1, round(learned["seconds"] / per_step))
-    longer = copy_of(base, settings)
-    more = partial(
-        supervise, model=longer, long_share=settings.long_share, seed=settings.seed + 1, max_steps=steps
-    )
-    run_part(stage, "supervised", more, longer)
+    # 同样的秒数，接着在聊天的数据上监督训练
+    chat_steps = -(-settings.chat_rows // settings.per_device_train_batch_size)
+    steps = max(1, round(learned["seconds"] / (chat_seconds / chat_steps)))
+    rows = training_rows(settings, settings.long_share, settings.chat_rows, f"more-{settings.seed}")
+    longer, rate = copy_of(base, settings), settings.chat_learning_rate
+    given = {"model": longer, "rows": rows, "learning_rate": rate, "max_steps": steps}
+    run_part(stage, "supervised", partial(supervise, **given), longer)
     supervised = measure(longer, settings)
     print(f"同样秒数的监督训练（{steps} 步）：对 {supervised['accuracy']:.3f}")
 
@@ -277,29 +272,32 @@ def learn(stage: Stage) -> dict:
     metrics |= {
         "accuracy_sft_same_seconds": supervised["accuracy"],
         "long_share_sft_same_seconds": supervised["long_share"],
-        "pretrain_seconds": pretrained["seconds"],
         "rl_seconds": learned["seconds"],
         "examples": [before["example"], after["example"]],
     }
     if settings.sweep:
-        metrics |= sweep(stage)
+        metrics |= sweep(stage, base, before)
     return stage.save(metrics, {}, partial(draw, learned["history"]), learned["history"])
 
 
-def pretrain(stage: Stage, long_share: float) -> tuple[dict, Qwen2ForCausalLM, dict]:
-    """→ (用了几秒, 模型, 量到的)"""
+def pretrain(stage: Stage, textbook_share: float, long_share: float) -> tuple[Qwen2ForCausalLM, float]:
+    """先教材，再聊天 → (模型, 聊天那一段用了几秒)。"""
     settings = stage.settings
     base = build_model(settings).to(stage.device)
-    work = partial(supervise, model=base, long_share=long_share, seed=settings.seed)
-    trained = run_part(stage, f"pretrain-{long_share}", work, base)
-    return trained, base, measure(base, settings)
+    rows = training_rows(settings, textbook_share, settings.max_train_samples, f"textbook-{settings.seed}")
+    textbook = partial(supervise, model=base, rows=rows, learning_rate=settings.learning_rate)
+    run_part(stage, f"textbook-{textbook_share:g}", textbook, base)
+    rows = training_rows(settings, long_share, settings.chat_rows, f"chat-{settings.seed}")
+    chats = partial(supervise, model=base, rows=rows, learning_rate=settings.chat_learning_rate)
+    return base, run_part(stage, f"chat-{textbook_share:g}-{long_share:g}", chats, base)["seconds"]
 
 
-def reinforce_from(stage: Stage, base, long_share: float, group: int) -> tuple[dict, dict]:
+def reinforce_from(stage: Stage, base, name: str, group: int) -> tuple[dict, dict]:
     """从 base 的副本开始做 GRPO → (历史与秒数, 量到的)"""
     policy = copy_of(base, stage.settings)
-    work = partial(reinforce, model=policy, group=group)
-    return run_part(stage, f"grpo-{long_share}-{group}", work, policy), measure(policy, stage.settings)
+    return run_part(stage, name, partial(reinforce, model=policy, group=group), policy), measure(
+        policy, stage.settings
+    )
 
 
 def copy_of(model, settings):
@@ -308,24 +306,25 @@ def copy_of(model, settings):
     return other
 
 
-def sweep(stage: Stage) -> dict:
-    """长的占几成、一组几个回答，各走同样的步数；没有信号的组，算的（每个回答对的概率是 p）与量的并排。"""
+def sweep(stage: Stage, base, before: dict) -> dict:
+    """聊天里先想的占几成、一组几个回答，各走同样的步数；没有信号的组，算的（每个回答对的概率是 p）与量的并排。"""
     settings, found = stage.settings, {}
-    for share in SHARES:
-        _, base, before = pretrain(stage, share)
-        _, after = reinforce_from(stage, base, share, settings.num_generations)
-        found[f"share_{share:g}"] = sides(before, after)
-        print(f"  长的占 {share:g}：{before['accuracy']:.3f} → {after['accuracy']:.3f}")
-    _, base, before = pretrain(stage, settings.long_share)
+    kinds = {"never": (0.0, 0.0)} | {f"share_{share:g}": (settings.textbook_share, share) for share in SHARES}
+    for name, shares in kinds.items():
+        model, _ = pretrain(stage, *shares)
+        start = measure(model, settings)
+        found[name] = sides(start, reinforce_from(stage, model, name, settings.num_generations)[1])
+        print(f"  {name}：{start['accuracy']:.3f} → {found[name]['accuracy']:.3f}")
+    p = before["accuracy"]
     for group in GROUPS:
-        _, after = reinforce_from(stage, base, settings.long_share, group)
-        p = before["accuracy"]
         zero = {"zero_groups_formula": p**group + (1 - p) ** group}
         zero["zero_groups"] = measure(base, settings, group)["zero_groups"]
-        found[f"group_{group}"] = sides(before, after) | zero
+        found[f"group_{group}"] = (
+            sides(before, reinforce_from(stage, base, f"group-{group}", group)[1]) | zero
+        )
         print(
-            f"  G = {group}：→ {after['accuracy']:.3f}，没有信号的组算的 {zero['zero_groups_formula']:.3f}，"
-            f"量的 {zero['zero_groups']:.3f}"
+            f"  G = {group}：→ {found[f'group_{group}']['accuracy']:.3f}，没有信号的组"
+            f"算的 {zero['zero_groups_formula']:.3f}，量的 {zero['zero_groups']:.3f}"
         )
     return found
 
@@ -342,9 +341,9 @@ def draw(history: list[dict], folder: Path) -> None:
         folder / "r1_zero.svg",
         {
             "答对的|right": (steps, [row["score"] for row in history]),
-            "先想再答的|long": (steps, [row["long_share"] for row in history]),
+            "先想再答的|thinks first": (steps, [row["long_share"] for row in history]),
         },
-        "只说对不对，长的自己多起来|Reward alone grows the long answers",
+        "只说对不对，先想的自己多起来|Reward alone grows the thinking",
         "GRPO 的步数|GRPO step",
         "占几成|share",
     )

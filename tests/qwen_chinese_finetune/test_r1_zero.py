@@ -74,12 +74,12 @@ def test_only_the_last_answer_counts(r1, reply, right):
 
 
 def test_the_share_of_long_solutions_and_the_labels(r1):
-    settings = settings_of(r1, "--max_train_samples", "2000")
+    settings = settings_of(r1)
     for share in (0.0, 0.1, 1.0):
-        rows = r1.training_rows(settings, share, seed=1)
+        rows = r1.training_rows(settings, share, 2000, "a")
         is_long = [r1.Characters.ids[r1.THINK] in row["ids"] for row in rows]
         assert sum(is_long) / 2000 == pytest.approx(share, abs=0.02)
-    batch = r1.collate(r1.training_rows(settings, 0.5, 1)[:8])
+    batch = r1.collate(r1.training_rows(settings, 0.5, 8, "a"))
     learned = batch["labels"] != IGNORE
     assert torch.equal(batch["labels"][learned], batch["input_ids"][learned])
     assert not learned[:, : settings.n_digits + 1].any()  # 题目不算损失
@@ -148,8 +148,8 @@ def test_the_sweep_has_its_rows(r1, tmp_path, monkeypatch):
     monkeypatch.setattr(r1, "SHARES", (0.0, 0.5))
     monkeypatch.setattr(r1, "GROUPS", (2, 4))
     metrics = r1.main([*SMALL, "--sweep", "true", "--output_dir", str(tmp_path / "out")])["metrics"]
-    for name in ("share_0", "share_0.5", "group_2", "group_4"):
+    for name in ("never", "share_0", "share_0.5", "group_2", "group_4"):
         assert {"accuracy_before", "accuracy", "long_share"} <= metrics[name].keys()
-    assert metrics["share_0"]["long_share_before"] == 0
+    assert metrics["never"].keys() == metrics["share_0"].keys()
     p = metrics["accuracy_before"]
     assert metrics["group_2"]["zero_groups_formula"] == pytest.approx(p**2 + (1 - p) ** 2)
