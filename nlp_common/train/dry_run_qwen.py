@@ -132,11 +132,21 @@ def logits_bytes(config: PreTrainedConfig, n_tokens: int) -> int:
     return n_tokens * 2 * 4 * config.vocab_size
 
 
+def models_of(name: str, settings: StageSettings) -> list[tuple[str, Any, bool]]:
+    """这个阶段手里的模型；GRPO 由验证器或自己的文件打分时，没有奖励模型。"""
+    uses_it = getattr(settings, "reward", "reward_model") == "reward_model"
+    if name == "grpo" and (not uses_it or getattr(settings, "reward_file", None)):
+        return [each for each in MODELS[name] if each[1] is not SCORE]
+    return MODELS[name]
+
+
 def estimate(
     name: str, settings: StageSettings, config: PreTrainedConfig, half: bool, cpu: bool = False
 ) -> dict:
     """各项的字节数与步数；token 数按每行都满 max_length 算，是上限。"""
-    models = [(label, *count_parameters(cls, config), trained) for label, cls, trained in MODELS[name]]
+    models = [
+        (label, *count_parameters(cls, config), trained) for label, cls, trained in models_of(name, settings)
+    ]
     total = sum(n for _, n, _, _ in models)
     trained = sum(n for _, n, _, t in models if t)
     tensors = sum(k for _, _, k, t in models if t)

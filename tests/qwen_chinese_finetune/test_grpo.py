@@ -538,3 +538,11 @@ def test_a_reader_trains_and_loads(grpo, chat_folder, reward_folder, tmp_path, c
     assert wanted <= record["metrics"].keys()
     assert ("reward_mean" in record["metrics"]) == ("reward_model" in changes)
     assert grpo.main(run)["id"] == record["id"] and "直接加载" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "n_models"), [([], 2), (["--reward", "reward_model"], 3)])
+def test_dry_run_counts_the_models_it_uses(grpo, tmp_path, arguments, n_models):
+    run = ["--preset", "tiny", "--dry_run", "true", "--output_dir", str(tmp_path / "out"), *arguments]
+    found = grpo.main(run)["dry_run"]
+    assert len(found["models"]) == n_models and found["steps"] == 60
+    assert not (tmp_path / "out").exists()
