@@ -283,6 +283,8 @@ def show(advice: dict, settings) -> None:
             advice["settings"]["bases"] = "none"
         flags = " ".join(f"--{name} {value}" for name, value in advice["settings"].items())
         model = f" --model {settings.model}" if settings.model else ""
+        if not model:
+            print("命令（后面再加上 --model 和 --dataset，换成你的）：")
         print(f"  python {script} --preset full{model} --max_length {settings.max_length} {flags}")
     for line in measured():
         print(line)

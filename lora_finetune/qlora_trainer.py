@@ -29,26 +29,24 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from finetune_memory import GB, SIZES, activations, lora_parameters, memory, parts_of, tensor_bytes
+from finetune_memory import parts_of, tensor_bytes
 from lora_by_hand import add_lora, lora_layers, train_token_rows, trainable
 from nf4 import BLOCK, NF4Linear, import_bitsandbytes, quantize_model
 from nlp_common.base.arguments import COUNT, POSITIVE, option
-from nlp_common.base.device import describe, pick_device
 from nlp_common.base.errors import UserError
 from nlp_common.data.chats import to_chats
 from nlp_common.draw.plots import bar_chart
-from nlp_common.hub.models import find_model
 from nlp_common.lm.chat_rows import answer_loss, chat_length, chat_row, collate
 from nlp_common.lm.loading import end_chat_turns, load_tokenizer, make_fast
 from nlp_common.lm.losses import count_labels
 from nlp_common.tiny import world
 from nlp_common.train.chain import chain_model
-from nlp_common.train.dry_run import device_bytes, read_config
 from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.loop import make_optimizer, train_loop
 from nlp_common.train.settings import StageSettings, parse_settings
 from nlp_common.train.splits import drop_long, load_train_and_eval
 from nlp_common.train.stage import Stage
+from qlora_dry_run import dry_run
 from qlora_peers import BLOCK as PEER_BLOCK
 from qlora_peers import copy_scales, losses, peft_model
 from start import heldout_loss, heldout_questions, load_start, qa_accuracy
@@ -338,53 +336,10 @@ def draw(folder: Path, results: dict[str, dict]) -> None:
     )
 
 
-# ---------------------------------------------------------------- 4. 只算内存
-
-
-def dry_run(settings) -> dict:
-    """不载入权重：底座、适配器、梯度、优化器、激活各多少 GB。"""
-    device, half = pick_device(), settings.preset == "full"
-    if settings.model or settings.preset == "full":
-        name = settings.model or FULL_MODEL
-        found = find_model(name, settings.source)
-        config, source = read_config(found, name, settings.source, FULL_MODEL, lambda: SIZES["7B"])
-    else:
-        from nlp_common.tiny.qwen import build_model, build_tokenizer
-
-        config, source = build_model(build_tokenizer(), settings.seed).config, "内置的小模型"
-    parts = parts_of(config)
-    tokens = settings.per_device_train_batch_size * settings.max_length
-    print(f"只估算，不训练。尺寸来自{source}；{parts.total:,} 个参数，设备 {describe(device)}")
-    result: dict = {"parameters": parts.total, "adapters": lora_parameters(parts, settings.r)}
-    for base in base_names(settings):
-        used = memory(
-            parts,
-            "lora" if base == "none" else "qlora",
-            settings.r,
-            weight_bytes=2 if half else 4,
-            eight_bit_adam=settings.optimizer != "adamw",
-            double=settings.double_quant,
-        )
-        used["activations"] = activations(config, tokens, half, bool(settings.gradient_checkpointing))
-        result[base] = used | {"total": sum(used.values())}
-        print(
-            f"  底座 {base}：权重 {used['weights'] / GB:.2f}，适配器 {used['adapters'] / GB:.3f}，"
-            f"梯度 {used['gradients'] / GB:.3f}，优化器 {used['optimizer'] / GB:.3f}，"
-            f"激活至多 {used['activations'] / GB:.2f}（{tokens} 个 token），合计 {sum(used.values()) / GB:.2f} GB"
-        )
-        room = device_bytes(device)
-        if room and result[base]["total"] > room:
-            print(
-                f"  警告：这台机器只有 {room / GB:.1f} GB，装不下。减小 --per_device_train_batch_size 或 --max_length，"
-                "或加 --gradient_checkpointing True。"
-            )
-    return {"dry_run": result}
-
-
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(QLoRASettings, PRESETS, argv, FULL_MODEL)
     if settings.dry_run:
-        return dry_run(settings)
+        return {"dry_run": dry_run(settings, base_names(settings), FULL_MODEL)}
     if settings.preset == "full" and settings.model is None:
         settings.model = FULL_MODEL
     found = chain_model("pretrain", settings.model, settings.source)

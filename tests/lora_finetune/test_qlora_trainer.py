@@ -6,6 +6,7 @@ import pytest
 import qlora_trainer as script
 import torch
 
+import qlora_dry_run
 from finetune_memory import four_bit_bytes
 from lora_by_hand import add_lora, lora_layers, trainable
 from nf4 import NF4Linear, quantize_model
@@ -149,7 +150,7 @@ def test_an_interrupted_run_goes_on(tmp_path, base_folder, monkeypatch, capsys):
 def test_dry_run_of_the_small_and_the_seven_billion(capsys, monkeypatch):
     found = script.main([*FEW, "--dry_run"])["dry_run"]
     assert found["nf4"]["weights"] < found["none"]["weights"]
-    monkeypatch.setattr(script, "find_model", lambda *_: None)  # 不联网
+    monkeypatch.setattr(qlora_dry_run, "find_model", lambda *_: None)  # 不联网
     monkeypatch.setattr(script, "import_bitsandbytes", lambda: None)
     found = script.main(["--preset", "full", "--dry_run"])["dry_run"]
     assert found["parameters"] == 7_615_616_512
