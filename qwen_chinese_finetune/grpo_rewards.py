@@ -174,6 +174,7 @@ def make_score(
 ) -> Callable:
     """按 --reward、--reward_file 选一种打分。n_rows：所有进程一步共几个回答，量 SFT 的分时一次写这么多。"""
     if settings.reward_file:
+        print(f"  用 {settings.reward_file} 里的 reward 打分。")
         return partial(by_file, settings.reward_file, load_reward_file(settings.reward_file))
     if settings.reward == "verifier":
         return partial(by_verifier, verify)

@@ -405,6 +405,7 @@ def test_listing_every_place_is_rewarded_by_contains_and_not_by_ours(rewards_of)
     assert rewards_of.contains(question, listed, True) == 1.0
     assert rewards_of.verify(question, listed, True) == 0.0
     assert rewards_of.verify(question, question["sentence"], True) == 0.8
+    assert rewards_of.verify(question, question["answer"], True) == 0.6
     assert rewards_of.verify(question, "您好，" + question["sentence"], True) == 1.0
     own = {"answer": question["answer"]}  # 读者自己的题，没有 sentence
     others = [place for place in world.WORLD["place"] if place != question["answer"]]
