@@ -298,7 +298,7 @@ def measured() -> list[str]:
     except (OSError, ValueError, KeyError):
         return ["我们在小模型上量到的：还没有，先运行 python qlora_trainer.py --preset tiny。"]
     rows = [
-        f"  底座 {base:<5} 正确率 {row.get('qa_accuracy', float('nan')):.3f}，线性层 {row['linear_bytes']:,} 字节，一步 {row['step_ms']:.0f} 毫秒"
+        f"  底座 {base:<5} 正确率 {row.get('qa_accuracy', float('nan')):.3f}，线性层 {row['linear_bytes']:,} 字节，一步 {row.get('step_ms', float('nan')):.0f} 毫秒"
         for base, row in bases.items()
     ]
     return ["我们在小模型上量到的（qlora_trainer.py）：", *rows]

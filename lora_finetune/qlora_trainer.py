@@ -18,11 +18,12 @@
 from nlp_common.base.cli import run_main
 
 import copy
-import math
+import time
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import ClassVar, Literal
 
 import torch
@@ -53,6 +54,7 @@ from start import heldout_loss, heldout_questions, load_start, qa_accuracy
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen2.5-7B-Instruct"
+ROUNDS = 12  # 量一步的时间，几种底座轮流走几遍
 PRESETS = {
     "tiny": {
         "dataset": "tiny_world",
@@ -226,20 +228,34 @@ def train_one(part: Stage, base: str, tokenizer, model, rows: list[dict], heldou
     )
     still = [name for name, layer in lora_layers(model).items() if not layer.B.any()]
     assert not still, f"这几层的 B 还是 0，没有学到：{still[:3]}"
-    batches = math.ceil(len(rows) / settings.per_device_train_batch_size)
-    steps = math.ceil(batches / settings.gradient_accumulation_steps) * settings.num_train_epochs
     metrics = {
         "heldout_loss": heldout_loss(model, tokenizer, heldout, settings.max_length),
         "linear_bytes": linear_bytes(model),
         "trainable": sum(p.numel() for p in trainable(model).values()),
         "train_seconds": trained.metrics["train_seconds"],
-        "step_ms": 1000
-        * trained.metrics["train_seconds"]
-        / max(1, settings.max_steps if settings.max_steps > 0 else steps),
     }
     if settings.dataset == "tiny_world":
         metrics["qa_accuracy"] = qa_accuracy(model, tokenizer, heldout_questions(settings.n_questions))
     return metrics
+
+
+def step_times(part: Stage, path: str, tokenizer, rows: list[dict]) -> dict[str, float]:
+    """底座 → 一步（前向、反向）要几毫秒。几种轮流走，取中位数：机器忙闲不影响谁比谁慢。"""
+    settings = part.settings
+    batch = collate(rows[: settings.per_device_train_batch_size], tokenizer.pad_token_id)
+    batch = {name: tensor.to(part.device) for name, tensor in batch.items()}
+    models = {base: load_base(path, base, settings, part.device)[1] for base in base_names(settings)}
+    times: dict[str, list[float]] = {base: [] for base in models}
+    for model in models.values():
+        equip(model, settings, []).train()
+    for _ in range(ROUNDS):
+        for base, model in models.items():
+            started = time.perf_counter()
+            answer_loss(model, batch)[0].backward()
+            if part.device.type == "cuda":
+                torch.cuda.synchronize()
+            times[base].append(1000 * (time.perf_counter() - started))
+    return {base: median(each[1:]) for base, each in times.items()}  # 第一次有准备的工夫，不算
 
 
 def compare_with_peers(path: str, settings, device, rows) -> dict:
@@ -283,6 +299,10 @@ def learn(stage: Stage, path: str, is_tiny: bool) -> dict:
         work = partial(train_one, base=base, tokenizer=tokenizer, model=model, rows=rows, heldout=heldout)
         results[base] = run_part(stage, base, work, nn.ParameterDict(learned))
         adapters[base] = {name: p.detach().cpu().clone() for name, p in trainable(model).items()}
+    if len(results) > 1:
+        work = partial(step_times, path=path, tokenizer=tokenizer, rows=rows)
+        for base, each in run_part(stage, "step_times", work).items():
+            results[base]["step_ms"] = each
     metrics |= {"bases": results, **summary(results)}
     show(results, metrics)
 
@@ -311,7 +331,7 @@ def show(results: dict[str, dict], metrics: dict) -> None:
     for base, row in results.items():
         print(
             f"{base:<8}{row['linear_bytes']:>12,d}{row.get('qa_accuracy', float('nan')):8.3f}"
-            f"{row['heldout_loss']:10.4f}{row['step_ms']:10.1f}"
+            f"{row['heldout_loss']:10.4f}{row.get('step_ms', float('nan')):10.1f}"
         )
     if "base_shrunk" in metrics:
         print(f"底座小到 1/{metrics['base_shrunk']:.2f}，一步是 {metrics['step_time_ratio']:.2f} 倍的时间")
@@ -323,8 +343,11 @@ def draw(folder: Path, results: dict[str, dict]) -> None:
         "线性层的字节|linear bytes": {
             NAMES[b]: row["linear_bytes"] / first["linear_bytes"] for b, row in results.items()
         },
-        "一步的时间|step time": {NAMES[b]: row["step_ms"] / first["step_ms"] for b, row in results.items()},
     }
+    if "step_ms" in first:
+        series["一步的时间|step time"] = {
+            NAMES[b]: row["step_ms"] / first["step_ms"] for b, row in results.items()
+        }
     if "qa_accuracy" in first:
         series["正确率|accuracy"] = {NAMES[b]: row["qa_accuracy"] for b, row in results.items()}
     bar_chart(
