@@ -34,7 +34,9 @@ UNITS = (
     ("rows_per_s", "rows/s"),
     ("tokens_per_s", "tokens/s"),
     ("episodes_per_s", "answers/s"),
+    ("completions_per_s", "answers/s"),
     ("sentences_per_s", "sentences/s"),
+    ("same_seconds", "fraction"),  # accuracy_sft_same_seconds：同样秒数的正确率
     ("seconds", "s"),
     ("_s", "s"),
     ("memory_mb", "MB"),
