@@ -7,10 +7,24 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 from nlp_common.base.errors import UserError
 from nlp_common.base.processes import is_main, leave, lost_another
+
+INTERRUPTED = "\n已中断。训练类脚本再运行同一条命令，会从最近的检查点继续。"
+
+
+def say_interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """还没有走到 run_main 就按了 Ctrl-C（慢的机器上，导入库要好几秒）：也只说一句，不是一屏 traceback。"""
+    if issubclass(kind, KeyboardInterrupt):
+        print(INTERRUPTED, file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = say_interrupted  # 每个脚本最先导入的就是这个文件
 
 
 def run_main(main: Callable[[], object]) -> None:
@@ -37,7 +51,7 @@ def run_main(main: Callable[[], object]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         if is_main():
-            print("\n已中断。训练类脚本再运行同一条命令，会从最近的检查点继续。", file=sys.stderr)
+            print(INTERRUPTED, file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         _leave_if_unread()

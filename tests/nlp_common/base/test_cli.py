@@ -44,3 +44,12 @@ def test_another_broken_pipe_is_not_hidden():
 def test_the_reader_still_sees_the_mistake():
     status, errors = run_unread("def main():\n    raise UserError('写错了')\nrun_main(main)")
     assert status == 2 and errors == "错误：写错了\n"
+
+
+def test_interrupted_while_importing_says_one_sentence():
+    """Ctrl-C 落在 run_main 之前（正在导入库）：一句中文；别的错误照常有 traceback。"""
+    for name, said in (("KeyboardInterrupt", "已中断"), ("ValueError", "Traceback")):
+        code = f"import nlp_common.base.cli\nraise {name}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=60)
+        assert done.returncode != 0 and said in done.stderr
+        assert ("Traceback" in done.stderr) == (name == "ValueError")
