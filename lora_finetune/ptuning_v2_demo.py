@@ -21,6 +21,7 @@ import copy
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -103,24 +104,26 @@ class Trial:
 # ---------------------------------------------------------------- 1. 装上虚拟 token
 
 
-def equip(start, trial: Trial, text: list[int]):
-    """start 的一份，冻住，装上 trial 说的。text 是一段真的文字，前 width 个 token 用作初值。"""
+def equip(start, trial: Trial, tokenizer, chats: list[dict]):
+    """start 的一份，冻住，装上 trial 说的。chats 是训练的对话，用它们的文字作初值。"""
     model = copy.deepcopy(start)
     if trial.kind == "lora":
         add_lora(model, "all", trial.width, alpha=2 * trial.width)
         return model
     model = KINDS[trial.kind](model, trial.width)
     if trial.init == "text":
-        model.start_from(text[: trial.width])
+        model.start_from(example_text(tokenizer, chats, trial.width))
     return model
 
 
-def example_text(tokenizer, chats: list[dict]) -> list[int]:
-    """几段训练对话连起来：初值就像给模型看了一个例子（的开头）。"""
+def example_text(tokenizer, chats: list[dict], n: int) -> list[int]:
+    """训练对话连起来的前 n 个 token：初值就像给模型看了一个例子（的开头）。"""
     ids: list[int] = []
-    for chat in chats:
+    for chat in cycle(chats):
         ids += encode_chat(tokenizer, chat["messages"])[0]
-    return ids
+        if len(ids) >= n:
+            break
+    return ids[:n]
 
 
 # ---------------------------------------------------------------- 2. 训练，量一量
@@ -130,7 +133,7 @@ def train_and_measure(part: Stage, trial: Trial, start, tokenizer) -> dict:
     settings = part.settings
     chats = task_chats(trial.task, settings.max_train_samples, settings.seed)
     questions = task_chats(trial.task, settings.n_questions, seed=0, heldout=True)
-    model = equip(start, trial, example_text(tokenizer, chats[:8]))
+    model = equip(start, trial, tokenizer, chats)
     part.settings = replace(settings, learning_rate=trial.rate)
     trained = train_on_chats(part, trial.name, model, tokenizer, chats)
     learned = sum(p.numel() for p in trainable(model).values())

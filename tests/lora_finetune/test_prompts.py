@@ -151,3 +151,11 @@ def test_only_the_virtual_tokens_learn(model):
     assert learned == {"keys", "values"}
     config = model.config
     assert ours.keys.numel() + ours.values.numel() == 2 * config.num_hidden_layers * M * config.hidden_size
+
+
+def test_only_the_vectors_of_a_p_tuning_are_kept(model, batch):
+    """学完的小网络可以扔掉：它给出的 m 个向量当作提示，logits 相同。"""
+    ours, kept = ours_of(PTuned, model), ours_of(PromptTuned, model)
+    with torch.no_grad():
+        kept.vectors.copy_(ours.prompt())
+        assert torch.equal(kept(batch["input_ids"]).logits, ours(batch["input_ids"]).logits)

@@ -50,13 +50,20 @@ def test_the_prefix_learns_and_the_model_does_not_move(small, monkeypatch, model
     monkeypatch.setattr(pd, "accuracy", measure)
     pd.main([*small, "--gradient_checkpointing", "true"])
     learned = next(each for each in learners if isinstance(each, pd.PrefixTuned))
-    text = pd.example_text(chat_tokenizer, task_chats("courteous", 16, 0)[:8])
+    text = pd.example_text(chat_tokenizer, task_chats("courteous", 16, 0), 3)
     fresh = pd.PrefixTuned(copy.deepcopy(model), 3)
-    fresh.start_from(text[:3])
+    fresh.start_from(text)
     assert (learned.keys - fresh.keys).abs().max() > 1e-3
     assert (learned.values - fresh.values).abs().max() > 1e-3
     for name, p in learned.base.named_parameters():
         assert torch.equal(p, model.get_parameter(name)), name
+
+
+def test_more_virtual_tokens_than_text(chat_tokenizer):
+    chats = task_chats("courteous", 2, 0)
+    once = pd.example_text(chat_tokenizer, chats, 1)
+    many = pd.example_text(chat_tokenizer, chats, 1000)
+    assert len(once) == 1 and len(many) == 1000 and many[:1] == once
 
 
 def test_bad_input(small):
