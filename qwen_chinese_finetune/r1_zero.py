@@ -176,7 +176,7 @@ def supervise(part: Stage, model, rows: list[dict], learning_rate: float, max_st
 
 def measure(model, settings, group: int = 1, seed: int = 0) -> dict:
     """没练过的题上，温度 1 采样：正确率、先想的占几成、平均几个 token、逼它先想时对不对。"""
-    rng = random.Random("heldout")
+    rng = random.Random("heldout")  # 题有 modulus 的 n_digits 次方道，另抽的几乎不会是练过的
     rows = [question(rng, settings) for _ in range(settings.max_eval_samples)]
     answers = ask(model, rows, settings, group, seed)
     is_long = torch.tensor([reply["text"].startswith(THINK) for reply in answers.replies])

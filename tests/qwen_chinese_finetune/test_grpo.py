@@ -547,3 +547,15 @@ def test_dry_run_counts_the_models_it_uses(grpo, tmp_path, arguments, n_models):
     found = grpo.main(run)["dry_run"]
     assert len(found["models"]) == n_models and found["steps"] == 60
     assert not (tmp_path / "out").exists()
+
+
+def test_preference_pairs_are_questions_for_the_reward_model(grpo, chat_folder, reward_folder, tmp_path):
+    """full 预设就是这样：题从偏好对里来，没有标准答案，奖励模型打分。"""
+    import json
+
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"question": f"第{i}题？", "response_chosen": "好", "response_rejected": "坏"} for i in range(24)]
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    run = [*SMALL, "--model", str(chat_folder), "--reward_model", str(reward_folder), "--dataset", str(path)]
+    record = grpo.main([*run, "--reward", "reward_model", "--output_dir", str(tmp_path / "out")])
+    assert "reward_mean" in record["metrics"] and "judge_score" not in record["metrics"]
