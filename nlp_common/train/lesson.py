@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nlp_common.base.device import seed_everything
+from nlp_common.base.errors import UserError
 from nlp_common.train.settings import LessonSettings, fingerprint
 from nlp_common.train.stage import Stage, open_result, show_metrics
 
@@ -34,6 +35,8 @@ def run_lesson(
 
     more：设置之外决定结果的（如上游模型的编号），也记进 fingerprint。设置不同是 UserError，列出每一项不同。
     """
+    if getattr(settings, "dry_run", False):
+        raise UserError("这一课要训练好几个模型，没有 --dry_run：去掉它。")
     with open_result(
         result_folder(name, home, settings), name, settings, fingerprint(settings, **more)
     ) as stage:
