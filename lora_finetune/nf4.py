@@ -141,7 +141,7 @@ def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     largest = blocks.abs().amax(1)
     scaled = blocks / largest.clamp(min=1e-38)[:, None]
     index = nearest(scaled, DYNAMIC.to(scales.device)).to(torch.uint8)
-    return index.flatten()[: len(scales)], largest
+    return index.flatten()[: len(scales)].clone(), largest  # 不带着补的 0：不然存不进 safetensors
 
 
 def scales_of(q: FourBit) -> Tensor:

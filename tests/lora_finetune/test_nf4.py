@@ -112,6 +112,12 @@ def test_sizes_and_errors():
     assert 8 * quantize(weight).n_bytes() / weight.numel() == pytest.approx(4.127, abs=1e-3)
 
 
+def test_every_tensor_can_be_saved():
+    """没有一个是大张量的一段：safetensors 不存那样的。"""
+    for tensor in quantize(torch.randn(96, 128)).tensors():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1), (7, 64), (65,)])
 def test_odd_shapes_come_back(shape):
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import qlora_trainer as script
 import torch
+from safetensors.torch import load_file
 
 import qlora_dry_run
 from finetune_memory import four_bit_bytes
@@ -15,6 +16,7 @@ from nlp_common.lm.chat_rows import answer_loss, chat_row, collate
 from nlp_common.lm.loading import load_causal_lm
 from nlp_common.lm.losses import count_labels
 from nlp_common.tiny import world
+from nlp_common.train import loop
 from qlora_peers import BLOCK, copy_scales, losses, peft_model
 
 FEW = ["--preset", "tiny", "--max_train_samples", "24", "--max_eval_samples", "8", "--n_questions", "4"]
@@ -145,6 +147,31 @@ def test_an_interrupted_run_goes_on(tmp_path, base_folder, monkeypatch, capsys):
     whole = script.main([*argv[:-1], str(tmp_path / "whole")])["metrics"]
     for base in ("none", "nf4"):
         assert resumed["bases"][base]["heldout_loss"] == whole["bases"][base]["heldout_loss"]
+
+
+def test_a_run_killed_within_a_training_goes_on_from_the_checkpoint(
+    tmp_path, base_folder, monkeypatch, capsys
+):
+    argv = [*FEW, "--model", str(base_folder), "--bases", "nf4", "--save_steps", "1"]
+    argv += ["--per_device_train_batch_size", "4", "--output_dir"]
+    real, steps = loop.update, []
+
+    def killed(*args):
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        steps.append(0)
+        return real(*args)
+
+    monkeypatch.setattr(loop, "update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        script.main([*argv, str(tmp_path / "out")])
+    monkeypatch.setattr(loop, "update", real)
+    capsys.readouterr()
+    script.main([*argv, str(tmp_path / "out")])
+    assert "checkpoint-3" in capsys.readouterr().out
+    script.main([*argv, str(tmp_path / "whole")])
+    resumed, whole = (load_file(tmp_path / name / "adapter-nf4.safetensors") for name in ("out", "whole"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 def test_dry_run_of_the_small_and_the_seven_billion(capsys, monkeypatch):
