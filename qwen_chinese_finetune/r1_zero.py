@@ -19,6 +19,7 @@
 
 from nlp_common.base.cli import run_main
 
+import math
 import random
 import time
 from dataclasses import dataclass, replace
@@ -166,9 +167,10 @@ def build_model(settings) -> Qwen2ForCausalLM:
     return make_fast(Qwen2ForCausalLM(config))
 
 
-def supervise(part: Stage, model, rows: list[dict], learning_rate: float, max_steps: int = -1) -> dict:
+def supervise(part: Stage, model, rows: list[dict], learning_rate: float, max_steps: int = 0) -> dict:
     """在写好的解上学续写 → 用了几秒。"""
-    part.settings = replace(part.settings, learning_rate=learning_rate, max_steps=max_steps)
+    steps = max_steps or part.settings.max_steps
+    part.settings = replace(part.settings, learning_rate=learning_rate, max_steps=steps)
     started = time.perf_counter()
     train_loop(part, "监督训练", model, rows, collate, solution_loss, [len(row["ids"]) for row in rows])
     return {"seconds": time.perf_counter() - started}
@@ -258,7 +260,8 @@ def learn(stage: Stage) -> dict:
     print(f"GRPO 之后：对 {after['accuracy']:.3f}，先想的 {after['long_share']:.3f}。例：{after['example']}")
 
     # 同样的秒数，接着在聊天的数据上监督训练
-    chat_steps = -(-settings.chat_rows // settings.per_device_train_batch_size)
+    whole = math.ceil(settings.chat_rows / settings.per_device_train_batch_size) * settings.num_train_epochs
+    chat_steps = settings.max_steps if settings.max_steps > 0 else whole
     steps = max(1, round(learned["seconds"] / (chat_seconds / chat_steps)))
     rows = training_rows(settings, settings.long_share, settings.chat_rows, f"more-{settings.seed}")
     longer, rate = copy_of(base, settings), settings.chat_learning_rate

@@ -24,6 +24,8 @@ STAGES = [
 OTHERS = [
     "run_all.py",
     "compare_alignment.py",
+    "grpo_alignment.py",
+    "r1_zero.py",
     "chat.py",
     "test_gen.py",
     "test_sft.py",

@@ -170,3 +170,23 @@ def test_highlights_compare_with_targets(root):
     assert {(r["stage"], r["label"]): r for r in highlights(stages, True)}["ppo", "答对（贪心）"][
         "target"
     ] is None
+
+
+def test_grpo_has_its_own_section_when_it_ran(root):
+    write_report(root, STAGES, "tiny", True)
+    assert "没有信号的组" not in (root / "report.html").read_text(encoding="utf-8")
+    history = [
+        {"step": i, "score": 0.1 * i, "advantage": 0.5, "zero_groups": 0.1 * i, "length": 9.0}
+        for i in (1, 2, 3)
+    ]
+    metrics = {"judge_score": 0.97, "judge_score_before": 0.7, "preferred_rate": 0.94, "qa_accuracy": 0.99}
+    (root / "grpo").mkdir()
+    (root / "grpo" / "run.json").write_text(json.dumps(record(metrics, history)), encoding="utf-8")
+    report = write_report(root, [*STAGES[:-1], "grpo", "compare"], "tiny", True)
+    page = (root / "report.html").read_text(encoding="utf-8")
+    assert "没有信号的组" in page and Page(page).text.count("GRPO") >= 2
+    assert (root / "pictures" / "grpo-score.svg").is_file()
+    reached = {
+        row["label"]: row["reached"] for row in highlights(report["stages"], True) if row["stage"] == "grpo"
+    }
+    assert reached["程序评分（采样）"] is True and reached["又对又完整又有礼（采样）"] is False

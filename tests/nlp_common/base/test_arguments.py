@@ -102,6 +102,8 @@ def test_every_number_of_every_script_has_its_limits():
         ("qwen_chinese_finetune", "sft_chinese_qwen", "SFTSettings"),
         ("qwen_chinese_finetune", "dpo_chinese_qwen", "DPOSettings"),
         ("qwen_chinese_finetune", "ppo_alignment", "PPOSettings"),
+        ("qwen_chinese_finetune", "grpo_alignment", "GRPOSettings"),
+        ("qwen_chinese_finetune", "r1_zero", "R1Settings"),
     ):
         sys.path.insert(0, str(ROOT / topic))
         try:
