@@ -8,6 +8,7 @@
     python chat.py --preset tiny --start sft               # 从 SFT 模型开始聊
     python chat.py --model Qwen/Qwen1.5-0.5B-Chat          # 与别人训练好的模型聊
     python chat.py --system "你是一个耐心的老师。"
+    python chat.py --adapter 甲 --adapter 乙                # 接上 LoRA 适配器（PEFT 存的文件夹），switch 甲、switch 乙
     python chat.py --web                                   # 在网页上聊，还能并排看几个模型的回答
     printf '你好\\n你是谁？\\n' | python chat.py             # 从管道读，也可以
 
@@ -39,13 +40,15 @@ from chat_app.trying import (
     open_speaker,
     read_line,
     show_speaker,
+    with_adapters,
 )
 from chat_app.web import open_page
 from nlp_common.base.arguments import option, parse_arguments
 from nlp_common.base.console import printable
 from nlp_common.base.errors import UserError
+from nlp_common.lm.adapters import base_of, name_adapters
 from nlp_common.lm.chatml import prompt_ids
-from nlp_common.lm.speaker import Reply, Speaker, room, say
+from nlp_common.lm.speaker import Reply, Speaker, adapted, room, say
 from nlp_common.tiny import world
 
 DEFAULTS = {
@@ -80,6 +83,14 @@ TINY_NOTE = (
 @dataclass
 class ChatSettings(SpeakSettings):
     system: str | None = option("系统提示：放在对话最前面的一句话，例如 你是一个耐心的老师。")
+    adapter: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "接上这个 LoRA 适配器：PEFT 存的文件夹，或 名字=文件夹；可以给几次，用 switch 换。"
+            "没给 --model、--start，就用它记着的原模型",
+            "action": "extend",
+        },
+    )
     start: Literal["auto", "base", "sft", "dpo", "ppo", "grpo"] = option(
         "从哪个模型开始聊；auto：训练到最后的那个（ppo，没有就 grpo、dpo、sft、base）", "auto"
     )
@@ -145,11 +156,11 @@ class Chat:
 
     def choose(self, name: str) -> Speaker:
         """换成另一个模型；不认识、没有训练是 UserError，原来的模型照旧。"""
-        name = ALIASES.get(name, name.lower())
         paths = self.results.paths
+        name = name if name in paths else ALIASES.get(name, name.lower())
         if name == self.name and name in self.speakers:
             return self.speakers[name]
-        if self.settings.model and self.speakers:
+        if self.settings.model and self.speakers and len(paths) == 1:
             raise UserError("你给了 --model，只有这一个模型；不给 --model 才能在训练结果里换来换去。")
         if name not in paths:
             problem = f"没有叫 {name} 的模型" if name else "要写上模型的名字"
@@ -157,9 +168,18 @@ class Chat:
                 command = f"python {SCRIPTS[FOLDERS[name]]} --preset {self.results.preset}"
                 problem = f"{MODELS[name]} 还没有训练好（训练它：{command}）"
             raise UserError(f"{problem}。可以换成：{'、'.join(paths)}，例如 switch {next(iter(paths))}")
-        if name not in self.speakers:
-            self.speakers[name] = open_speaker(self.results.title(name), paths[name], self.settings.seed)
+        self.load(name)
         self.name = name
+        return self.speakers[name]
+
+    def load(self, name: str) -> Speaker:
+        """载入一个模型，或先载入原模型、再接上适配器；载入过的直接用。"""
+        if name not in self.speakers:
+            path, title, seed = self.results.paths[name], self.results.title(name), self.settings.seed
+            if base := self.results.adapters.get(name):
+                self.speakers[name] = adapted(self.load(base), title, Path(path), seed)
+            else:
+                self.speakers[name] = open_speaker(title, path, seed)
         return self.speakers[name]
 
     def switch(self, name: str) -> None:
@@ -297,11 +317,18 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse_arguments(ChatSettings, argv)
     if settings.model and settings.start != "auto":
         raise UserError("--model 和 --start 只能给一个：--start 是从训练结果里选。")
+    folders = name_adapters(settings.adapter)
+    if folders and not settings.model and settings.start == "auto":
+        settings.model = base_of(next(iter(folders.values())))
     names = ["model"] if settings.model else ["base", "sft", "dpo", "ppo", "grpo"]
     results = find_results(settings, names, DEFAULTS, needed=any)
-    chat = Chat(settings, results)
     order = ("model", "ppo", "grpo", "dpo", "sft", "base") if settings.start == "auto" else (settings.start,)
-    chat.switch(next((name for name in order if name in results.paths), settings.start))
+    first = next((name for name in order if name in results.paths), settings.start)
+    results = with_adapters(results, folders, first)
+    chat = Chat(settings, results)
+    for name in reversed(folders):  # 坏了的、不是它的，开头就说；最后停在第一个
+        chat.choose(name)
+    chat.switch(next(iter(folders), first))
     if settings.web:
         examples = [*tiny_example(settings.seed), "你是谁？"] if chat.tiny else FULL_QUESTIONS
         open_page(chat, examples, f"\n\n{TINY_NOTE}" if chat.tiny else "", settings.port)

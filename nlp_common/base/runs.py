@@ -86,6 +86,17 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def whole_safetensors(path: Path) -> bool:
+    """safetensors 的文件头写明了总长度，截断的文件一打开就能发现，不必读完。"""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
 def differences(recorded: dict, wanted: dict) -> list[str]:
     """逐项列出不同的设置，例如 ``learning_rate：已有 0.001，这次 0.002``。"""
     keys = sorted(recorded.keys() | wanted.keys())

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from nlp_common.base.errors import UserError
+from nlp_common.base.runs import whole_safetensors
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 
@@ -35,18 +36,7 @@ def missing_file(folder: Path) -> str | None:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError):
             return index.name
-    return next((name for name in names if not _whole(folder / name)), None)
-
-
-def _whole(path: Path) -> bool:
-    """safetensors 的文件头写明了总长度，截断的文件一打开就能发现，不必读完。"""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np"):
-            return True
-    except (OSError, SafetensorError):
-        return False
+    return next((name for name in names if not whole_safetensors(folder / name)), None)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -83,8 +73,9 @@ def _something_else(folder: Path) -> str | None:
         except (OSError, ValueError, AttributeError):
             base = None
         return (
-            f"{folder} 是一个 LoRA 适配器，不是完整的模型，它要接在 {base or '原来的模型'} 上："
-            f"请先合并（peft 的 merge_and_unload）再存成文件夹，或用 --model {base or '原来的模型'}。"
+            f"{folder} 是一个 LoRA 适配器，不是完整的模型，它要接在 {base or '原来的模型'} 上：聊天用 --adapter {folder}；"
+            f"别的先合并成完整的模型，python lora_finetune/merge_lora.py --adapter {folder} --export 新文件夹，"
+            "再用 --model 新文件夹。"
         )
     if (folder / "model_index.json").is_file():
         return f"{folder} 是画图的模型（diffusers），不是语言模型；请用 --model 换一个模型。"

@@ -213,7 +213,8 @@ def wrapping_prefixes(path: str | Path) -> list[str]:
     names = _weight_names(Path(path))
     if any("lora_A" in name or "lora_B" in name for name in names):
         raise UserError(
-            f"{path} 的权重里有没有合并的 LoRA（名字带 lora_A）：请先合并（peft 的 merge_and_unload），再存成文件夹。"
+            f"{path} 的权重里有没有合并的 LoRA（名字带 lora_A）：请先合并（peft 的 merge_and_unload）再存成文件夹；"
+            "手里是适配器文件夹的，python lora_finetune/merge_lora.py --adapter 适配器 --export 新文件夹。"
         )
     prefixes = []
     if any(re.search(WRAPPERS, name) for name in names):

@@ -14,6 +14,7 @@ from nlp_common.base.console import printable
 from nlp_common.base.device import pick_device
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import run_record
+from nlp_common.lm.adapters import attach, shared_copy
 from nlp_common.lm.generation import stop_tokens, stream_tokens
 from nlp_common.lm.loading import load_causal_lm
 
@@ -54,6 +55,13 @@ def load_speaker(title: str, path: str, seed: int) -> Speaker:
     device = pick_device()
     generator = torch.Generator(device).manual_seed(seed)
     return Speaker(title, path, tokenizer, model.to(device).eval(), run, generator)
+
+
+def adapted(speaker: Speaker, name: str, folder: Path, seed: int) -> Speaker:
+    """speaker 的模型接上 folder 里的适配器：层是另一套，权重还是那一份，speaker 照旧能用。不是它的适配器是 UserError。"""
+    model = attach(shared_copy(speaker.model), folder, speaker.path)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    return Speaker(name, str(folder), speaker.tokenizer, model.eval(), {}, generator)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -61,14 +61,20 @@ class AskSettings(SpeakSettings):
 
 @dataclass(frozen=True)
 class Results:
-    """选定的一组结果：预设，base、sft、dpo、ppo → 模型的路径（只有已经训练好的），以及 --model 给的模型。"""
+    """选定的一组结果：预设，base、sft、dpo、ppo → 模型的路径（只有已经训练好的），以及 --model 给的模型。
+
+    适配器也在 paths 里；adapters 是它接在哪一个上。
+    """
 
     preset: str
     paths: dict[str, str]
     given: str | None = None
+    adapters: dict[str, str] = field(default_factory=dict)
 
     def title(self, name: str) -> str:
-        """打印时叫它什么。--model 给的不知道是训练到哪一步的，就用它自己的名字。"""
+        """打印时叫它什么。--model 给的不知道是训练到哪一步的，就用它自己的名字；适配器也是。"""
+        if name in self.adapters:
+            return name
         return Path(self.given).name if self.given else MODELS[name]
 
 
@@ -138,6 +144,17 @@ def short(path: str | Path) -> str:
 def _trained_with(path: str) -> str:
     """训练它用的是哪个预设；不是我们训练的当作 full。"""
     return run_record(path).get("settings", {}).get("preset", "full")
+
+
+def with_adapters(results: Results, folders: dict[str, Path], base: str) -> Results:
+    """results 加上几个适配器，都接在 base 上；与某个模型同名是 UserError。"""
+    if both := [name for name in folders if name in results.paths or name in MODELS]:
+        folder = folders[both[0]]
+        raise UserError(
+            f"适配器 {folder} 与模型 {both[0]} 同名，分不清要换成哪个：另起一个名字，例如 --adapter my_{both[0]}={folder}。"
+        )
+    paths = results.paths | {name: str(folder) for name, folder in folders.items()}
+    return replace(results, paths=paths, adapters=dict.fromkeys(folders, base))
 
 
 # ---------------------------------------------------------------- 载入
