@@ -10,7 +10,7 @@
     python qlora_trainer.py --preset full                    # Qwen2.5-7B-Instruct，一块 24 GB 的显卡
     python qlora_trainer.py --preset full --dry_run          # 只算内存
 
-预期输出（实测见本文件夹的 README.md）：NF4 的正确率与没有量化的 LoRA 相差百分之一二，底座小到 1/7.5 以下，一步慢些。
+预期输出（实测见本文件夹的 README.md）：NF4 的正确率与没有量化的 LoRA 一样，底座小到 1/7.5 以下，一步慢百分之几到一成。
 
 参考：Dettmers et al. 2023（QLoRA）。底座（NF4Linear）在 nf4.py，LoRA 在 lora_by_hand.py。
 """
@@ -170,7 +170,7 @@ def equip(model, settings, new_tokens: list[int]):
     if new_tokens:
         train_token_rows(model, new_tokens)
     if settings.gradient_checkpointing:
-        model.enable_input_require_grads()  # 嵌入冻住了：输入没有梯度，重算激活时图会从这里断开，A、B 就都不学
+        model.enable_input_require_grads()  # 嵌入冻住了，输入没有梯度：老的重算激活（use_reentrant）会从这里断开，A、B 就都不学
     return model
 
 

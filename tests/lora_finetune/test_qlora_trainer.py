@@ -85,7 +85,7 @@ def test_bytes_of_the_base(start):
 
 
 def test_learning_with_recomputed_activations(start, batches):
-    """嵌入冻住、又重算激活：不接上输入的梯度，图就断了，A、B 一点不学。"""
+    """嵌入冻住、又重算激活：走出的几步与不重算的相同，A、B 都学。"""
     settings = script.parse_settings(
         script.QLoRASettings, script.PRESETS, [*FEW, "--gradient_checkpointing", "True"]
     )
