@@ -41,12 +41,12 @@ def adapters(outputs, tmp_path_factory):
         model = load_causal_lm(base)[1]
         mark = weights_mark(model)
         config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-        wrapped = peft.get_peft_model(model, config)
         torch.manual_seed(seed)
+        wrapped = peft.get_peft_model(model, config)
         with torch.no_grad():
             for key, value in wrapped.named_parameters():
                 if "lora_B" in key:
-                    value.normal_(std=0.3)
+                    value.normal_(std=0.6)
         wrapped.save_pretrained(root / name)
         write_base(root / name, base, mark)
     return root

@@ -31,8 +31,8 @@ def adapter(chat_folder, tmp_path_factory):
     model = load_causal_lm(str(chat_folder))[1]
     mark = weights_mark(model)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
-    wrapped = peft.get_peft_model(model, config)
     torch.manual_seed(0)
+    wrapped = peft.get_peft_model(model, config)
     with torch.no_grad():
         for name, value in wrapped.named_parameters():
             if "lora_B" in name:
