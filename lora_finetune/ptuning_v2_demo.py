@@ -167,7 +167,7 @@ def learn(stage: Stage, path: str) -> dict:
     questions = task_chats(task, settings.n_questions, seed=0, heldout=True)
     metrics: dict = {"qa_accuracy_before": accuracy(start, tokenizer, task, questions)}
     best = {kind: Trial(kind, m, rate, task=task) for kind in KINDS}
-    best["p_tuning"] = replace(best["p_tuning"], rate=P_TUNING_RATE)
+    best["p_tuning"] = Trial("p_tuning", m, P_TUNING_RATE, "random", task)  # 嵌入太小，小网络学得慢
     best["lora"] = Trial("lora", 4, settings.lora_learning_rate, task=task)
     for kind, trial in best.items():
         found = run(trial)
