@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,4 +181,6 @@ def require_peft() -> Any:
         import peft
     except ImportError as error:
         raise UserError(f"适配器要用到 peft。请运行：{INSTALL}（{error}）") from error
+    # peft 0.21 里还是 transformers 5.23 改名以前的写法：只这一条不显示
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     return peft

@@ -164,6 +164,15 @@ def test_recomputing_activations_does_not_cut_the_graph(tmp_path, chat_folder):
     assert record["metrics"]["trainable"] > 0
 
 
+def test_experts_in_one_block_are_told(chat_folder, capsys):
+    """MoE 的专家叠成三维的参数，target_modules 够不着：要说。"""
+    model = load_causal_lm(str(chat_folder))[1]
+    model.experts = torch.nn.ParameterDict({"gate_up_proj": torch.nn.Parameter(torch.zeros(2, 3, 4))})
+    settings = script.parse_settings(script.LoraChatSettings, script.PRESETS, SMALL)
+    script.with_adapters(model, ["one"], settings)
+    assert "experts.gate_up_proj 是三维的参数" in capsys.readouterr().out
+
+
 # ---- 说错的话：一句中文 ----
 
 

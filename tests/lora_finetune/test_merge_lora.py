@@ -261,6 +261,15 @@ def test_two_in_one_from_the_command_line(folders, tmp_path, chat_folder, capsys
     assert torch.equal(logits(load_causal_lm(str(tmp_path / "m"))[1]), logits(model))
 
 
+def test_one_minus_itself_is_the_model_it_came_from(folders, tmp_path, chat_folder):
+    """README 的练习 1。"""
+    same = ["--adapter", f"a={folders / 'one'}", "--adapter", f"b={folders / 'one'}", "--weights=1,-1"]
+    script.main(["--preset", "tiny", *same, "--export", str(tmp_path / "m")])
+    saved, before = (load_file(f / "model.safetensors") for f in (tmp_path / "m", chat_folder))
+    assert saved.keys() == before.keys()
+    assert all((saved[name] - before[name]).abs().max() < 1e-5 for name in saved)
+
+
 # ---- 四位 ----
 
 
