@@ -65,8 +65,8 @@ SMALL = {
 }
 REAL = {
     "max_train_samples": 800,
-    "num_train_epochs": 6.0,
-    "learning_rate": 1e-3,
+    "num_train_epochs": 3.0,
+    "learning_rate": 2e-3,
     "per_device_train_batch_size": 8,
     "n_questions": 200,
     "max_new_tokens": 48,
@@ -213,7 +213,11 @@ def learn(stage: Stage, path: str, base: str) -> dict:
         metrics |= {"trainable": sum(p.numel() for p in weights.values())}
         work = partial(train_one, name=name, model=model, tokenizer=tokenizer, chats=rows_of)
         done = run_part(stage, name, work, nn.ParameterList(weights.values()))  # 中断以后只读回 A、B
-        assert all(p.any() for key, p in weights.items() if "lora_B" in key), "B 还是 0：没有训练到"
+        if not all(p.any() for key, p in weights.items() if "lora_B" in key):
+            raise UserError(
+                f"{name} 没有学到，B 还是 0：步数太少，学习率还在预热（第一步是 0）。"
+                "请多给几步（--num_train_epochs），或不预热（--warmup_steps 0）。"
+            )
         metrics[f"train_seconds_{name}"], curves[name] = done["seconds"], done["losses"]
         rows[name] = measure(settings, model, tokenizer, heldout)
     with peft_model.disable_adapter():
