@@ -240,14 +240,6 @@ def dequantize_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def refuse_four_bit(model: nn.Module) -> None:
-    """要训练全部参数，却有四位的权重：UserError。"""
-    if any(isinstance(module, NF4Linear) for module in model.modules()):
-        raise UserError(
-            "四位的底座不能全参数微调：编号是整数，没有梯度。加上 LoRA 再训练（qlora_trainer.py），或换没有量化的模型。"
-        )
-
-
 def import_bitsandbytes():
     """用到才导入 bitsandbytes；没有装是 UserError。"""
     try:

@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from adapter_files import save_adapter
 from finetune_memory import parts_of, tensor_bytes
 from lora_by_hand import add_lora, lora_layers, train_token_rows, trainable
 from nf4 import BLOCK, NF4Linear, import_bitsandbytes, quantize_model
@@ -37,6 +38,7 @@ from nlp_common.base.arguments import COUNT, POSITIVE, option
 from nlp_common.base.errors import UserError
 from nlp_common.data.chats import to_chats
 from nlp_common.draw.plots import bar_chart
+from nlp_common.lm.adapters import BASE
 from nlp_common.lm.chat_rows import answer_loss, chat_length, chat_row, collate
 from nlp_common.lm.loading import end_chat_turns, load_tokenizer, make_fast
 from nlp_common.lm.losses import count_labels
@@ -290,7 +292,7 @@ def learn(stage: Stage, path: str, is_tiny: bool) -> dict:
     rows = drop_long(rows, chat_length, settings.max_length, "训练数据")
     new_tokens = unseen_tokens(tokenizer, rows) if is_tiny else []
     metrics: dict = compare_with_peers(path, settings, stage.device, rows)
-    results, adapters = {}, {}
+    results, adapters, learners = {}, {}, {}
     for base in base_names(settings):
         torch.manual_seed(settings.seed)  # 每一种底座，A 的初值相同
         _, model = load_base(path, base, settings, stage.device)
@@ -299,6 +301,8 @@ def learn(stage: Stage, path: str, is_tiny: bool) -> dict:
         work = partial(train_one, base=base, tokenizer=tokenizer, model=model, rows=rows, heldout=heldout)
         results[base] = run_part(stage, base, work, nn.ParameterDict(learned))
         adapters[base] = {name: p.detach().cpu().clone() for name, p in trainable(model).items()}
+        if not new_tokens:
+            learners[base] = model
     if len(results) > 1:
         work = partial(step_times, path=path, tokenizer=tokenizer, rows=rows)
         for base, each in run_part(stage, "step_times", work).items():
@@ -309,6 +313,12 @@ def learn(stage: Stage, path: str, is_tiny: bool) -> dict:
     def save(folder: Path) -> None:
         for base, tensors in adapters.items():
             save_file(tensors, folder / f"adapter-{base}.safetensors")
+        for (
+            base,
+            model,
+        ) in learners.items():  # PEFT 的布局：lora_chat.py --adapter 读得了；记号是没有量化的底座的，这里没有
+            save_adapter(folder / f"adapter-{base}", model, path, mark="")
+            (folder / f"adapter-{base}" / BASE).unlink()
         draw(folder, results)
 
     return stage.save(metrics, data, save)

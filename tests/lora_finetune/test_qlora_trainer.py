@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 import qlora_dry_run
+from adapter_files import load_adapter
 from finetune_memory import four_bit_bytes
 from lora_by_hand import add_lora, lora_layers, trainable
 from nf4 import NF4Linear, quantize_model
 from nlp_common.base.errors import UserError
+from nlp_common.lm.adapters import check_base
 from nlp_common.lm.chat_rows import answer_loss, chat_row, collate
 from nlp_common.lm.loading import load_causal_lm
 from nlp_common.lm.losses import count_labels
@@ -123,13 +125,18 @@ def test_run_second_run_and_files(tmp_path, base_folder, capsys):
     assert {"qa_accuracy_lora", "qa_accuracy_nf4"} <= set(metrics)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"adapter-none.safetensors", "adapter-nf4.safetensors", "qlora.svg", "run.json"} <= names
+    check_base(tmp_path / "out" / "adapter-nf4", load_causal_lm(str(base_folder))[1], str(base_folder))
+    layers = load_adapter(tmp_path / "out" / "adapter-nf4").layers  # PEFT 的布局，与另一份相同
+    tensors = load_file(tmp_path / "out" / "adapter-nf4.safetensors")
+    assert len(layers) == 14
+    assert all(torch.equal(layer.A, tensors[f"{name}.A"]) for name, layer in layers.items())
     capsys.readouterr()
     assert script.main(argv)["metrics"] == metrics
     assert "直接加载" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_goes_on(tmp_path, base_folder, monkeypatch, capsys):
-    argv = [*FEW, "--model", str(base_folder), "--output_dir", str(tmp_path / "out")]
+    argv = [*FEW, "--max_steps", "1", "--model", str(base_folder), "--output_dir", str(tmp_path / "out")]
     real = script.train_one
 
     def interrupted(part, base, *args, **more):
