@@ -96,15 +96,12 @@ def test_recomputing_activations_keeps_the_virtual_tokens(model, batch, cls):
 
 
 def test_peft_prefix_breaks_when_recomputing(model, batch):
-    """PEFT 0.21.2：前缀在缓存里，重算激活时没有了。哪天它修好了，这个测试就会说。"""
+    """PEFT 0.21.2：前缀在缓存里，重算激活时缓存没有了，掩码还在。哪天它修好了，这个测试就会说。"""
     theirs = peft_of(model, "prefix").train()
-    before = theirs(input_ids=batch["input_ids"]).logits
+    theirs(input_ids=batch["input_ids"])
     recompute_activations(theirs.base_model)
-    try:
-        after = theirs(input_ids=batch["input_ids"], use_cache=False).logits
-    except (RuntimeError, ValueError):
-        return
-    assert (before - after).abs().max() > 1e-3
+    with pytest.raises(RuntimeError, match="must match the size"):
+        theirs(input_ids=batch["input_ids"], use_cache=False)
 
 
 @pytest.mark.parametrize("cls", [PrefixTuned, PromptTuned])
