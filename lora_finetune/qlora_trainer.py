@@ -229,7 +229,11 @@ def train_one(part: Stage, base: str, tokenizer, model, rows: list[dict], heldou
         build_optimizer,
     )
     still = [name for name, layer in lora_layers(model).items() if not layer.B.any()]
-    assert not still, f"这几层的 B 还是 0，没有学到：{still[:3]}"
+    if still:
+        raise UserError(
+            f"训练完了，{still[0]} 等 {len(still)} 层的 B 还是 0，什么也没学到："
+            "多走几步（--max_steps、--max_train_samples），或加大 --learning_rate。"
+        )
     metrics = {
         "heldout_loss": heldout_loss(model, tokenizer, heldout, settings.max_length),
         "linear_bytes": linear_bytes(model),

@@ -136,7 +136,7 @@ def test_run_second_run_and_files(tmp_path, base_folder, capsys):
 
 
 def test_an_interrupted_run_goes_on(tmp_path, base_folder, monkeypatch, capsys):
-    argv = [*FEW, "--max_steps", "1", "--model", str(base_folder), "--output_dir", str(tmp_path / "out")]
+    argv = [*FEW, "--max_steps", "2", "--model", str(base_folder), "--output_dir", str(tmp_path / "out")]
     real = script.train_one
 
     def interrupted(part, base, *args, **more):
@@ -212,6 +212,13 @@ def test_wrong_targets_and_ranks_are_said(tmp_path, base_folder):
         script.main([*argv, "--target", "c_attn"])
     with pytest.raises(UserError, match=r"--r 500 比 .* 的秩还大"):
         script.main([*argv, "--r", "500"])
+
+
+def test_a_run_that_learned_nothing_is_said(tmp_path, base_folder):
+    """只走一步：预热的第一步学习率是 0。"""
+    argv = [*FEW, "--model", str(base_folder), "--bases", "nf4", "--max_steps", "1"]
+    with pytest.raises(UserError, match=r"14 层的 B 还是 0.*--max_steps"):
+        script.main([*argv, "--output_dir", str(tmp_path / "out")])
 
 
 def test_bitsandbytes_on_the_cpu_refuses_odd_widths(tmp_path, base_folder):
