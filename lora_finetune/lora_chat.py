@@ -13,7 +13,7 @@
     python lora_chat.py --export 新文件夹                   # 把第一个适配器合并进去，存成完整的模型
     python ../qwen_chinese_finetune/chat.py --adapter outputs/tiny/lora_chat/terse   # 在 Qwen 链的聊天里用
 
-预期输出（实测见本文件夹的 README.md）：同一题，原来的模型整句回答，有礼的先道谢，简短的只答一个词；答对的比例不变。
+预期输出（实测见本文件夹的 README.md）：同一题，原来的模型整句回答，有礼的先道谢、照样答对，简短的只答一个词、答对的少一些。
 
 ChatGLM（一到三代）用不了：它的分词器自 transformers 4.34 起载入就出错，仓库里的代码也没有再改；GLM-4 以后的可以。
 

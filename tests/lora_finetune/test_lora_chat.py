@@ -189,6 +189,7 @@ def test_bad_arguments(trained, chat_folder, tmp_path):
     fresh = ["--model", str(chat_folder), "--output_dir", str(tmp_path / "x")]
     assert "一个线性层也不合；模型里有" in says(*fresh, "--target", "query")
     assert "比矩阵的秩还大" in says(*fresh, "--r", "4096")
+    assert "没有学到，B 还是 0" in says(*fresh, "--max_train_samples", "8")  # 只有一步，预热的第一步是 0
     same = ["--adapter", str(folder / "terse"), "--adapter", str(folder / "terse")]
     assert "两个适配器都叫 terse" in says(*same)
     assert "适配器在它里面" in says("--adapter", str(folder))
