@@ -116,8 +116,8 @@ def train(part: Stage, model, tokenizer, chats: list[dict], rate: float) -> dict
 def logits_moved(start, model, tokenizer, chats: list[dict]) -> float:
     """两个模型的 logits 最多差多少。"""
     batch = collate([chat_row(tokenizer, chat["messages"]) for chat in chats], tokenizer.pad_token_id)
-    inputs = {name: batch[name].to(start.device) for name in ("input_ids", "attention_mask")}
-    return (start(**inputs).logits - model(**inputs).logits).abs().max().item()
+    ids = batch["input_ids"].to(start.device)
+    return (start(ids).logits - model(ids).logits).abs().max().item()
 
 
 # ---------------------------------------------------------------- 3. ΔW
