@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import math
 from dataclasses import dataclass
 
@@ -20,8 +19,7 @@ from nlp_common.base.errors import UserError
 BLOCK = 64  # 几个权重共用一个刻度
 BLOCK_OF_SCALES = 256  # 双重量化：几个刻度再共用一个
 INSTALL = "pip install bitsandbytes==0.50.2"
-# 装了 bitsandbytes，accelerate 就会导入它，它在 CPU 上一导入就劝人另装一个只管推理的内核：这里用不着，不显示
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 # ---------------------------------------------------------------- 1. 四位能表示哪些值
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 
@@ -22,3 +23,5 @@ def prepare_environment() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    # 装了 bitsandbytes，accelerate、peft 就会导入它；它在 CPU 上一导入就用英文劝人另装一个只管推理的内核：这里用不着
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
