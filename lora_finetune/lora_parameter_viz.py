@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B"
 PRESETS = {
-    "tiny": {"max_train_samples": 3200, "learning_rate": 1e-2, "full_learning_rate": 2e-3},
+    "tiny": {"max_train_samples": 3200, "learning_rate": 5e-3, "full_learning_rate": 2e-3},
     "full": {"max_train_samples": 4000, "learning_rate": 2e-4, "full_learning_rate": 2e-5},
 }
 LEVEL = 0.9  # 有效秩：几个方向才占平方和的九成
