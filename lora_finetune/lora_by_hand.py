@@ -145,6 +145,9 @@ def add_lora(
         parent, _, last = name.rpartition(".")
         lora = LoRALinear(linear, r, alpha, dropout).to(linear.weight.device)
         setattr(model.get_submodule(parent), last, lora)
+    fused = [name for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name]
+    if fused:
+        print(f"（{fused[0]} 是叠在一起的专家，三维的参数，不是线性层：--target 够不着，它们不学。）")
     return chosen
 
 

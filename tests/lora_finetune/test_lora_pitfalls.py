@@ -69,8 +69,8 @@ def test_alpha_over_r_scales_the_first_step():
     torch.testing.assert_close(deltas[1], 4 * deltas[0])
 
 
-def test_fused_experts_are_not_reached():
-    """transformers 5 把 MoE 的专家并成三维的参数，不是 Linear：LoRA 只装到注意力上。"""
+def test_fused_experts_are_not_reached_and_it_is_said(capsys):
+    """transformers 5 把 MoE 的专家并成三维的参数，不是 Linear：LoRA 只装到注意力上，并且说出来。"""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -84,6 +84,7 @@ def test_fused_experts_are_not_reached():
     assert any(p.dim() == 3 for p in net.parameters())
     names = lora.add_lora(net, "all", r=2, alpha=4)
     assert len(names) == 4 and all("self_attn" in name for name in names)
+    assert "专家" in capsys.readouterr().out
 
 
 def test_learned_rows_survive_merging_saving_and_loading(model, batch, tmp_path):
