@@ -280,8 +280,12 @@ def learn(stage: Stage, path: str) -> dict:
         "new_tokens": new_tokens,
     }
 
+    done: dict[Trial, dict] = {}
+
     def run(trial: Trial) -> dict:
-        return run_part(stage, trial.name, partial(train_and_measure, trial=trial, **shared))
+        if trial not in done:
+            done[trial] = run_part(stage, trial.name, partial(train_and_measure, trial=trial, **shared))
+        return done[trial]
 
     # 1. 各自最好的学习率
     full = {rate: run(Trial(rate)) for rate in numbers(settings.full_rates, float)}
@@ -291,10 +295,14 @@ def learn(stage: Stage, path: str) -> dict:
     best_full, best_lora = best_rate(full), best_rate(lora)
     print(f"最好的学习率：全参数 {best_full:g}，LoRA {best_lora:g}，{best_lora / best_full:.1f} 倍")
 
-    # 2. 表：秩 × 装在哪些层
-    table = {}
+    # 2. 表：秩 × 装在哪些层，每一种装法先扫自己的学习率；α/r 定下了，秩变了不必再扫
+    table, rates = {}, {}
     for target in settings.targets.split(","):
-        table[target] = {str(r): run(Trial(best_lora, r, target)) for r in numbers(settings.ranks, int)}
+        around = {
+            rate: run(Trial(rate, settings.r, target)) for rate in (best_lora / 2, best_lora, best_lora * 2)
+        }
+        rates[target] = best_rate(around)
+        table[target] = {str(r): run(Trial(rates[target], r, target)) for r in numbers(settings.ranks, int)}
     # 3. 坑：没见过的字的嵌入冻着
     frozen = run(Trial(best_lora, settings.r, settings.target, token_rows=False))
     # 4. 学得久一点
@@ -309,6 +317,7 @@ def learn(stage: Stage, path: str) -> dict:
         "trainable_share": long_lora["trainable_share"],
         "learning_rate_full": best_full,
         "learning_rate_lora": best_lora,
+        "learning_rates_by_target": rates,
         "new_tokens": len(new_tokens),
         "sweep_full": {f"{rate:g}": found for rate, found in full.items()},
         "sweep_lora": {f"{rate:g}": found for rate, found in lora.items()},
@@ -345,7 +354,7 @@ def show(metrics: dict, score: str) -> None:
                 f"{m['seconds']:>7.1f}{m[score]:>10.3f}"
             )
     print(
-        f"没见过的字冻着：{metrics[f'{score}_frozen_tokens']:.3f}；学得久一点：全参数 {metrics[f'{score}_full']:.3f}，"
+        f"没见过的字冻着（一半数据）：{metrics[f'{score}_frozen_tokens']:.3f}；全部数据：全参数 {metrics[f'{score}_full']:.3f}，"
     )
     print(f"LoRA {metrics[f'{score}_lora']:.3f}（{metrics['trainable_share']:.1%} 的参数）")
     if "max_difference_to_peft" in metrics:
