@@ -93,6 +93,17 @@ TOPICS: dict[str, dict[str, list[Call]]] = {
         "rollout_and_flow.py": [Call(TINY, "几层叠起来看，半分钟左右。")],
         "logit_lens.py": [Call(TINY, "答案在第几层、哪个位置出现，半分钟左右。")],
     },
+    "lora_finetune": {
+        "lora_by_hand.py": [
+            Call(
+                [*TINY, "--ranks", "4", "--targets", "all", "--output_dir", "outputs/notebook/by_hand"],
+                "没有 Qwen 链的小模型时先训练它（另开进程，两三分钟）。表里只做一格，约两分钟；全部的表在终端里 `python lora_by_hand.py`。",
+                ["outputs/notebook/by_hand/rates.svg"],
+            )
+        ],
+        "qlora_theory.py": [Call(TINY, "NF4 的十六个数从哪里来，十几秒。")],
+        "merge_lora.py": [Call(TINY, "两个适配器怎样合、怎样加，约一分钟。")],
+    },
     "text_generation": {
         "constrained_decoding.py": [
             Call(TINY, "没有 Qwen 链的小模型时先训练它（另开进程，两三分钟），之后半分钟左右。")
