@@ -268,7 +268,14 @@ def run_script(part: Stage, name: str, strength: float, seed: int, sft_path: str
     record = script.main([text for key, value in flags.items() for text in (f"--{key}", str(value))])
     (tokenizer, sft), (_, model) = load(sft_path, part.device), load(str(out), part.device)
     questions = world.heldout_questions(part.settings.max_eval_samples, EVAL_SEED)
-    return measure(model, sft, tokenizer, questions) | {"train_seconds": record["seconds"]}
+    return measure(model, sft, tokenizer, questions) | {"train_seconds": training_seconds(record)}
+
+
+def training_seconds(record: dict) -> float:
+    """只算训练，不算载入与评测：训练循环自己记了的，或每一轮的采样、打分、更新加起来。"""
+    if "train_seconds" in record["metrics"]:
+        return record["metrics"]["train_seconds"]
+    return sum(row[name] for row in record["history"] for name in ("rollout_s", "scoring_s", "update_s"))
 
 
 def with_references(tokenizer, sft, pairs: list[dict], settings) -> list[dict]:
