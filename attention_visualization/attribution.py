@@ -52,7 +52,7 @@ from readers import (
 from strips import Strip, write_strips
 
 PRESETS = {
-    "tiny": {"questions": 504, "points": 64},
+    "tiny": {"questions": 504, "points": 40},
     "full": {"questions": 10, "points": 32},
 }
 LABELS = {
