@@ -160,6 +160,7 @@ METHODS = {
     "grpo": (grpo_alignment, None, "kl_coef", (0.0, 0.03, 0.1), (1, 1)),
     "best_of_n": (best_of_n, None, "n", (2, 4, 8, 16), (0, 2)),
 }
+FURTHEST = 4.0  # 图上最远画到多少 KL
 SCRIPTS = (kto_alignment, ppo_alignment, grpo_alignment)
 
 
@@ -355,10 +356,11 @@ def show(metrics: dict) -> None:
 
 
 def draw(folder: Path, metrics: dict) -> None:
+    """走得太远的点在图外：一个点就会把别的都挤成一团。"""
     series = {}
     for name in METHODS:
         if name in metrics:
-            points = points_of(metrics[name])
+            points = [p for p in points_of(metrics[name]) if p["kl_per_answer"] <= FURTHEST]
             series[name] = ([p["kl_per_answer"] for p in points], [p["judge_score"] for p in points])
     line_chart(
         folder / "methods.svg",

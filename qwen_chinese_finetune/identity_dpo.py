@@ -280,7 +280,8 @@ def train(stage: Stage) -> dict:
     samples = show_samples(model, tokenizer, settings)
 
     def draw(folder: Path) -> None:
-        draw_likelihoods(folder / "likelihood.svg", curves)
+        names = ("有 SFT 项", "没有 SFT 项")  # 八条线看不清：只画自己的回答当差回答的
+        draw_likelihoods(folder / "likelihood.svg", {name: curves[name] for name in names if name in curves})
 
     return stage.finish(model, tokenizer, metrics, data, history, draw=draw, samples=samples)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["bar_chart", "cjk_font", "histogram", "line_chart"]
 
 COLORS = ["#2563a8", "#d1602f", "#2f8f5b", "#8b5fb0", "#b3892b", "#5b6770"]
+COLORS += ["#c2477f", "#2aa3ad", "#7d8f1d", "#1f2a44"]
 
 
 def line_chart(
