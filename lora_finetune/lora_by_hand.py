@@ -33,8 +33,7 @@ from nlp_common.base.errors import UserError
 from nlp_common.data.chats import to_chats
 from nlp_common.draw.plots import line_chart
 from nlp_common.lm.chat_rows import chat_row
-from nlp_common.lm.chatml import IM_END, IM_START, encode_text
-from nlp_common.tiny import world
+from nlp_common.lm.chatml import IM_END, IM_START
 from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.settings import StageSettings, parse_settings
@@ -42,7 +41,7 @@ from nlp_common.train.sft import train_on_chats
 from nlp_common.train.splits import load_train_and_eval
 from nlp_common.train.stage import Stage
 from start import heldout_loss, heldout_questions, load_start, qa_accuracy
-from token_rows import train_token_rows
+from token_rows import train_token_rows, unseen_tokens
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B"
@@ -206,9 +205,7 @@ def never_pretrained(tokenizer, chats: list[dict], is_tiny_world: bool) -> list[
     """对话里有、预训练里从来没有的 token：小世界数得出来；真模型的语料数不了，只有控制符是肯定的。"""
     if not is_tiny_world:
         return tokenizer.convert_tokens_to_ids([IM_START, IM_END])
-    seen = {i for row in world.documents(2000, seed=0) for i in encode_text(tokenizer, row["text"])}
-    used = {i for chat in chats for i in chat_row(tokenizer, chat["messages"])["input_ids"]}
-    return sorted(used - seen)
+    return unseen_tokens(tokenizer, [chat_row(tokenizer, chat["messages"]) for chat in chats])
 
 
 # ---------------------------------------------------------------- 5. 一次训练

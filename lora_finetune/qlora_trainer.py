@@ -32,7 +32,7 @@ from torch import nn
 
 from adapter_files import save_adapter
 from finetune_memory import parts_of, tensor_bytes
-from lora_by_hand import add_lora, lora_layers, train_token_rows, trainable
+from lora_by_hand import add_lora, lora_layers, trainable
 from nf4 import BLOCK, NF4Linear, import_bitsandbytes, quantize_model
 from nlp_common.base.arguments import COUNT, POSITIVE, option
 from nlp_common.base.errors import UserError
@@ -42,7 +42,6 @@ from nlp_common.lm.adapters import BASE
 from nlp_common.lm.chat_rows import answer_loss, chat_length, chat_row, collate
 from nlp_common.lm.loading import end_chat_turns, load_tokenizer, make_fast
 from nlp_common.lm.losses import count_labels
-from nlp_common.tiny import world
 from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.loop import make_optimizer, train_loop
@@ -53,6 +52,7 @@ from qlora_dry_run import dry_run
 from qlora_peers import BLOCK as PEER_BLOCK
 from qlora_peers import copy_scales, losses, peft_model
 from start import heldout_loss, heldout_questions, load_start, qa_accuracy
+from token_rows import train_token_rows, unseen_tokens
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen2.5-7B-Instruct"
@@ -174,14 +174,6 @@ def equip(model, settings, new_tokens: list[int]):
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()  # 嵌入冻住了，输入没有梯度：老的重算激活（use_reentrant）会从这里断开，A、B 就都不学
     return model
-
-
-def unseen_tokens(tokenizer, rows: list[dict]) -> list[int]:
-    """rows 里有、小世界的预训练文档里没有的 token。"""
-    seen: set[int] = set()
-    for document in world.documents(2000, seed=0):
-        seen.update(tokenizer(document["text"], add_special_tokens=False).input_ids)
-    return sorted({token for row in rows for token in row["input_ids"]} - seen)
 
 
 def build_optimizer(model: nn.Module, settings) -> torch.optim.Optimizer:

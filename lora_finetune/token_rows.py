@@ -4,6 +4,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from nlp_common.lm.chatml import encode_text
+from nlp_common.tiny import world
+
+
+def unseen_tokens(tokenizer, rows: list[dict]) -> list[int]:
+    """rows（带 input_ids）里有、小世界的预训练文档里没有的 token。"""
+    seen = {i for document in world.documents(2000, seed=0) for i in encode_text(tokenizer, document["text"])}
+    return sorted({token for row in rows for token in row["input_ids"]} - seen)
+
 
 class TokenRows(nn.Module):
     """嵌入表里只训练几行：预训练里没见过的字，LoRA 冻着它们的嵌入，怎么学也学不会。

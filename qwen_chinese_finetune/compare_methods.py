@@ -33,7 +33,7 @@ import grpo_alignment
 import kto_alignment
 import ppo_alignment
 from chain import HOME
-from dpo_chinese_qwen import collate, encode, logps_of, sequence_logps
+from dpo_chinese_qwen import add_references, collate, encode, sequence_logps
 from kl_tradeoff import best_of_n
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
@@ -283,8 +283,7 @@ def with_references(tokenizer, sft, pairs: list[dict], settings) -> list[dict]:
     """偏好对 → token 与参考模型的对数概率；六种损失、几个种子都用这一份。"""
     rows = [encode(tokenizer, pair) for pair in pairs]
     rows = drop_long(rows, pair_length, settings.max_length, "偏好对")
-    for row, logps in zip(rows, logps_of(sft, rows, tokenizer.pad_token_id, 16).tolist(), strict=True):
-        row["ref_chosen"], row["ref_rejected"] = logps
+    add_references(sft, rows, tokenizer.pad_token_id, 16)
     return rows
 
 

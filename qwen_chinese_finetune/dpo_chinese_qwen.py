@@ -142,6 +142,13 @@ def logps_of(model, rows: list[dict], pad_id: int, batch_size: int) -> torch.Ten
     return result
 
 
+def add_references(reference, rows: list[dict], pad_id: int, batch_size: int) -> None:
+    """每行添上 ref_chosen、ref_rejected。参考模型不动，算一遍就够，不必每步重算；几个进程各算一段。"""
+    found = gather(logps_of(reference, my_share(rows), pad_id, batch_size).tolist())
+    for row, logps in zip(rows, found, strict=True):
+        row["ref_chosen"], row["ref_rejected"] = logps
+
+
 def heldout_metrics(model, rows: list[dict], ref: torch.Tensor, pad_id: int, settings) -> dict:
     """留出对上的损失、隐式奖励的差、以及差大于 0（偏好对了）的比例。"""
     logps = logps_of(model, rows, pad_id, settings.per_device_train_batch_size)
@@ -171,12 +178,8 @@ def train(stage: Stage) -> dict:
     heldout = [encode(tokenizer, row) for row in heldout_rows]
     heldout = drop_long(heldout, pair_length, settings.max_length, "留出数据")
 
-    # 参考模型不动，它的对数概率算一遍就够，不必每步重算；几个进程各算一段
     started = time.perf_counter()
-    for row, ref in zip(
-        rows, gather(logps_of(reference, my_share(rows), pad_id, batch).tolist()), strict=True
-    ):
-        row["ref_chosen"], row["ref_rejected"] = ref
+    add_references(reference, rows, pad_id, batch)
     reference_seconds = round(time.perf_counter() - started, 2)
     heldout_ref = logps_of(reference, heldout, pad_id, batch)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from chain import CHAIN
-from dpo_chinese_qwen import chosen_sft_loss, collate, dpo_loss, encode, logps_of, sequence_logps
+from dpo_chinese_qwen import add_references, chosen_sft_loss, collate, dpo_loss, encode, sequence_logps
 from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, SHARE, option
 from nlp_common.base.errors import UserError
 from nlp_common.data.chats import to_questions
@@ -206,9 +206,7 @@ def train_dpo(stage: Stage, model, reference, tokenizer, pairs: list[dict], sft_
     settings, pad_id = stage.settings, tokenizer.pad_token_id
     rows = [encode(tokenizer, row) for row in pairs if row["chosen"] != row["rejected"]]
     rows = drop_long(rows, pair_length, settings.max_length, "偏好对")
-    references = logps_of(reference, rows, pad_id, settings.per_device_train_batch_size).tolist()
-    for row, logps in zip(rows, references, strict=True):
-        row["ref_chosen"], row["ref_rejected"] = logps
+    add_references(reference, rows, pad_id, settings.per_device_train_batch_size)
     tokens, lengths = [pair_tokens(row) for row in rows], [pair_length(row) for row in rows]
     loss = partial(likelihood_loss, beta=settings.beta, sft_weight=sft_weight)
     pad = partial(collate, pad_id=pad_id)
