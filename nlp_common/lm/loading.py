@@ -28,6 +28,7 @@ from nlp_common.lm.checks import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logging.disable_progress_bar()  # 只关"载入权重"的进度条，警告照常显示
@@ -84,6 +85,13 @@ def end_chat_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def load_chat_lm(path: str, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """聊天的模型 → (分词器, 模型)：float32，在 device 上，一轮在 <|im_end|> 结束。"""
+    tokenizer, model = load_causal_lm(path)
+    end_chat_turns(model, tokenizer)
+    return tokenizer, model.to(device)
 
 
 def load_reward_model(path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

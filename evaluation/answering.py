@@ -1,0 +1,165 @@
+"""被评的是谁：Qwen 链的一个阶段、一个本地文件夹、hub 名、smollm2，或任何会说 OpenAI 接口的服务器。"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nlp_common.base.device import pick_device
+from nlp_common.base.errors import UserError
+from nlp_common.lm.loading import load_chat_lm
+from nlp_common.lm.replies import reply_to
+from nlp_common.train.chain import QWEN_SCRIPTS, chain_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SPEAKING = tuple(stage for stage in QWEN_SCRIPTS if stage != "reward")  # 奖励模型只打分，不说话
+AT_MOST = 8 << 20  # 服务器的一个回答最多读多少字节：再多就不是回答
+
+
+# ---------------------------------------------------------------- 在这台机器上的模型
+
+
+@dataclass
+class Answerer:
+    """载入好的一个模型；id 认得出是哪一份权重。"""
+
+    name: str
+    id: str
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+
+
+def split_names(names: str) -> list[str]:
+    """``sft,dpo`` → ``["sft", "dpo"]``；空的、重复的是 UserError。"""
+    found = [name.strip() for name in names.replace("，", ",").split(",") if name.strip()]
+    if not found:
+        raise UserError(f"--models 里没有模型：要写成 {','.join(SPEAKING[1:3])} 这样，用逗号隔开。")
+    if repeated := sorted({name for name in found if found.count(name) > 1}):
+        raise UserError(f"--models 里 {'、'.join(repeated)} 写了不止一次。")
+    return found
+
+
+def find_answerer(name: str, source: str = "hf") -> dict:
+    """一个模型在哪里 → ``{"path", "stage", "id", "run"}``，不载入；链的阶段还没有训练就当场训练。"""
+    if name == "reward":
+        raise UserError("reward 是奖励模型：只会打分，不会说话。")
+    if name in SPEAKING and not Path(name).exists():
+        return chain_model(name)
+    return chain_model("sft", name, source)
+
+
+def load_answerer(name: str, source: str = "hf") -> Answerer:
+    """载入 --models 里的一个模型，eval 状态。得不到、不会说话是 UserError。"""
+    found = find_answerer(name, source)
+    tokenizer, model = load_chat_lm(found["path"], pick_device())
+    model.eval().requires_grad_(False)
+    return Answerer(name, f"{found['stage']}:{found['id']}", tokenizer, model)
+
+
+def replies(
+    answerer: Answerer,
+    questions: list[dict],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[dict]:
+    """每道题（``{"messages": […]}``）一个回答 ``{"text", "ids", "ended"}``；temperature 0 是贪心。"""
+    return reply_to(
+        answerer.model,
+        answerer.tokenizer,
+        questions,
+        max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+
+
+# ---------------------------------------------------------------- 服务器
+
+
+@dataclass
+class ServerAnswerer:
+    """一个会说 OpenAI 聊天接口的服务器（vLLM、Ollama、llama.cpp、各家的云服务）。
+
+    url 写到 /v1 为止。钥匙从环境变量 api_key_env 里读，不打印，也不进运行记录。
+    chat 试 1 + retries 次；超时、断线、5xx、429、不成样子的回答都是"没有回答"（None），不当成任何一种回答。
+    """
+
+    url: str
+    model: str
+    api_key_env: str = "OPENAI_API_KEY"
+    timeout: float = 30.0
+    retries: int = 2
+    wait: float = 1.0  # 秒；两次之间等多久，每次加倍
+    faults: dict[str, int] = field(default_factory=dict)  # 没有回答的原因 → 几次
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise UserError(
+                f"{self.url} 不是网址：要以 http:// 或 https:// 开头，例如 http://127.0.0.1:8000/v1。"
+            )
+
+    @property
+    def name(self) -> str:
+        return self.model
+
+    def chat(self, messages: list[dict], **params: Any) -> str | None:
+        """一次对话的回答；没有回答是 None。钥匙不对、没有这个模型（4xx）是 UserError：再试也不会好。"""
+        pause = self.wait
+        for attempt in range(1 + self.retries):
+            text, fault = self._ask({"model": self.model, "messages": messages, **params})
+            if text is not None:
+                return text
+            self.faults[fault] = self.faults.get(fault, 0) + 1
+            if attempt < self.retries:
+                time.sleep(pause)
+                pause *= 2
+        return None
+
+    def check(self) -> None:
+        """开始之前先问一句：一句也答不了就不必开始，是 UserError。"""
+        if self.chat([{"role": "user", "content": "你好"}], max_tokens=8) is None:
+            reasons = "；".join(f"{fault}（{count} 次）" for fault, count in self.faults.items())
+            raise UserError(
+                f"{self.url} 上的 {self.model} 没有回答：{reasons}。请看服务器开了没有、网址到 /v1 为止对不对。"
+            )
+
+    def _ask(self, body: dict) -> tuple[str | None, str]:
+        """问一次 → (回答, 为什么没有回答)。"""
+        request = urllib.request.Request(
+            self.url.rstrip("/") + "/chat/completions",
+            data=json.dumps(body, ensure_ascii=False).encode("utf-8"),
+            headers={"Content-Type": "application/json"},
+        )
+        if key := os.environ.get(self.api_key_env):
+            request.add_header("Authorization", f"Bearer {key}")
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                answered = json.loads(answer.read(AT_MOST))
+            content = answered["choices"][0]["message"]["content"]
+        except urllib.error.HTTPError as error:
+            said = error.read(300).decode("utf-8", "replace")
+            if error.code < 500 and error.code not in (408, 425, 429):
+                raise UserError(
+                    f"{self.url} 拒绝了（{error.code}）：{said}\n钥匙放在环境变量 {self.api_key_env} 里，模型名用 --judge_model 一类的参数给。"
+                ) from error
+            return None, f"服务器错误 {error.code}"
+        except TimeoutError:
+            return None, f"{self.timeout:g} 秒没有回答"
+        except (OSError, http.client.HTTPException) as error:
+            timed_out = isinstance(getattr(error, "reason", None), TimeoutError)
+            return None, f"{self.timeout:g} 秒没有回答" if timed_out else f"连不上（{error}）"
+        except (ValueError, KeyError, IndexError, TypeError):
+            return None, "回答不成样子"
+        return (content, "") if isinstance(content, str) else (None, "回答不成样子")

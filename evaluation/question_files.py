@@ -1,0 +1,21 @@
+"""读者自己的题目文件：json、jsonl、csv、tsv、parquet，一行一道；错在哪一行就说哪一行。"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nlp_common.base.errors import UserError
+from nlp_common.data.rows import read_rows
+
+
+def read_questions(path: str, required: Sequence[str] = (), limit: int | None = None) -> list[dict]:
+    """文件里的各行；少了 required 里的哪一栏、哪一栏是空的，是 UserError，说出第几行（第一道题是第 1 行）。"""
+    rows = read_rows(path, limit=limit).rows
+    for place, row in enumerate(rows, 1):
+        for name in required:
+            if name not in row:
+                have = "、".join(map(str, row))
+                raise UserError(f"{path} 第 {place} 行没有 {name}；这一行有的是：{have}。")
+            if row[name] is None or (isinstance(row[name], str) and not row[name].strip()):
+                raise UserError(f"{path} 第 {place} 行的 {name} 是空的。")
+    return rows
