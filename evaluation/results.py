@@ -92,11 +92,11 @@ def write_result(
     }
     target = folder / "results"
     target.mkdir(parents=True, exist_ok=True)
-    write_json(target / f"{_file_name(benchmark)}--{_file_name(model)}.json", result)
+    write_json(target / f"{file_name(benchmark)}--{file_name(model)}.json", result)
     return result
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
     """能当文件名的：路径里的 / 和各系统不许用的字换成 _。"""
     return re.sub(r'[\\/:*?"<>|\s]+', "_", name).strip("._") or "model"
 

@@ -48,16 +48,22 @@ def pick_next(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = torch.softmax(logits.float() / temperature, -1)
-    if top_p < 1:
-        sorted_probs, order = probs.sort(-1, descending=True)
-        outside = sorted_probs.cumsum(-1) - sorted_probs >= top_p  # 前面的概率和已够 top_p 的都去掉
-        probs = probs.masked_fill(outside.scatter(-1, order, outside), 0.0)
+    probs = sampling_weights(logits, temperature, top_p)
     index, n = share
     if n > 1:  # multinomial 里面也是这样做的：概率除以指数分布的随机数，取最大的
         noise = probs.new_empty(n, *probs.shape).exponential_(generator=generator)[index]
         return (probs / noise).argmax(-1)
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+
+
+def sampling_weights(logits: torch.Tensor, temperature: float, top_p: float = 1.0) -> torch.Tensor:
+    """(…, V) 的 logits → 采样时各 token 的权重 (…, V)；top_p 去掉的是 0，所以加起来不一定是 1。"""
+    probs = torch.softmax(logits.float() / temperature, -1)
+    if top_p < 1:
+        sorted_probs, order = probs.sort(-1, descending=True)
+        outside = sorted_probs.cumsum(-1) - sorted_probs >= top_p  # 前面的概率和已够 top_p 的都去掉
+        probs = probs.masked_fill(outside.scatter(-1, order, outside), 0.0)
+    return probs
 
 
 @torch.no_grad()
