@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nlp_common.lm.chat_rows import answer_loss, chat_length, chat_row, collate
-from nlp_common.lm.loading import end_chat_turns, load_causal_lm
+from nlp_common.lm.loading import load_chat_lm
 from nlp_common.lm.losses import count_labels
 from nlp_common.lm.replies import reply_to
 from nlp_common.tiny import world
@@ -14,9 +14,7 @@ from nlp_common.tiny.judge import judge
 
 def load_start(path: str, device: torch.device):
     """→ (分词器, 模型)，float32，一轮在 <|im_end|> 结束。"""
-    tokenizer, model = load_causal_lm(path)
-    end_chat_turns(model, tokenizer)
-    return tokenizer, model.to(device)
+    return load_chat_lm(path, device)
 
 
 def qa_accuracy(model, tokenizer, questions: list[dict]) -> float:

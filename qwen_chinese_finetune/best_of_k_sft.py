@@ -30,7 +30,7 @@ from nlp_common.base.arguments import COUNT, POSITIVE, Limits, option
 from nlp_common.base.errors import UserError
 from nlp_common.data.chats import to_questions
 from nlp_common.draw.plots import line_chart
-from nlp_common.lm.loading import end_chat_turns, load_causal_lm, load_reward_model
+from nlp_common.lm.loading import load_chat_lm, load_reward_model
 from nlp_common.lm.replies import distinct_n, reply_of, score_replies
 from nlp_common.lm.rollout import prompt_length, roll_out, with_prompts
 from nlp_common.tiny.judge import judge, measure_chat
@@ -205,15 +205,9 @@ def one_round(
     return measure(model, tokenizer, heldout, written, settings) | {"selected_score": kept}
 
 
-def load(stage: Stage, path: str | None = None):
-    tokenizer, model = load_causal_lm(path or stage.model_path)
-    end_chat_turns(model, tokenizer)
-    return tokenizer, model.to(stage.device)
-
-
 def train(stage: Stage) -> dict:
     settings = stage.settings
-    tokenizer, model = load(stage)
+    tokenizer, model = load_chat_lm(stage.model_path, stage.device)
     reward = None
     if settings.selector == "reward_model":
         reward = load_reward_model(stage.parents["reward_model"]["path"], tokenizer).to(stage.device).eval()
@@ -222,7 +216,7 @@ def train(stage: Stage) -> dict:
         found = (
             chain_model(settings.teacher) if settings.teacher in CHAIN.scripts else {"path": settings.teacher}
         )
-        teacher = load(stage, found["path"])[1]
+        _, teacher = load_chat_lm(found["path"], stage.device)
     questions, heldout, data = load_train_and_eval(settings, "questions", to_questions)
     rows = drop_long(with_prompts(tokenizer, questions), prompt_length, settings.max_length, "题")
     heldout = drop_long(with_prompts(tokenizer, heldout), prompt_length, settings.max_length, "留出的题")
@@ -236,7 +230,7 @@ def train(stage: Stage) -> dict:
     written = write(teacher, tokenizer, rows[:share], max([settings.k, *ks]), settings, settings.seed + 1)
     by_k = {}
     for k in ks:
-        _, other = load(stage)
+        _, other = load_chat_lm(stage.model_path, stage.device)
         work = partial(
             one_round, model=other, teacher=teacher, rows=rows[:share], k=k, written=written, **shared
         )

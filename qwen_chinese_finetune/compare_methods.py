@@ -39,7 +39,7 @@ from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
 from nlp_common.data.chats import to_pairs
 from nlp_common.draw.plots import line_chart
-from nlp_common.lm.loading import end_chat_turns, load_causal_lm, load_reward_model
+from nlp_common.lm.loading import load_chat_lm, load_reward_model
 from nlp_common.lm.losses import IGNORE
 from nlp_common.lm.pairs import count_pairs, pair_length, pair_tokens
 from nlp_common.lm.replies import token_kl
@@ -150,11 +150,11 @@ def log1mexp(x: Tensor) -> Tensor:
 # 方法 → (损失或脚本, 学习率, 强弱的旋钮叫什么, 从松到紧的几个值, 手里有几个模型：在学的, 冻住的)
 METHODS = {
     "dpo": (dpo, 5e-4, "beta", (0.1, 0.3, 1.0), (1, 1)),
-    "ipo": (ipo, 5e-4, "beta", (0.1, 0.3, 1.0), (1, 1)),
+    "ipo": (ipo, 2e-4, "beta", (0.3, 0.5, 1.0), (1, 1)),
     "hinge": (hinge, 5e-4, "beta", (0.1, 0.3, 1.0), (1, 1)),
     "rpo": (rpo, 5e-4, "beta", (0.1, 0.3, 1.0), (1, 1)),
     "orpo": (orpo, 5e-4, "beta", (1.0, 0.3, 0.1), (1, 0)),
-    "simpo": (simpo, 3e-4, "beta", (4.0, 2.0, 1.0), (1, 0)),
+    "simpo": (simpo, 1e-4, "beta", (4.0, 2.0, 1.0), (1, 0)),
     "kto": (kto_alignment, 3e-4, "beta", (0.1, 0.3, 1.0), (1, 1)),
     "ppo": (ppo_alignment, 2e-4, "kl_coef", (0.03, 0.1, 0.3), (2, 2)),
     "grpo": (grpo_alignment, None, "kl_coef", (0.0, 0.03, 0.1), (1, 1)),
@@ -220,12 +220,6 @@ def show_bandit() -> float:
 # ---------------------------------------------------------------- 3. 训练一个，量一个点
 
 
-def load(path: str, device: torch.device):
-    tokenizer, model = load_causal_lm(path)
-    end_chat_turns(model, tokenizer)
-    return tokenizer, model.to(device)
-
-
 def measure(model, sft, tokenizer, questions: list[dict]) -> dict:
     """一个点：程序评分，与每个回答对 SFT 的 KL（nats）。"""
     metrics, _, replies = measure_chat(model, tokenizer, questions)
@@ -239,7 +233,7 @@ def train_pairs(part: Stage, name: str, strength: float, seed: int, sft_path: st
     """用一种成对的损失训练。"""
     loss, learning_rate, *_ = METHODS[name]
     part.settings = dataclasses.replace(part.settings, seed=seed, learning_rate=learning_rate)
-    (tokenizer, sft), (_, model) = (load(sft_path, part.device) for _ in range(2))
+    (tokenizer, sft), (_, model) = (load_chat_lm(sft_path, part.device) for _ in range(2))
     started = time.perf_counter()
     train_loop(
         part,
@@ -267,7 +261,7 @@ def run_script(part: Stage, name: str, strength: float, seed: int, sft_path: str
     if script is ppo_alignment:
         flags["reward_model"] = reward_path
     record = script.main([text for key, value in flags.items() for text in (f"--{key}", str(value))])
-    (tokenizer, sft), (_, model) = load(sft_path, part.device), load(str(out), part.device)
+    (tokenizer, sft), (_, model) = (load_chat_lm(path, part.device) for path in (sft_path, str(out)))
     questions = world.heldout_questions(part.settings.max_eval_samples, EVAL_SEED)
     return measure(model, sft, tokenizer, questions) | {"train_seconds": training_seconds(record)}
 
@@ -294,7 +288,7 @@ def learn(stage: Stage, sft_path: str, reward_path: str) -> dict:
     settings = stage.settings
     worst = show_bandit()
     pairs, _, data = load_train_and_eval(settings, "pairs", to_pairs)
-    tokenizer, sft = load(sft_path, stage.device)
+    tokenizer, sft = load_chat_lm(sft_path, stage.device)
     rows = with_references(tokenizer, sft, pairs, settings)
     n_parameters = sum(p.numel() for p in sft.parameters())
     metrics: dict = {"bandit_difference": worst}

@@ -27,7 +27,7 @@ from nlp_common.base.arguments import option
 from nlp_common.base.processes import gather, my_share
 from nlp_common.data.chats import to_pairs
 from nlp_common.lm.generation import batches_by_length
-from nlp_common.lm.loading import end_chat_turns, load_causal_lm
+from nlp_common.lm.loading import load_chat_lm
 from nlp_common.lm.losses import IGNORE, token_logps
 from nlp_common.lm.pairs import collate_pairs, count_pairs, encode_pair, pair_length, pair_tokens
 from nlp_common.tiny import world
@@ -165,11 +165,8 @@ def heldout_metrics(model, rows: list[dict], ref: torch.Tensor, pad_id: int, set
 
 def train(stage: Stage) -> dict:
     settings = stage.settings
-    tokenizer, model = load_causal_lm(stage.model_path)
-    _, reference = load_causal_lm(stage.model_path)  # 冻住的 SFT 模型
-    for each in (model, reference):
-        end_chat_turns(each, tokenizer)
-        each.to(stage.device)
+    tokenizer, model = load_chat_lm(stage.model_path, stage.device)
+    _, reference = load_chat_lm(stage.model_path, stage.device)  # 冻住的 SFT 模型
     pad_id, batch = tokenizer.pad_token_id, settings.per_device_train_batch_size
 
     train_rows, heldout_rows, data = load_train_and_eval(settings, "pairs", to_pairs)

@@ -29,7 +29,7 @@ from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, SHARE, option
 from nlp_common.base.errors import UserError
 from nlp_common.data.chats import to_questions
 from nlp_common.draw.plots import line_chart
-from nlp_common.lm.loading import end_chat_turns, load_causal_lm
+from nlp_common.lm.loading import load_chat_lm
 from nlp_common.lm.pairs import count_pairs, pair_length, pair_tokens
 from nlp_common.lm.replies import reply_to
 from nlp_common.tiny import world
@@ -241,11 +241,8 @@ def measure(model, tokenizer, settings, questions: list[dict]) -> dict:
 
 def train(stage: Stage) -> dict:
     settings, rng = stage.settings, random.Random(stage.settings.seed)
-    tokenizer, reference = load_causal_lm(stage.model_path)  # 冻住的
-    _, model = load_causal_lm(stage.model_path)
-    for each in (model, reference):
-        end_chat_turns(each, tokenizer)
-        each.to(stage.device)
+    tokenizer, reference = load_chat_lm(stage.model_path, stage.device)  # 冻住的
+    _, model = load_chat_lm(stage.model_path, stage.device)
     questions, heldout, data = load_train_and_eval(settings, "questions", to_questions)
     n_keep = round(len(questions) * settings.keep_share)
     n = len(questions) - n_keep
@@ -265,9 +262,7 @@ def train(stage: Stage) -> dict:
             ("given_pairs", "别人写的差回答", given + kept, settings.sft_weight),
             ("given_no_sft_term", "别人写的差回答，没有 SFT 项", given + kept, 0.0),
         ):
-            _, other = load_causal_lm(stage.model_path)
-            end_chat_turns(other, tokenizer)
-            other.to(stage.device)
+            _, other = load_chat_lm(stage.model_path, stage.device)
 
             def work(part: Stage, other=other, pairs=pairs, weight=weight) -> dict:
                 steps = train_dpo(part, other, reference, tokenizer, pairs, weight)

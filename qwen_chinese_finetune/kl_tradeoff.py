@@ -31,7 +31,7 @@ from nlp_common.base.errors import UserError
 from nlp_common.base.measurements import record
 from nlp_common.base.runs import load_run, write_json
 from nlp_common.draw.plots import line_chart
-from nlp_common.lm.loading import end_chat_turns, load_causal_lm, load_reward_model
+from nlp_common.lm.loading import load_causal_lm, load_chat_lm, load_reward_model
 from nlp_common.lm.replies import reply_to, score_replies, token_kl
 from nlp_common.tiny import world
 from nlp_common.tiny.judge import judge, measure_chat
@@ -56,8 +56,7 @@ class TradeoffSettings:
 
 def run_parts(parts: list[str], root: Path, settings: TradeoffSettings) -> dict:
     """依次做各部分，每做完一部分就存一次；没做的部分照旧。返回 tradeoff.json 的内容。"""
-    tokenizer, sft = load_causal_lm(f"{settings.chain}/sft")
-    end_chat_turns(sft, tokenizer)
+    tokenizer, sft = load_chat_lm(f"{settings.chain}/sft", torch.device("cpu"))
     reward = load_reward_model(f"{settings.chain}/reward", tokenizer).eval()
     questions = world.heldout_questions(settings.n, EVAL_SEED)
     variants = {"ppo": (ppo_alignment, "kl_coef", KL_COEFS), "dpo": (dpo_chinese_qwen, "beta", BETAS)}

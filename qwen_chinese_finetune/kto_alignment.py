@@ -25,15 +25,16 @@ from pathlib import Path
 
 import torch
 
+import dpo_chinese_qwen
 from chain import CHAIN
-from dpo_chinese_qwen import logps_of, sequence_logps
+from dpo_chinese_qwen import add_references, logps_of, sequence_logps
 from nlp_common.base.arguments import NOT_NEGATIVE, SHARE, option
 from nlp_common.base.errors import UserError
 from nlp_common.data.chats import to_thumbs
 from nlp_common.draw.plots import bar_chart
 from nlp_common.lm.chatml import answer_ids, encode_text, prompt_ids
-from nlp_common.lm.loading import end_chat_turns, load_causal_lm
-from nlp_common.lm.pairs import collate_pairs, count_pairs, pair_length, pair_tokens
+from nlp_common.lm.loading import load_chat_lm
+from nlp_common.lm.pairs import count_pairs, pair_length, pair_tokens
 from nlp_common.tiny import world
 from nlp_common.tiny.judge import measure_chat
 from nlp_common.train.chain import run_stage
@@ -132,7 +133,8 @@ def both_sides(rows: list[dict]) -> list[dict]:
 
 
 def encode(tokenizer, rows: list[dict]) -> list[dict]:
-    """→ token。每行另带一个"张冠李戴"的回答：上一行的回答接在这一行的提示后面，用来估计 z₀。
+    """→ token，写成一对的样子，拼批、参考模型就与 DPO 的相同：chosen 是自己的回答，rejected 是"张冠李戴"的——
+    上一行的回答接在这一行的提示后面，用来估计 z₀。
 
     踩的回答不带结尾的 <|im_end|>：它差在内容，不差在"说完了"（与 dpo_chinese_qwen.py 同样的道理）。
     """
@@ -155,9 +157,7 @@ def ids_of(tokenizer, row: dict) -> list[int]:
 
 def collate(rows: list[dict], pad_id: int) -> dict[str, torch.Tensor]:
     """B 行 → input_ids、labels (2B, T)：前 B 行是自己的回答，后 B 行是张冠李戴的；good (B,)，ref_logps (2B,)。"""
-    ref = [row["ref"] for row in rows] + [row["ref_other"] for row in rows]
-    good = torch.tensor([row["good"] for row in rows])
-    return collate_pairs(rows, pad_id) | {"good": good, "ref_logps": torch.tensor(ref)}
+    return dpo_chinese_qwen.collate(rows, pad_id) | {"good": torch.tensor([row["good"] for row in rows])}
 
 
 # ---------------------------------------------------------------- 2. 损失
@@ -215,9 +215,7 @@ def train_kto(stage: Stage, model, reference, tokenizer, rows: list[dict]) -> Tr
         f"赞 {sum(row['good'] for row in rows)} 个，踩 {sum(not row['good'] for row in rows)} 个；权重 {weights}"
     )
     rows = drop_long(encode(tokenizer, rows), pair_length, settings.max_length, "训练数据")
-    references = logps_of(reference, rows, pad_id, settings.per_device_train_batch_size)
-    for row, ref in zip(rows, references.tolist(), strict=True):
-        row["ref"], row["ref_other"] = ref
+    add_references(reference, rows, pad_id, settings.per_device_train_batch_size)
     loss = partial(batch_loss, beta=settings.beta, weights=weights)
     tokens, lengths = [pair_tokens(row) for row in rows], [pair_length(row) for row in rows]
     pad = partial(collate, pad_id=pad_id)
@@ -233,12 +231,6 @@ def heldout_accuracy(model, reference, tokenizer, rows: list[dict], settings) ->
     ratio, other = (ratios[0] - ratios[1]).T  # 各 (N,)
     good = torch.tensor([row["good"] for row in encoded])
     return ((ratio > reference_point(other)) == good).float().mean().item()
-
-
-def load(stage: Stage):
-    tokenizer, model = load_causal_lm(stage.model_path)
-    end_chat_turns(model, tokenizer)
-    return tokenizer, model.to(stage.device)
 
 
 def measure(model, reference, tokenizer, heldout: list[dict], settings) -> dict:
@@ -262,8 +254,8 @@ def train_and_measure(
 
 def train(stage: Stage) -> dict:
     settings = stage.settings
-    tokenizer, reference = load(stage)
-    _, model = load(stage)
+    tokenizer, reference = load_chat_lm(stage.model_path, stage.device)
+    _, model = load_chat_lm(stage.model_path, stage.device)
     train_rows, heldout_rows, data = load_train_and_eval(settings, "pairs", to_thumbs)
     heldout = both_sides(heldout_rows)
     rows = thumbs(train_rows, settings.desirable_share, settings.noise, random.Random(settings.seed))
@@ -275,7 +267,7 @@ def train(stage: Stage) -> dict:
     if settings.sweep:
         metrics["sweep"] = {"default": after}
         for name, changes in VARIANTS.items():
-            _, other = load(stage)
+            _, other = load_chat_lm(stage.model_path, stage.device)
             work = partial(
                 train_and_measure,
                 changes=changes,

@@ -139,7 +139,7 @@ def _thumb(convert: Callable[[dict], dict], column: str) -> Callable[[dict], dic
     """一段对话，与 column 一栏的真假：最后一个回答是赞还是踩。"""
 
     def thumb(row: dict) -> dict:
-        if str(row[column]).strip().lower() not in ("true", "false", "0", "1"):
+        if not _is_true_or_false(row[column]):
             raise Malformed(f"{column} 要是 true 或 false（也可以是 1、0），现在是 {row[column]!r}")
         messages = convert(row)["messages"]
         return {"prompt": messages[:-1], "answer": messages[-1:], "good": _is_true(row[column])}
@@ -278,8 +278,13 @@ def _convert(rows: list[dict], where: str, stage: str, keep: tuple[str, ...] = (
 
 
 def _all_true_or_false(rows: list[dict], column: str) -> bool:
-    """这一栏在每一行里都是真假（true、false，或 0、1）：是在说回答好不好，不是类别。"""
-    return all(str(row.get(column)).strip().lower() in ("true", "false", "0", "1") for row in rows)
+    """这一栏在每一行里都是真假：是在说回答好不好，不是类别。"""
+    return all(_is_true_or_false(row.get(column)) for row in rows)
+
+
+def _is_true_or_false(value: object) -> bool:
+    """真假写作 true、false（大小写不拘），或 1、0。"""
+    return str(value).strip().lower() in ("true", "false", "1", "0")
 
 
 def _is_true(value: object) -> bool:

@@ -69,10 +69,9 @@ def test_kto_loss_equals_trl(kto, dpo, model64, reference64, chat_tokenizer, tra
     """同样的一批（连张冠李戴的回答）交给 TRL 的 KTOTrainer 算：同一个损失、同样的梯度。"""
     rows = kto.encode(chat_tokenizer, thumbs_rows(kto, 8))
     assert {row["good"] for row in rows} == {True, False}
-    for row, ref in zip(rows, dpo.logps_of(reference64, rows, 0, 8).tolist(), strict=True):
-        row["ref"], row["ref_other"] = ref
+    dpo.add_references(reference64, rows, 0, 8)
     batch = kto.collate(rows, chat_tokenizer.pad_token_id)
-    batch["ref_logps"] = torch.tensor([r["ref"] for r in rows] + [r["ref_other"] for r in rows]).double()
+    batch["ref_logps"] = batch["ref_logps"].double()
     model64.zero_grad()
     ours, _ = kto.batch_loss(model64, batch, 0.3, (1.25, 1.0))
     (ours / 8).backward()
