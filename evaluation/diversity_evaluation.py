@@ -35,7 +35,8 @@ from answering import Answerer, find_answerer, load_answerer, replies, split_nam
 from intervals import mean_interval, paired_difference
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
-from nlp_common.draw.plots import line_chart
+from nlp_common.draw.figures import render
+from nlp_common.draw.plots import COLORS
 from nlp_common.lm.chatml import prompt_ids
 from nlp_common.lm.generation import batches_by_length, pad_left, padded_positions, sampling_weights
 from nlp_common.lm.replies import MAX_REPLY, distinct_n
@@ -121,7 +122,7 @@ def measure_models(stage: Stage) -> dict:
                 folder, "diversity", name, table["items"], model_id=table["id"], seed=settings.seed,
                 settings={"samples": settings.samples, "draws": settings.draws, "temperature": 1.0},
             )  # fmt: skip
-        draw_trade(folder / "trade.svg", grids, judged, settings.draws)
+        draw_pictures(folder, grids, judged, settings.draws)
 
     return stage.save(metrics, {"name": settings.dataset or "tiny_world", "rows": len(questions)}, write)
 
@@ -347,27 +348,47 @@ def print_examples(question: dict, tables: dict[str, dict]) -> None:
     print()
 
 
-def draw_trade(path: Path, grids: dict[str, dict], judged: bool, draws: int) -> None:
-    """横轴是质量，纵轴是多样，一个模型一条线，线上各点是各温度。"""
+def draw_pictures(folder: Path, grids: dict[str, dict], judged: bool, draws: int) -> None:
+    """一个模型一条线，线上各点是各温度：同样的正确率上有几种正确说法；好答案多了，熵少了多少。"""
     curves = {name: temperature_curve(grid) for name, grid in grids.items()}
-    if judged:
-        series = {
-            name: ([row["preferred"] for row in curve], [row["different_right"] for row in curve])
-            for name, curve in curves.items()
-        }
-        title, x = (
-            "好答案与多样|Good answers and variety",
-            "对、整、有礼的比例（线上各点是各温度）|preferred rate",
-        )
-        y = f"{draws} 个回答里不同的正确答案|different right answers in {draws}"
-    else:
-        series = {
-            name: ([row["temperature"] for row in curve], [row["different"] for row in curve])
-            for name, curve in curves.items()
-        }
-        title, x = "温度与多样|Temperature and variety", "温度|temperature"
+    if not judged:
         y = f"{draws} 个回答里不同的答案|different answers in {draws}"
-    line_chart(path, series, title, x, y)
+        draw_curves(
+            folder / "variety.svg",
+            curves,
+            "temperature",
+            "different",
+            ("温度与多样|Temperature and variety", "温度|temperature", y),
+        )
+        return
+    x, y = "答对的比例|share right", f"{draws} 个回答里不同的正确答案|different right answers in {draws}"
+    title = "正确率一样时，有几种正确说法|Right answers at equal quality"
+    draw_curves(folder / "equal_quality.svg", curves, "right", "different_right", (title, x, y))
+    x, y = "对、整、有礼的比例|preferred rate", "回答的熵（nats）|entropy of the answer (nats)"
+    title = "对齐换来了什么|What alignment bought"
+    draw_curves(folder / "trade.svg", curves, "preferred", "entropy", (title, x, y))
+
+
+def draw_curves(
+    path: Path, curves: dict[str, list[dict]], x: str, y: str, labels: tuple[str, str, str]
+) -> None:
+    def draw(axes, text) -> None:
+        for color, (name, curve) in zip(itertools.cycle(COLORS), curves.items(), strict=False):
+            xs, ys = [row[x] for row in curve], [row[y] for row in curve]
+            axes.plot(xs, ys, label=text(name), color=color, linewidth=1.4, marker="o", markersize=3.5)
+            for row in curve:
+                if row["temperature"] in (curve[0]["temperature"], 1.0, curve[-1]["temperature"]):
+                    place = (row[x], row[y])
+                    axes.annotate(
+                        f"{row['temperature']:g}",
+                        place,
+                        (3, 4),
+                        textcoords="offset points",
+                        color=color,
+                        fontsize=8,
+                    )
+
+    render(path, draw, [*curves], labels)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def find_results(places: Sequence[Path]) -> list[dict]:
             paths += sorted({*place.glob("**/results/*.json"), *place.glob("*--*.json")})
         else:
             raise UserError(f"没有 {place}：要结果文件，或放着它们的文件夹。")
-    results = [read_result(path) for path in paths if not _is_unfinished(path)]
+    results = [read_result(path) | {"path": str(path)} for path in paths if not _is_unfinished(path)]
     return sorted(results, key=lambda result: (result["benchmark"], result["model"]))
 
 

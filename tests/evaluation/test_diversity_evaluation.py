@@ -173,7 +173,7 @@ def test_script_writes_results_and_loads_them_again(chat_folder, tmp_path, capsy
     record = run(chat_folder, tmp_path)
     assert list(record["metrics"]["grid"][str(chat_folder)]) == ["t0.7", "t1", "p0.9"]
     assert len(list((tmp_path / "out" / "results").glob("diversity--*.json"))) == 1
-    assert (tmp_path / "out" / "trade.svg").read_text("utf-8").startswith("<svg")
+    assert (tmp_path / "out" / "equal_quality.svg").read_text("utf-8").startswith("<svg")
     capsys.readouterr()
     assert run(chat_folder, tmp_path)["id"] == record["id"]
     assert "直接加载" in capsys.readouterr().out
