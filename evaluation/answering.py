@@ -85,6 +85,14 @@ def replies(
     )
 
 
+def as_text(messages: list[dict]) -> str:
+    """一道题给人看的样子：只有一问就是那一问，几轮的每轮前面写上谁说的。"""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    names = {"user": "问", "assistant": "答", "system": "系统"}
+    return "\n".join(f"{names.get(each['role'], each['role'])}：{each['content']}" for each in messages)
+
+
 # ---------------------------------------------------------------- 服务器
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from text_metrics import bleu, bleu_counts, split_char
 
-from answering import Answerer, find_answerer, load_answerer, replies, split_names
+from answering import Answerer, as_text, find_answerer, load_answerer, replies, split_names
 from intervals import mean_interval, paired_difference
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
@@ -313,7 +313,7 @@ def as_items(questions: list[dict], groups: list[list[dict]], scores: list[dict]
         item(
             f"q{place:04d}",
             score,
-            prompt=question["messages"][-1]["content"],
+            prompt=as_text(question["messages"]),
             answer="\n".join(
                 f"{count} 遍　{text}" for text, count in Counter(r["text"] for r in group).most_common(6)
             ),
@@ -338,7 +338,7 @@ def _width(text: str) -> int:
 
 
 def print_examples(question: dict, tables: dict[str, dict]) -> None:
-    print(f"\n同一道题，温度 1：{question['messages'][-1]['content']}")
+    print(f"\n同一道题，温度 1：{as_text(question['messages'])}")
     for name, table in tables.items():
         first = table["items"][0]
         gap = mean_interval([each["scores"]["different"] for each in table["items"]])

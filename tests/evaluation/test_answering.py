@@ -114,3 +114,10 @@ def test_a_folder_answers(chat_folder):
     assert len(answers) == 2 and all(set(a) == {"text", "ids", "ended"} for a in answers)
     assert answers == answering.replies(answerer, asks, max_new_tokens=4)
     assert not any(p.requires_grad for p in answerer.model.parameters())
+
+
+def test_a_question_as_people_see_it():
+    first = {"role": "user", "content": "故事。小刚去了哪里？"}
+    assert answering.as_text([first]) == "故事。小刚去了哪里？"
+    more = [first, {"role": "assistant", "content": "花园"}, {"role": "user", "content": "谁去了？"}]
+    assert answering.as_text(more) == "问：故事。小刚去了哪里？\n答：花园\n问：谁去了？"
