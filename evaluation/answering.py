@@ -123,7 +123,7 @@ class ServerAnswerer:
         return self.model
 
     def chat(self, messages: list[dict], **params: Any) -> str | None:
-        """一次对话的回答；没有回答是 None。钥匙不对、没有这个模型（4xx）是 UserError：再试也不会好。"""
+        """一次对话的回答；没有回答是 None。钥匙不对、没有这个模型（401、404 等）是 UserError：再试也不会好。"""
         pause = self.wait
         for attempt in range(1 + self.retries):
             text, fault = self._ask({"model": self.model, "messages": messages, **params})
@@ -158,6 +158,8 @@ class ServerAnswerer:
             content = answered["choices"][0]["message"]["content"]
         except urllib.error.HTTPError as error:
             said = error.read(300).decode("utf-8", "replace")
+            if error.code in (400, 413, 422):  # 这一句它不收（太长、有不许说的词），别的句子还可以问
+                return None, f"不接受这一句（{error.code}：{said[:80]}）"
             if error.code < 500 and error.code not in (408, 425, 429):
                 raise UserError(
                     f"{self.url} 拒绝了（{error.code}）：{said}\n钥匙放在环境变量 {self.api_key_env} 里，模型名用 --judge_model 一类的参数给。"
