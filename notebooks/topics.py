@@ -104,6 +104,13 @@ TOPICS: dict[str, dict[str, list[Call]]] = {
         "qlora_theory.py": [Call(TINY, "NF4 的十六个数从哪里来，十几秒。")],
         "merge_lora.py": [Call(TINY, "两个适配器怎样合、怎样加，约一分钟。")],
     },
+    "evaluation": {
+        "evaluation_metrics.py": [
+            Call(TINY, "没有 Qwen 链的小模型时先训练它（另开进程，两三分钟）。中文的尺、困惑度、一致性。")
+        ],
+        "benchmarks_mc.py": [Call(TINY, "选择题的三种算法。")],
+        "bias_scan.py": [Call(TINY, "先看有多大的本事发现偏见。")],
+    },
     "text_generation": {
         "constrained_decoding.py": [
             Call(TINY, "没有 Qwen 链的小模型时先训练它（另开进程，两三分钟），之后半分钟左右。")
