@@ -23,10 +23,8 @@ NAMES = {
 }
 
 
-def item_scores(prediction: str, references: Sequence[str], simplified: bool = False) -> dict[str, float]:
+def item_scores(prediction: str, references: Sequence[str]) -> dict[str, float]:
     """一个回答的各项分，0–1；有几个标准答案就取最好的。"""
-    if simplified:
-        prediction, references = tm.to_simplified(prediction), [tm.to_simplified(r) for r in references]
     return {
         "em": tm.exact_match(prediction, references),
         "f1": tm.f1_answer(prediction, references),

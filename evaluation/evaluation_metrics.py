@@ -43,7 +43,8 @@ from language_metrics import (
 )
 from metrics_report import draw_pictures, plain, show_agreement, show_all
 from nlp_common.base.arguments import COUNT, option
-from nlp_common.data.rows import check_path, sha256_of_rows
+from nlp_common.base.errors import UserError
+from nlp_common.data.rows import data_sha256, sha256_of_rows
 from nlp_common.lm.chatml import encode_texts
 from nlp_common.tiny.judge import judge
 from nlp_common.tiny.world import OPENINGS, WORLD, documents, heldout_questions
@@ -63,6 +64,7 @@ SEED_OF_TEXTS = 20_000  # 与各阶段量效果用的题不同
 MAX_REPLY = 32
 WINDOW, STRIDES, LONG = 96, (48, 24, 8, 1), 64  # 窗口宽、每次挪几个、量几篇
 NGRAM_ORDER, NGRAM_DOCUMENTS = 5, 2000
+FILES = ("file", "compare", "ratings", "check_contamination")  # 读者给的文件
 RATED = 60  # 自带的打分表有几样东西
 
 
@@ -85,8 +87,14 @@ class MetricsSettings(LessonSettings):
     order: str | None = option("--ratings 里的分不是数：从低到高写出来，例如 差,中,好")
 
     def check(self) -> None:
-        for path in (self.file, self.compare, self.ratings, self.check_contamination):
-            check_path(path)
+        for flag in FILES:
+            path = getattr(self, flag)
+            if path and not Path(path).expanduser().is_file():
+                raise UserError(f"没有 --{flag} 给的文件：{path}（当前文件夹是 {Path.cwd()}）。")
+        if self.compare and not self.file:
+            raise UserError("--compare 要与 --file 一起给：两个文件，同样的题。")
+        if self.file and self.ratings:
+            raise UserError("--file 与 --ratings 一次只给一个。")
 
 
 # ---------------------------------------------------------------- 1. 从头到尾
@@ -353,7 +361,8 @@ def main(argv: list[str] | None = None) -> dict:
         if getattr(settings, flag):
             # 自己的文件每次都重新算（几秒），换一个不必加 --retrain
             settings.retrain = settings.retrain or not settings.output_dir
-            return run_lesson(f"evaluation_metrics-{flag}", HOME, settings, work)
+            contents = {f"{name}_sha256": data_sha256(getattr(settings, name)) for name in FILES}
+            return run_lesson(f"evaluation_metrics-{flag}", HOME, settings, work, **contents)
     ids = [find_answerer(name, settings.source)["id"] for name in split_names(settings.models)]
     return run_lesson("evaluation_metrics", HOME, settings, learn, model_ids=ids)
 

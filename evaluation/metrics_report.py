@@ -133,7 +133,7 @@ def show_systems(metrics: dict) -> None:
 def bounds(interval: Interval) -> str:
     """两位小数；有负数的区间写"到"，免得连字符与负号挤在一起。"""
     dash = "–" if interval.low >= 0 else " 到 "
-    return f"{interval.value:.2f}（{interval.low:.2f}{dash}{interval.high:.2f}）"
+    return f"{interval.value:z.2f}（{interval.low:z.2f}{dash}{interval.high:z.2f}）"
 
 
 def signed(interval: Interval) -> str:
@@ -144,7 +144,7 @@ def signed(interval: Interval) -> str:
 def show_agreement(table: dict, title: str) -> None:
     print(f"\n{title}")
     for level, each in table["alpha"].items():
-        print(row(f"Krippendorff α，{LEVELS[level]}", [each.text()], 26))
+        print(row(f"Krippendorff α，{LEVELS[level]}", [f"{bounds(each)}，n={each.n}"], 26))
     if "fleiss" in table:
         print(row("Fleiss κ", [f"{table['fleiss']:.3f}"], 26))
     else:
@@ -156,7 +156,7 @@ def show_agreement(table: dict, title: str) -> None:
             f"{pair['agreement']:.2f}（n={pair['n']}）",
             bounds(pair["kappa"]),
             weighted,
-            f"{pair['ac1']:.2f}",
+            f"{pair['ac1']:z.2f}",
         ]
         print(row(name, cells, 26, 26))
     for name, alpha in table["without"].items():
@@ -164,6 +164,7 @@ def show_agreement(table: dict, title: str) -> None:
 
 
 def show_file(metrics: dict) -> None:
+    print("\n各分都是 0–1；论文里的 BLEU、chrF 是它的 100 倍。")
     for label, each in metrics["files"].items():
         print(
             f"\n{label}：{metrics['n']} 题"

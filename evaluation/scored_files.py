@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from nlp_common.data.files import row_place
 from nlp_common.data.rows import read_rows
 from nlp_common.train.stage import Stage
 from results import item, write_result
+from text_metrics import to_simplified
 
 PREDICTIONS = ("prediction", "pred", "answer", "response", "output", "hypothesis", "回答")
 REFERENCES = ("references", "reference", "answers", "target", "label", "gold", "right", "标准答案")
@@ -57,8 +59,9 @@ def read_answers(
         answers.prompts.append(str(row[prompt_in]) if prompt_in and row.get(prompt_in) is not None else "")
         answers.predictions.append(said)
         answers.references.append(as_references(row[wanted_in], f"{where}的 {wanted_in} "))
-    if repeated := next((each for each in answers.ids if answers.ids.count(each) > 1), None):
-        raise UserError(f"{path} 里 id {repeated} 出现了不止一次：一题一行，id 不重复。")
+    number, times = Counter(answers.ids).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{path} 里 id {number} 出现了 {times} 次：一题一行，id 不重复。")
     return answers
 
 
@@ -94,15 +97,17 @@ def score_file(stage: Stage) -> dict:
     names = [settings.file] + [settings.compare] * bool(settings.compare)
     files = [read_answers(name, settings.prediction_field, settings.reference_field) for name in names]
     labels = [Path(name).stem for name in names]
+    if settings.simplified:
+        for answers in files:
+            answers.predictions = [to_simplified(said) for said in answers.predictions]
+            answers.references = [[to_simplified(each) for each in row] for row in answers.references]
     if len(files) == 2:
         check_same_questions(names, files)
         if labels[0] == labels[1]:
             labels = [f"{Path(name).resolve().parent.name}_{Path(name).stem}" for name in names]
 
     metrics: dict = {"n": len(files[0].ids), "files": {}, "difference": {}}
-    rows = {
-        label: score_all(answers, settings.simplified) for label, answers in zip(labels, files, strict=True)
-    }
+    rows = {label: score_all(answers) for label, answers in zip(labels, files, strict=True)}
     for label, answers in zip(labels, files, strict=True):
         scores = {name: mean_interval([row[name] for row in rows[label]], settings.seed) for name in NAMES}
         corpus = corpus_scores(answers.predictions, answers.references, settings.seed, settings.draws)
@@ -142,9 +147,9 @@ def score_file(stage: Stage) -> dict:
     return stage.save(plain(metrics), data, write)
 
 
-def score_all(answers: Answers, simplified: bool) -> list[dict[str, float]]:
+def score_all(answers: Answers) -> list[dict[str, float]]:
     pairs = zip(answers.predictions, answers.references, strict=True)
-    return [item_scores(said, wanted, simplified) for said, wanted in pairs]
+    return [item_scores(said, wanted) for said, wanted in pairs]
 
 
 def check_same_questions(names: list[str], files: list[Answers]) -> None:

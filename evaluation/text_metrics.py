@@ -77,14 +77,12 @@ def split_rouge(text: str) -> list[str]:
 # ---------------------------------------------------------------- 2. 归一
 
 
-def normalise(text: str, simplified: bool = False) -> str:
-    """全角变半角（NFKC）、大写变小写、去掉空白与标点；simplified：繁体变简体。
+def normalise(text: str) -> str:
+    """全角变半角（NFKC）、大写变小写、去掉空白与标点。繁体与简体仍是不同的字，要不要变由 to_simplified 另说。
 
     数字里的标点有意思，留着：3.5 不是 35，10:30 不是 1030，12% 不是 12，-5 不是 5。千分位的逗号去掉。
     """
     text = unicodedata.normalize("NFKC", text).lower()
-    if simplified:
-        text = to_simplified(text)
     kept = []
     for at, char in enumerate(text):
         if unicodedata.category(char)[0] in "ZC":  # 空白与控制符
@@ -103,9 +101,9 @@ def normalise(text: str, simplified: bool = False) -> str:
     return "".join(kept)
 
 
-def split_answer(text: str, simplified: bool = False) -> list[str]:
+def split_answer(text: str) -> list[str]:
     """归一之后：连着的字母数字（"gpt4"、"3.5"）是一个单位，其余一个字一个。"""
-    return re.findall(r"[a-z0-9.:/%-]+|.", normalise(text, simplified))
+    return re.findall(r"[a-z0-9.:/%-]+|.", normalise(text))
 
 
 @functools.cache
@@ -132,10 +130,10 @@ def to_simplified(text: str) -> str:
 # ---------------------------------------------------------------- 3. 问答：完全一致与 F1
 
 
-def exact_match(prediction: str, references: Sequence[str], simplified: bool = False) -> float:
+def exact_match(prediction: str, references: Sequence[str]) -> float:
     """归一之后与某一个标准答案一字不差。"""
-    said = normalise(prediction, simplified)
-    return float(any(said == normalise(reference, simplified) for reference in references))
+    said = normalise(prediction)
+    return float(any(said == normalise(reference) for reference in references))
 
 
 def f_score(common: float, predicted: float, wanted: float) -> float:
@@ -143,12 +141,12 @@ def f_score(common: float, predicted: float, wanted: float) -> float:
     return 2 * common / (predicted + wanted) if predicted + wanted else 0.0
 
 
-def f1_answer(prediction: str, references: Sequence[str], simplified: bool = False) -> float:
+def f1_answer(prediction: str, references: Sequence[str]) -> float:
     """SQuAD 的 F1，单位换成字：共有几个单位（袋子，不管次序），取最好的一个标准答案。"""
-    said = split_answer(prediction, simplified)
+    said = split_answer(prediction)
     best = 0.0
     for reference in references:
-        wanted = split_answer(reference, simplified)
+        wanted = split_answer(reference)
         if not said or not wanted:  # SQuAD 的约定：两边都没有东西才算对
             best = max(best, float(said == wanted))
             continue
