@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from nlp_common.lm.chat_rows import answer_loss, chat_length, chat_row, collate
+from nlp_common.lm import chat_rows
+from nlp_common.lm.chat_rows import chat_length, chat_row
 from nlp_common.lm.loading import load_chat_lm
-from nlp_common.lm.losses import count_labels
 from nlp_common.lm.replies import reply_to
 from nlp_common.tiny import world
 from nlp_common.tiny.judge import judge
+from nlp_common.train.splits import drop_long
 
 
 def load_start(path: str, device: torch.device):
@@ -31,19 +32,8 @@ def heldout_questions(n: int) -> list[dict]:
     return world.heldout_questions(n, seed=0)
 
 
-@torch.no_grad()
 def heldout_loss(model, tokenizer, chats: list[dict], max_length: int, batch_size: int = 16) -> float:
-    """留出对话里，助手每个 token 的平均损失（nats）。"""
-    was_training = model.training
-    model.eval()
-    rows = [
-        row for row in (chat_row(tokenizer, c["messages"]) for c in chats) if chat_length(row) <= max_length
-    ]
-    total = n = 0.0
-    for start in range(0, len(rows), batch_size):
-        batch = collate(rows[start : start + batch_size], tokenizer.pad_token_id)
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        total += answer_loss(model, batch)[0].item()
-        n += count_labels(batch)
-    model.train(was_training)
-    return total / max(1.0, n)
+    """留出对话里，助手每个 token 的平均损失（nats）；超过 max_length 的不算，一段不剩是 UserError。"""
+    rows = [chat_row(tokenizer, chat["messages"]) for chat in chats]
+    rows = drop_long(rows, chat_length, max_length, "留出数据")
+    return chat_rows.heldout_loss(model, rows, tokenizer.pad_token_id, batch_size)

@@ -31,7 +31,7 @@ from nlp_common.base.arguments import option
 from nlp_common.base.errors import UserError
 from nlp_common.data.chats import to_chats
 from nlp_common.draw.tokens import token_boxes
-from nlp_common.lm.chat_rows import chat_length, collate
+from nlp_common.lm.chat_rows import chat_length, collate, heldout_loss
 from nlp_common.lm.chatml import encode_chat, whole_pieces
 from nlp_common.lm.loading import end_chat_turns, load_causal_lm
 from nlp_common.lm.losses import IGNORE, token_logps
@@ -132,18 +132,6 @@ def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, di
 
 
 # ---------------------------------------------------------------- 3. 评测
-
-
-@torch.no_grad()
-def heldout_loss(model, rows: list[dict], pad_id: int, batch_size: int) -> float:
-    """留出对话里，助手的每个 token 的平均损失（nats）。"""
-    model.eval()
-    total = 0.0
-    for start in range(0, len(rows), batch_size):
-        batch = collate(rows[start : start + batch_size], pad_id)
-        total += answer_loss(model, {k: v.to(model.device) for k, v in batch.items()})[0].item()
-    model.train()
-    return total / sum(label != IGNORE for row in rows for label in row["labels"][1:])
 
 
 def show_samples(model, tokenizer, rows: list[dict], n: int = 4) -> list[dict]:

@@ -1,4 +1,4 @@
-"""对话的训练行：token 与标签，拼成一批，助手说的话的损失。SFT 为什么这样做，见 qwen_chinese_finetune/sft_chinese_qwen.py。"""
+"""对话的训练行：token 与标签，拼成一批，助手说的话的损失，留出的对话上量一量。SFT 为什么这样做，见 qwen_chinese_finetune/sft_chinese_qwen.py。"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nlp_common.lm.chatml import encode_chat
-from nlp_common.lm.losses import IGNORE, token_logps
+from nlp_common.lm.losses import IGNORE, count_labels, token_logps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,3 +40,20 @@ def answer_loss(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple
     """一批对话（input_ids、labels 各 (B, T)）里，助手的每个 token 的 −log π，加起来：train_loop 要的写法。"""
     inputs: Any = batch
     return -token_logps(model, **inputs).sum(), {}
+
+
+@torch.no_grad()
+def heldout_loss(
+    model: PreTrainedModel, rows: list[dict[str, list[int]]], pad_id: int, batch_size: int
+) -> float:
+    """留出对话（chat_row 的行）里，助手每个 token 的平均损失（nats）；model 原来在训练的，还是在训练。"""
+    was_training = model.training
+    model.eval()
+    total, n = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        batch = collate(rows[start : start + batch_size], pad_id)
+        n += count_labels(batch)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        total += answer_loss(model, batch)[0].item()
+    model.train(was_training)
+    return total / n
