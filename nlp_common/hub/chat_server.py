@@ -1,0 +1,95 @@
+"""任何会说 OpenAI 聊天接口的服务器：vLLM、Ollama、llama.cpp、各家的云服务。裁判、RAG 的生成、智能体都可以用它。"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from typing import Any
+
+from nlp_common.base.errors import UserError
+
+AT_MOST = 8 << 20  # 服务器的一个回答最多读多少字节：再多就不是回答
+
+
+@dataclass
+class ChatServer:
+    """一个服务器上的一个模型。
+
+    url 写到 /v1 为止。钥匙从环境变量 api_key_env 里读，不打印，也不进运行记录。
+    chat 试 1 + retries 次；超时、断线、5xx、429、不成样子的回答都是"没有回答"（None），不当成任何一种回答。
+    """
+
+    url: str
+    model: str
+    api_key_env: str = "OPENAI_API_KEY"
+    timeout: float = 30.0
+    retries: int = 2
+    wait: float = 1.0  # 秒；两次之间等多久，每次加倍
+    faults: dict[str, int] = field(default_factory=dict)  # 没有回答的原因 → 几次
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise UserError(
+                f"{self.url} 不是网址：要以 http:// 或 https:// 开头，例如 http://127.0.0.1:8000/v1。"
+            )
+
+    @property
+    def name(self) -> str:
+        return self.model
+
+    def chat(self, messages: list[dict], **params: Any) -> str | None:
+        """一次对话的回答；没有回答是 None。钥匙不对、没有这个模型（401、404 等）是 UserError：再试也不会好。"""
+        pause = self.wait
+        for attempt in range(1 + self.retries):
+            text, fault = self._ask({"model": self.model, "messages": messages, **params})
+            if text is not None:
+                return text
+            self.faults[fault] = self.faults.get(fault, 0) + 1
+            if attempt < self.retries:
+                time.sleep(pause)
+                pause *= 2
+        return None
+
+    def check(self) -> None:
+        """开始之前先问一句：一句也答不了就不必开始，是 UserError。"""
+        if self.chat([{"role": "user", "content": "你好"}], max_tokens=8) is None:
+            reasons = "；".join(f"{fault}（{count} 次）" for fault, count in self.faults.items())
+            raise UserError(
+                f"{self.url} 上的 {self.model} 没有回答：{reasons}。请看服务器开了没有、网址到 /v1 为止对不对。"
+            )
+
+    def _ask(self, body: dict) -> tuple[str | None, str]:
+        """问一次 → (回答, 为什么没有回答)。"""
+        request = urllib.request.Request(
+            self.url.rstrip("/") + "/chat/completions",
+            data=json.dumps(body, ensure_ascii=False).encode("utf-8"),
+            headers={"Content-Type": "application/json"},
+        )
+        if key := os.environ.get(self.api_key_env):
+            request.add_header("Authorization", f"Bearer {key}")
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                answered = json.loads(answer.read(AT_MOST))
+            content = answered["choices"][0]["message"]["content"]
+        except urllib.error.HTTPError as error:
+            said = error.read(300).decode("utf-8", "replace")
+            if error.code in (400, 413, 422):  # 这一句它不收（太长、有不许说的词），别的句子还可以问
+                return None, f"不接受这一句（{error.code}：{said[:80]}）"
+            if error.code < 500 and error.code not in (408, 425, 429):
+                raise UserError(
+                    f"{self.url} 拒绝了（{error.code}）：{said}\n钥匙放在环境变量 {self.api_key_env} 里，模型名用 --judge_model 一类的参数给。"
+                ) from error
+            return None, f"服务器错误 {error.code}"
+        except TimeoutError:
+            return None, f"{self.timeout:g} 秒没有回答"
+        except (OSError, http.client.HTTPException) as error:
+            timed_out = isinstance(getattr(error, "reason", None), TimeoutError)
+            return None, f"{self.timeout:g} 秒没有回答" if timed_out else f"连不上（{error}）"
+        except (ValueError, KeyError, IndexError, TypeError):
+            return None, "回答不成样子"
+        return (content, "") if isinstance(content, str) else (None, "回答不成样子")
