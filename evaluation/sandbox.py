@@ -55,6 +55,7 @@ class Verdict:
     kind: str
     detail: str = ""
     seconds: float = 0.0
+    held: tuple[str, ...] = ()  # 内核给答案设上了哪些限制
 
     @property
     def passed(self) -> bool:
@@ -131,7 +132,7 @@ class Judge:
             return Verdict("memory", f"超过 {self.limits.memory_mb} MB", seconds)
         if not isinstance(message, dict) or message.get("seal") != paper["seal"]:
             return Verdict("exited", "出题的进程没了，没有判决", seconds)
-        return Verdict(message["kind"], message["detail"], seconds)
+        return Verdict(message["kind"], message["detail"], seconds, tuple(message.get("held", ())))
 
     def wait(self, deadline: float):
         """等判决；内核不管内存的系统（macOS），一边等一边看它用了多少。"""
@@ -231,22 +232,36 @@ def end_on_windows(process: subprocess.Popen, job) -> None:
         subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True)
 
 
+HELD = {
+    "RLIMIT_AS": "内存",
+    "RLIMIT_CPU": "CPU 秒数",
+    "RLIMIT_FSIZE": "写文件",
+    "RLIMIT_NPROC": "再开进程",
+    "seccomp": "系统调用（seccomp：开进程、写文件、联网、杀进程）",
+}
+
+
 def layers() -> list[str]:
-    """这台机器上有哪几层限制，没有的也说。"""
+    """这台机器上有哪几层限制：真的运行一份答案，问它内核设上了哪些。没有的也说。"""
+    verdict = run_answer("def one():\n    return 1\n", "def check(f):\n    assert f() == 1\n", "one")
+    if not verdict.passed:
+        return [f"沙箱在这台机器上不能用：{verdict.text()}"]
+    held = set(verdict.held)
+    if not kernel_limits_memory():
+        held.discard("RLIMIT_AS")  # macOS：设得上，不管用
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        held.discard("RLIMIT_NPROC")  # 也管不到 root
+    missing = [what for name, what in HELD.items() if name not in held]
     found = [
-        "答案与测试在两个进程里，之间只过普通数据",
-        "到时间就结束整棵进程树" + ("（作业对象，不成就用 taskkill）" if WINDOWS else "（进程组与进程号）"),
-        "审计钩子：开进程、写文件、联网、结束别的进程，一做就结束",
+        "答案与测试在两个进程里，之间只过普通数据；到时间结束整棵进程树",
         "临时文件夹里、python -I -S、环境变量一个不给，打印的有上限",
+        "审计钩子：开进程、写文件、联网、结束别的进程，一做就结束",
+        "内核管着：" + ("、".join(what for name, what in HELD.items() if name in held) or "没有"),
     ]
+    if missing:
+        found.append("内核没有管的：" + "、".join(missing))
     if WINDOWS:
-        found.append("作业对象限内存与进程数（没有 resource 模块；CPU 秒数、写文件内核不管）")
-    elif kernel_limits_memory():
-        found.append("内核限内存、CPU 秒数、写文件（RLIMIT_AS、CPU、FSIZE=0）")
-        root = hasattr(os, "geteuid") and os.geteuid() == 0
-        found.append(
-            "你是 root，内核不限进程数，只有审计钩子拦着" if root else "内核不许再开进程（RLIMIT_NPROC=0）"
-        )
-    else:
-        found.append("内核限 CPU 秒数、写文件；这个系统的内核不管内存，每 0.1 秒看一次，超过就结束")
+        found.append("Windows：作业对象限内存与进程数，建不成就只有 taskkill")
+    elif not kernel_limits_memory():
+        found.append("内存每 0.1 秒看一次，超过就结束")
     return found

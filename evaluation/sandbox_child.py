@@ -148,11 +148,12 @@ def receive(stream):
 
 
 def limit_resources(limits):
-    """内存、CPU 秒数、写文件、开进程：有 resource 模块的系统由内核管着；没有的（Windows）什么也不做。"""
+    """内存、CPU 秒数、写文件、开进程：有 resource 模块的系统由内核管着；没有的（Windows）什么也不做。返回设上了哪些。"""
     try:
         import resource
     except ImportError:
-        return
+        return []
+    done = []
     memory = limits["memory_mb"] << 20
     seconds = int(limits["seconds"]) + 2
     wanted = {
@@ -167,19 +168,22 @@ def limit_resources(limits):
     for name, value in wanted.items():
         try:
             resource.setrlimit(getattr(resource, name), (value, value))
+            done.append(name)
         except (AttributeError, ValueError, OSError):  # 这个系统没有，或不让设：macOS 的 RLIMIT_AS 就是
             continue
+    return done
 
 
 def refuse_processes():
-    """C 里开进程的函数换掉；Linux 上再请内核一起拦着（sandbox_seccomp.py）。"""
+    """C 里开进程的函数换掉；Linux 上再请内核一起拦着（sandbox_seccomp.py）。返回内核答应了没有。"""
+    kernel = False
     here = os.path.dirname(os.path.realpath(__file__))
     if sys.platform.startswith("linux"):
         sys.path.insert(0, here)
         try:
             import sandbox_seccomp
 
-            sandbox_seccomp.install()
+            kernel = sandbox_seccomp.install()
         except (ImportError, OSError, AttributeError):
             pass  # 没有 ctypes，或内核不让装
         sys.path.remove(here)
@@ -191,6 +195,7 @@ def refuse_processes():
     for name in list(sys.modules):
         if name.split(".")[0] in {"sandbox_seccomp", *NOT_IMPORTED} - {"_posixsubprocess", "_winapi"}:
             del sys.modules[name]
+    return kernel
 
 
 def refuse(*_):
@@ -255,13 +260,14 @@ def answer():
     send(replies, {"up": os.getpid()})
     if receive(requests) is None:  # 出题人记下了进程号，才开始
         return
-    limit_resources(job["limits"])
-    refuse_processes()  # 在限制之后：装上以后，连限制也改不了
+    held = limit_resources(job["limits"])
+    if refuse_processes():  # 在限制之后：装上以后，连限制也改不了
+        held.append("seccomp")
     forbid(reply_fd)
     builtins.exit = builtins.quit = sys.exit  # -S 没有这两个
     space = {"__name__": "answer"}
     reply = attempt(load, (job["answer"], job["entry_point"], space))
-    send(replies, reply)
+    send(replies, reply | {"held": held})
     while (request := receive(requests)) is not None:
         send(replies, attempt(call, (space[job["entry_point"]], request)))
 
@@ -451,7 +457,11 @@ def examine(paper, worker, output):
         return {"kind": "error", "detail": f"{type(error).__name__}: {error}"[:300]}
     if candidate.over:  # 测试把它接住了，也不算
         return {"kind": candidate.over.kind, "detail": candidate.over.detail}
-    return {"kind": "passed" if finished == done else "error", "detail": ""}
+    return {
+        "kind": "passed" if finished == done else "error",
+        "detail": "",
+        "held": loaded.get("held", []),
+    }
 
 
 def limit_memory_of_tests(limits):

@@ -330,7 +330,7 @@ def test_memory_is_watched_where_the_kernel_does_not(monkeypatch):
     monkeypatch.setattr(sandbox, "resident_mb", lambda pid: 999.0)
     verdict = judge("import time\ndef add(a, b):\n    time.sleep(30)\n")
     assert verdict.kind == "memory"
-    assert any("不管内存" in layer for layer in sandbox.layers())
+    assert any("内存每 0.1 秒" in layer for layer in sandbox.layers())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="看的是没有 Windows 时的 ps")
@@ -386,6 +386,15 @@ def test_windows_without_a_job_falls_back_to_taskkill(monkeypatch):
         assert commands == [["taskkill", "/T", "/F", "/PID", str(process.pid)]]
     finally:
         process.communicate()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="看的是 Linux 内核设上了哪些")
+def test_the_layers_are_asked_not_claimed(monkeypatch):
+    assert {"RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_FSIZE"} <= set(judge(RIGHT).held)
+    assert any("内核管着" in layer and "内存" in layer for layer in sandbox.layers())
+    monkeypatch.setattr(sandbox, "CHILD", Path("nowhere.py"))
+    [only] = sandbox.layers()
+    assert "不能用" in only
 
 
 def test_no_alarm_signal_is_used():
