@@ -11,6 +11,7 @@
   python evaluation_metrics.py --file answers.jsonl             # 你自己的：prediction、reference 两栏（可以有几个标准答案）
   python evaluation_metrics.py --file a.jsonl --compare b.jsonl # 两个模型，同样的题，成对地比
   python evaluation_metrics.py --ratings ratings.csv            # 你自己的打分表：item,甲,乙,丙
+  python evaluation_metrics.py --text novel.txt --models pretrain,smollm2   # 你自己的文字，分词器不同的两个模型
 
 应当看到（tiny，实测见本文件夹的 README.md）：默认的 BLEU 与 ROUGE-L 是 0.0，该用的是几十；只有一个标准答案时，
 BLEU 说 DPO、PPO 比 SFT 差，真的评判说好；把几种开头都写进标准答案，次序才对。
@@ -42,7 +43,7 @@ from language_metrics import (
     token_losses,
 )
 from metrics_report import draw_pictures, plain, show_agreement, show_all
-from nlp_common.base.arguments import COUNT, option
+from nlp_common.base.arguments import COUNT, Limits, option
 from nlp_common.base.errors import UserError
 from nlp_common.data.rows import data_sha256, sha256_of_rows
 from nlp_common.lm.chatml import encode_texts
@@ -51,6 +52,7 @@ from nlp_common.tiny.world import OPENINGS, WORLD, documents, heldout_questions
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
+from own_texts import score_text
 from rating_tables import agreement_table, example_ratings, paradox_table, read_ratings
 from results import item, write_result
 from scored_files import score_file
@@ -64,7 +66,7 @@ SEED_OF_TEXTS = 20_000  # 与各阶段量效果用的题不同
 MAX_REPLY = 32
 WINDOW, STRIDES, LONG = 96, (48, 24, 8, 1), 64  # 窗口宽、每次挪几个、量几篇
 NGRAM_ORDER, NGRAM_DOCUMENTS = 5, 2000
-FILES = ("file", "compare", "ratings", "check_contamination")  # 读者给的文件
+FILES = ("file", "compare", "ratings", "text", "check_contamination")  # 读者给的文件
 RATED = 60  # 自带的打分表有几样东西
 
 
@@ -84,6 +86,8 @@ class MetricsSettings(LessonSettings):
     simplified: bool = option("比之前把繁体变成简体（回答与标准答案都变）", False)
     check_contamination: str | None = option("看 --file 里的题有没有出现在这个训练文件里")
     ratings: str | None = option("算这张打分表的一致性：csv 等，item,甲,乙,丙 或 item,rater,rating")
+    text: str | None = option("量这个文件里的文字的困惑度与每字比特：txt（空行分段）或有 text 一栏的文件")
+    window: int = option("--text 的窗口几个 token；更长的文字每次挪半个窗口", 512, Limits(at_least=2))
     order: str | None = option("--ratings 里的分不是数：从低到高写出来，例如 差,中,好")
 
     def check(self) -> None:
@@ -93,8 +97,8 @@ class MetricsSettings(LessonSettings):
                 raise UserError(f"没有 --{flag} 给的文件：{path}（当前文件夹是 {Path.cwd()}）。")
         if self.compare and not self.file:
             raise UserError("--compare 要与 --file 一起给：两个文件，同样的题。")
-        if self.file and self.ratings:
-            raise UserError("--file 与 --ratings 一次只给一个。")
+        if sum(map(bool, (self.file, self.ratings, self.text))) > 1:
+            raise UserError("--file、--ratings、--text 一次只给一个。")
 
 
 # ---------------------------------------------------------------- 1. 从头到尾
@@ -357,7 +361,7 @@ def learn_ratings(stage: Stage) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(MetricsSettings, PRESETS, argv)
-    for flag, work in (("file", score_file), ("ratings", learn_ratings)):
+    for flag, work in (("file", score_file), ("ratings", learn_ratings), ("text", score_text)):
         if getattr(settings, flag):
             # 自己的文件每次都重新算（几秒），换一个不必加 --retrain
             settings.retrain = settings.retrain or not settings.output_dir

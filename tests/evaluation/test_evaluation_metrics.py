@@ -243,6 +243,45 @@ def test_faults_of_arguments(arguments, message):
     assert message in str(error.value)
 
 
+# ---------------------------------------------------------------- 读者自己的文字
+
+
+def test_own_text(tmp_path, chat_folder):
+    """一篇比窗口长、一篇短；每字比特 = 总的信息量 ÷ 字数，与逐 token 的损失对得上。"""
+    import torch
+
+    from nlp_common.lm.chatml import encode_text
+    from nlp_common.lm.loading import load_plain_lm
+
+    texts = ["小刚去了花园，松鼠跑了过来。" * 3, "傍晚，小兰来到海边。"]
+    (tmp_path / "two.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    arguments = ["--preset", "tiny", "--text", str(tmp_path / "two.txt"), "--models", str(chat_folder)]
+    run = em.main([*arguments, "--output_dir", str(tmp_path / "out"), "--window", "512"])
+    found = run["metrics"]["models"]["chat"]
+    tokenizer, model = load_plain_lm(str(chat_folder))
+    model.eval()
+    total = chars = tokens = 0.0
+    for text in texts:
+        ids = torch.tensor([encode_text(tokenizer, text)])
+        with torch.no_grad():
+            loss = model(input_ids=ids, labels=ids).loss.item()
+        total += loss * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+        chars += len(text) - len(tokenizer.decode(ids[0, :1]))
+    assert found["perplexity"]["value"] == pytest.approx(np.exp(total / tokens), rel=1e-5)
+    assert found["bits_per_char"]["value"] == pytest.approx(total / chars / np.log(2), rel=1e-5)
+    narrow = em.main([*arguments, "--output_dir", str(tmp_path / "narrow"), "--window", "8"])
+    assert narrow["metrics"]["models"]["chat"]["window"] == 8
+    result = results.read_result(tmp_path / "out" / "results" / "text--chat.json")
+    assert result["scores"]["perplexity"]["value"] == found["perplexity"]["value"]  # 不是各篇的平均
+
+
+def test_texts_without_words_are_named(tmp_path):
+    path = jsonl(tmp_path / "t.jsonl", [{"text": "好"}, {"text": " "}])
+    with pytest.raises(UserError, match="第 2 行没有文字"):
+        em.main(["--preset", "tiny", "--text", path, "--output_dir", str(tmp_path / "out")])
+
+
 def test_references_of_many_shapes():
     assert scored_files.as_references("花园", "") == ["花园"]
     assert scored_files.as_references({"text": ["花园", "园"], "answer_start": [1, 2]}, "") == ["花园", "园"]

@@ -118,6 +118,24 @@ def test_cmrc_by_hand():
     assert tm.f1_cmrc("", ["花园"]) == 0.0
 
 
+def test_cmrc_words_equal_nltk():
+    """官方脚本切英文的词用 nltk.word_tokenize，它切一句里的词的部分不用下载数据。"""
+    tokenizer = pytest.importorskip("nltk.tokenize", reason="与 nltk 比").NLTKWordTokenizer()
+    for line in (
+        "Kaji Dha",
+        "f(x)",
+        "3.14",
+        "1,000 kg",
+        "99%",
+        "U.S. army",
+        "[a] {b}",
+        "$5; ok?",
+        "a,b",
+        "rock'n'roll",
+    ):
+        assert tm.split_cmrc(line) == tokenizer.tokenize(line.lower()), line
+
+
 # ---------------------------------------------------------------- BLEU
 
 
