@@ -1,7 +1,7 @@
 """出题：从程序能检查的要求里抽几条，配上参数，写成中文的题目。格式同 IFEval：key、prompt、instruction_id_list、kwargs。
 
     general_prompts   写一段话、回答一个问题，加上一到三条要求：给真模型
-    tiny_prompts      小世界的故事与问题，前面写着一两条要求：给 Qwen 链的小模型；答案对不对，程序也知道
+    tiny_prompts      小世界的故事与问题，前面写着一到三条要求：给 Qwen 链的小模型；答案对不对，程序也知道
 每道题都做得到：出题时程序先按要求写出一个合格的回答（"example"），写不出来的那几条不放在一起。
 """
 
@@ -12,7 +12,6 @@ import random
 from chinese_counts import RELATIONS
 from instruction_examples import repair, start_text
 from instructions_zh import ANSWERS, RULES, follows_strict
-
 from nlp_common.tiny import world
 from nlp_common.tiny.judge import judge
 
@@ -227,37 +226,30 @@ def make_example(found: list[tuple[str, dict]], topic: str) -> str | None:
 # ---------------------------------------------------------------- 给小模型的题
 
 
+# 小世界里说得出来的要求，各占几份。没有哪一种说法都合；短短一句、带个句号的，合得最多
+TINY = (
+    (3, "startend:end_checker", {"end_phrase": ["。"]}),
+    (2, "length_constraints:number_words", {"relation": ["at most"], "num_words": [5, 7]}),
+    (2, "punctuation:no_comma", {}),
+    (2, "keywords:forbidden_words", {"forbidden_words": [["的"], ["是"]]}),
+    (1, "zh:start_with", {"start_phrase": ["您好", "谢谢"]}),
+    (1, "length_constraints:number_words", {"relation": ["at least"], "num_words": [8, 10]}),
+)
+
+
 def draw_tiny(rng: random.Random) -> tuple[str, dict]:
-    """小世界里说得出来的要求。"""
-    kind = rng.randrange(8)
-    if kind == 0:
-        return "startend:end_checker", {"end_phrase": "。"}
-    if kind == 1:
-        return "zh:start_with", {"start_phrase": rng.choice(["您好", "好的", "谢谢"])}
-    if kind == 2:
-        return "length_constraints:number_words", {"relation": "at most", "num_words": rng.choice([3, 5, 7])}
-    if kind == 3:
-        return "length_constraints:number_words", {
-            "relation": "at least",
-            "num_words": rng.choice([8, 10, 12]),
-        }
-    if kind == 4:
-        return "punctuation:no_comma", {}
-    if kind == 5:
-        return "keywords:existence", {"keywords": [rng.choice(["谢谢", "您"])]}
-    if kind == 6:
-        return "keywords:forbidden_words", {"forbidden_words": [rng.choice(["的", "是", "了"])]}
-    return "zh:no_punctuation", {}
+    _, id, choices = rng.choices(TINY, [share for share, *_ in TINY])[0]
+    return id, {name: rng.choice(values) for name, values in choices.items()}
 
 
 def tiny_prompts(n: int, seed: int, heldout: bool = True) -> list[dict]:
-    """n 道小世界的题，前面加上一两条要求；question 是原来的题（判对错用），example 又对又合格。"""
+    """n 道小世界的题，前面加上一到三条要求；question 是原来的题（判对错用），example 又对又合格。"""
     rng = random.Random(f"ifeval-tiny-{seed}-{heldout}")
     rows: list[dict] = []
     questions = [q for q in world.questions(3 * n + 20, seed, heldout) if len(q["messages"]) == 1]
     for question in questions[:n]:
         while True:
-            found = [draw_tiny(rng) for _ in range(rng.randint(1, 2))]
+            found = [draw_tiny(rng) for _ in range(rng.randint(1, 3))]
             good = [
                 text for text in right_answers(question) if all(follows_strict(*each, text) for each in found)
             ]

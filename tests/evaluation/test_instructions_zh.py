@@ -9,13 +9,14 @@ import types
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 import chinese_counts as counts
 import instruction_examples as examples
 import instruction_prompts as prompts
 import instructions_zh as iz
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def test_there_are_enough_instructions():
