@@ -27,6 +27,9 @@ class RAGFlow:
     key: str
     timeout: float = 60.0
 
+    def __post_init__(self) -> None:
+        self._client = httpx.Client(headers={"Authorization": f"Bearer {self.key}"}, timeout=self.timeout)
+
     def __repr__(self) -> str:
         return f"RAGFlow({self.url})"
 
@@ -123,11 +126,9 @@ class RAGFlow:
     def _call(self, method: str, path: str, **request: Any) -> Any:
         """一次请求，返回正文里的 data；不成是 UserError，说出服务器怎么说。"""
         try:
-            answer = httpx.request(
+            answer = self._client.request(
                 method,
                 f"{self.url.rstrip('/')}/api/v1/{path}",
-                headers={"Authorization": f"Bearer {self.key}"},
-                timeout=self.timeout,
                 **request,
             )
             body = answer.json()
