@@ -13,7 +13,7 @@
   python ifeval_zh.py --dataset general --answers_url http://127.0.0.1:8000/v1 --answers_model 名字
 
 应当看到（tiny，实测见本文件夹的 README.md）：三个模型的分都不比"换到别的题上"高：它们没有读要求。只拿形式当奖励，
-分数升了，答对的从几乎全部掉到几乎没有；乘上对错，分数一样升，答对的还在。
+分数升了许多，答对的从几乎全部掉到几乎没有；乘上对错，分数升得差不多，答对的还在。可是换题的线也跟着升：两个都没有学会读要求。
 
 参考：Zhou et al. 2023（arXiv 2311.07911，IFEval）；Skalse et al. 2022（奖励的空子）；Shao et al. 2024（GRPO）。
 """
@@ -301,8 +301,8 @@ def by_instruction(rows: list[dict], scored: dict[str, list[dict]]) -> dict:
             for id, followed in zip(row["instruction_id_list"], scores["strict"], strict=True):
                 marks.setdefault(id, []).append(followed)
         for id, marked in marks.items():
-            interval = proportion_interval(sum(marked), len(marked))
-            found.setdefault(id.replace(":", "."), {"n": len(marked)})[name] = as_dict(interval)
+            interval = as_dict(proportion_interval(sum(marked), len(marked)))
+            found.setdefault(id.replace(":", "."), {"n": interval.pop("n")})[name] = interval
     return {id: found[id] for id in sorted(found)}
 
 

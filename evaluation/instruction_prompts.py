@@ -226,12 +226,12 @@ def make_example(found: list[tuple[str, dict]], topic: str) -> str | None:
 # ---------------------------------------------------------------- 给小模型的题
 
 
-# 小世界里说得出来的要求，各占几份。没有哪一种说法都合；短短一句、带个句号的，合得最多
+# 小世界里说得出来的要求，各占几份。没有哪一种说法都合；只答一个词，合得最多
 TINY = (
-    (3, "startend:end_checker", {"end_phrase": ["。"]}),
-    (2, "length_constraints:number_words", {"relation": ["at most"], "num_words": [5, 7]}),
-    (2, "punctuation:no_comma", {}),
+    (3, "length_constraints:number_words", {"relation": ["at most"], "num_words": [3, 5]}),
     (2, "keywords:forbidden_words", {"forbidden_words": [["的"], ["是"]]}),
+    (1, "zh:no_punctuation", {}),
+    (1, "punctuation:no_comma", {}),
     (1, "zh:start_with", {"start_phrase": ["您好", "谢谢"]}),
     (1, "length_constraints:number_words", {"relation": ["at least"], "num_words": [8, 10]}),
 )

@@ -312,6 +312,6 @@ def test_a_model_trained_on_the_checker_games_it(tmp_path):
         ]
     )["metrics"]
     before, form, both = (metrics["models"][name] for name in ("sft", "sft+form", "sft+both"))
-    assert form["prompt_strict"]["value"] > before["prompt_strict"]["value"] + 0.1
+    assert form["prompt_strict"]["value"] > before["prompt_strict"]["value"] + 0.2
     assert form["right"]["value"] < before["right"]["value"] - 0.4
     assert both["right"]["value"] > 0.9
