@@ -80,6 +80,7 @@ class IfevalSettings(LessonSettings):
     answers_model: str | None = option("服务器上的哪个模型")
     api_key_env: str = option("钥匙在哪个环境变量里", "OPENAI_API_KEY")
     timeout: float = option("服务器几秒不回答就算没有回答", 60.0, POSITIVE)
+    check_contamination: str | None = option("训练数据的文件或文件夹：查每道题的 n 元组在不在里面")
     max_new_tokens: int | None = option("一个回答最多多少个 token")
     temperature: float = option("采样的温度；0 是贪心", 0.0)
     steps: int | None = option("拿检查器当奖励训练几步（只有小世界的题）；0 不训练", limits=NOT_NEGATIVE)
@@ -117,12 +118,15 @@ def main(argv: list[str] | None = None) -> dict:
         more = {
             "ids": {name: find_answerer(name, settings.source)["id"] for name in split_names(settings.models)}
         }
+    if settings.check_contamination:
+        more["check_contamination_sha256"] = data_sha256(settings.check_contamination)
     return run_lesson("ifeval_zh", HOME, settings, partial(evaluate, rows=rows), **more)
 
 
 def evaluate(stage: Stage, rows: list[dict]) -> dict:
     """各模型答题 → 四个分、换题的线、各种要求的表；再拿检查器当奖励训练；写结果文件、画图。"""
     settings = stage.settings
+    leaked = find_leaks(rows, settings.check_contamination)
     answers = collect_answers(stage, rows)
     histories: dict[str, list[dict]] = {}
     if settings.steps:
@@ -139,6 +143,7 @@ def evaluate(stage: Stage, rows: list[dict]) -> dict:
         "n": len(rows),
         "models": {name: summarise(each, settings.seed) for name, each in scored.items()},
     }
+    metrics |= leaked
     metrics["gap"] = {name: compare(scored, name, settings.seed) for name in list(scored)[1:]}
     metrics["kinds"] = by_instruction(rows, scored)
     if "example" in rows[0]:
@@ -178,6 +183,16 @@ def load_prompts(settings: IfevalSettings) -> list[dict]:
 
 def as_question(row: dict) -> dict:
     return row | {"messages": [{"role": "user", "content": row["prompt"]}]}
+
+
+def find_leaks(rows: list[dict], train: str | None) -> dict:
+    """训练数据里有几道题（n 元组，见 contamination.py）；没给训练数据是空的。"""
+    if not train:
+        return {}
+    from contamination import check_questions
+
+    found = check_questions({f"q{row['key']}": row["prompt"] for row in rows}, train)
+    return {"contaminated": sum(each.found for each in found.values())}
 
 
 def collect_answers(stage: Stage, rows: list[dict]) -> dict[str, tuple[str, list[dict]]]:

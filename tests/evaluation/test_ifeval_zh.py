@@ -146,6 +146,16 @@ def test_files_of_ones_own(tmp_path):
     assert "program_strict" not in metrics and "right" not in metrics["models"]["good"]
 
 
+def test_leaked_prompts_are_found(tmp_path, capsys):
+    rows = general_prompts(5, 0)
+    train = write_rows(
+        tmp_path / "train.jsonl", [{"text": "别的话。" + rows[3]["prompt"]}, {"text": "无关的一行。"}]
+    )
+    assert iz.find_leaks(rows, None) == {}
+    assert iz.find_leaks(rows, train) == {"contaminated": 1}
+    assert "q4" in capsys.readouterr().out
+
+
 def test_csv_and_parquet_questions(tmp_path):
     table = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
