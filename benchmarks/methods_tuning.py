@@ -1,8 +1,8 @@
-"""compare_methods.py 的学习率是怎样挑的：每种方法换几个学习率、几个强弱，都用另一个种子（10），看谁的程序评分最高。
+"""compare_methods.py 的学习率是怎样挑的：六种损失各换几个学习率、几个强弱，都用另一个种子（10），看谁的程序评分最高。
 
 先跑完 qwen_chinese_finetune/run_all.py --preset tiny，然后：
 
-    python benchmarks/methods_tuning.py                        # 全部，一个核约 20 分钟；做完的再运行时直接用
+    python benchmarks/methods_tuning.py                        # 全部，一个核约 8 分钟；做完的再运行时直接用
     python benchmarks/methods_tuning.py --only ipo simpo       # 只挑几种方法的
 
 打印一张 Markdown 表：一格是一个学习率的几个强弱里，最高的程序评分，与那时每个回答的 KL。比较用种子 0、1、2，这里用 10：
@@ -20,20 +20,17 @@ QWEN = Path(__file__).resolve().parent.parent / "qwen_chinese_finetune"
 sys.path.insert(0, str(QWEN))  # 基准不在脚本的文件夹里，要自己找到 chain.py 等
 
 SEED = 10
-RATES = {  # 方法 → 试哪几个学习率
+RATES = {  # 方法 → 试哪几个学习率；KTO、PPO、GRPO 的是各自的脚本里挑好的
     "dpo": (1e-4, 2e-4, 5e-4),
     "ipo": (1e-4, 2e-4, 5e-4),
     "hinge": (1e-4, 2e-4, 5e-4),
     "rpo": (2e-4, 5e-4, 1e-3),
-    "orpo": (2e-4, 5e-4, 1e-3),
+    "orpo": (5e-4, 1e-3, 2e-3),
     "simpo": (5e-5, 1e-4, 2e-4),
-    "kto": (1e-4, 2e-4, 3e-4),
-    "ppo": (1e-4, 2e-4, 4e-4),
-    "grpo": (2e-4, 5e-4, 1e-3),
 }
 
 
-def tune(stage, names: list[str], sft_path: str, reward_path: str) -> dict:
+def tune(stage, names: list[str], sft_path: str) -> dict:
     """→ {方法: {学习率: {强弱: 一个点}}}，写进 stage 的结果。"""
     import compare_methods as compare
 
@@ -48,11 +45,8 @@ def tune(stage, names: list[str], sft_path: str, reward_path: str) -> dict:
         for rate in RATES[name]:
             compare.METHODS[name] = (method, rate, knob, strengths, held)
             for strength in strengths:
-                if method in compare.SCRIPTS:
-                    work = partial(compare.run_script, sft_path=sft_path, reward_path=reward_path)
-                else:
-                    work = partial(compare.train_pairs, sft_path=sft_path, rows=rows)
-                work = partial(work, name=name, strength=strength, seed=SEED)
+                given = {"name": name, "strength": strength, "seed": SEED, "sft_path": sft_path}
+                work = partial(compare.train_pairs, rows=rows, **given)
                 point = run_part(stage, f"{name}-{rate:g}-{strength}", work)
                 found.setdefault(name, {}).setdefault(f"{rate:g}", {})[str(strength)] = point
                 print(
@@ -85,8 +79,7 @@ def main() -> None:
 
     flags = ["--preset", "tiny", "--methods", ",".join(args.only), "--output_dir", args.output_dir]
     settings = parse_settings(compare.CompareSettings, compare.PRESETS, flags)
-    paths = {f"{stage}_path": chain_model(stage)["path"] for stage in ("sft", "reward")}
-    learn = partial(tune, names=args.only, **paths)
+    learn = partial(tune, names=args.only, sft_path=chain_model("sft")["path"])
     found = run_lesson("methods_tuning", compare.HOME, settings, learn)["metrics"]
     print("| 方法 | 学习率：最高的程序评分（强弱，每个回答的 KL） |\n|---|---|")
     values = {}
