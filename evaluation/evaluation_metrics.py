@@ -84,7 +84,7 @@ class MetricsSettings(LessonSettings):
     prediction_field: str | None = option("回答在哪一栏；默认 prediction、answer、output …")
     reference_field: str | None = option("标准答案在哪一栏；默认 reference、target、label …")
     simplified: bool = option("比之前把繁体变成简体（回答与标准答案都变）", False)
-    check_contamination: str | None = option("看 --file 里的题有没有出现在这个训练文件里")
+    check_contamination: str | None = option("训练数据的文件或文件夹：查 --file 里的题在不在里面")
     ratings: str | None = option("算这张打分表的一致性：csv 等，item,甲,乙,丙 或 item,rater,rating")
     text: str | None = option("量这个文件里的文字的困惑度与每字比特：txt（空行分段）或有 text 一栏的文件")
     window: int = option("--text 的窗口几个 token；更长的文字每次挪半个窗口", 512, Limits(at_least=2))
@@ -93,10 +93,11 @@ class MetricsSettings(LessonSettings):
     def check(self) -> None:
         for flag in FILES:
             path = getattr(self, flag)
-            if path and not Path(path).expanduser().is_file():
+            exists = Path(path or "").expanduser()
+            if path and not (exists.is_file() or (flag == "check_contamination" and exists.is_dir())):
                 raise UserError(f"没有 --{flag} 给的文件：{path}（当前文件夹是 {Path.cwd()}）。")
-        if self.compare and not self.file:
-            raise UserError("--compare 要与 --file 一起给：两个文件，同样的题。")
+        if (self.compare or self.check_contamination) and not self.file:
+            raise UserError("--compare、--check_contamination 要与 --file 一起给：它们说的是那个文件里的题。")
         if sum(map(bool, (self.file, self.ratings, self.text))) > 1:
             raise UserError("--file、--ratings、--text 一次只给一个。")
 

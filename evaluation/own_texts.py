@@ -52,7 +52,7 @@ def score_text(stage: Stage) -> dict:
     metrics: dict = {"documents": len(texts), "models": {}}
     found = {}
     print(f"\n{settings.text}：{len(texts)} 篇，{sum(map(len, texts)):,} 个字")
-    print(row("模型", ["困惑度", "一个 token 几个字", "每字比特"], 20, 20))
+    print(row("模型", ["每字比特", "一个 token 几个字", "困惑度（各自的 token）"], 20, 28))
     for name in split_names(settings.models):
         at = find_answerer(name, settings.source)
         tokenizer, model = load_plain_lm(at["path"])
@@ -76,7 +76,7 @@ def score_text(stage: Stage) -> dict:
         metrics["models"][label] = scores | {"chars_per_token": chars / tokens, "window": window}
         found[label] = (f"{at['stage']}:{at['id']}", measured, scores)
         said = [each.text() if len(measured) > 1 else f"{each.value:.3f}" for each in scores.values()]
-        print(row(label, [said[0], f"{chars / tokens:.2f}", said[1]], 20, 32))
+        print(row(label, [said[1], f"{chars / tokens:.2f}", said[0]], 20, 28))
     if len(texts) == 1:
         print("  只有一篇，没有区间：分成几篇（txt 以空行分段）就有。")
 

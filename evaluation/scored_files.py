@@ -170,10 +170,16 @@ def check_same_questions(names: list[str], files: list[Answers]) -> None:
 
 
 def check_training_file(answers: Answers, path: str) -> dict:
-    """题和标准答案有没有原样出现在训练文件里（contamination.py）。"""
-    from contamination import check_file
+    """题有没有混进训练数据（n 元组，见 contamination.py）；没有题目那一栏，就拿标准答案去查。"""
+    from contamination import check_questions  # 只有这里用到
 
-    texts = [
-        f"{prompt}\n{wanted[0]}" for prompt, wanted in zip(answers.prompts, answers.references, strict=True)
-    ]
-    return check_file(texts, path)
+    texts = {
+        number: prompt or wanted[0]
+        for number, prompt, wanted in zip(answers.ids, answers.prompts, answers.references, strict=True)
+    }
+    found = check_questions(texts, path)
+    leaked = [each.found for each in found.values()]
+    return {
+        "checked": sum(each.checked for each in found.values()),
+        "contaminated": sum(leaked) / len(leaked),
+    }

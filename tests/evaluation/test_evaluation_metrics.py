@@ -226,6 +226,18 @@ def test_only_the_same_questions_are_compared(tmp_path, other, message):
     assert message in str(error.value)
 
 
+def test_questions_in_the_training_data(tmp_path, capsys):
+    rows = [row | {"question": f"第{row['id']}题：小刚在花园里看见了什么动物？"} for row in ROWS]
+    path = jsonl(tmp_path / "mine.jsonl", rows)
+    train = jsonl(
+        tmp_path / "train.jsonl", [{"text": "松鼠"}, {"text": "问：" + rows[1]["question"] + "答：松鼠"}]
+    )
+    arguments = ["--preset", "tiny", "--file", path, "--output_dir", str(tmp_path / "out")]
+    metrics = em.main([*arguments, "--check_contamination", train])["metrics"]
+    assert metrics["contamination"]["contaminated"] > 0
+    assert "train.jsonl 第 2 行" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
