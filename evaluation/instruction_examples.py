@@ -241,7 +241,7 @@ def spoil(id: str, kwargs: dict, text: str) -> str:
         case "keywords:existence", {"keywords": words}:
             return text.replace(words[-1], "")
         case "keywords:forbidden_words", {"forbidden_words": words}:
-            return text + words[-1]
+            return f"{text}再说说{words[-1]}的事。"
         case "keywords:frequency", {"keyword": word, "relation": relation, "frequency": wanted}:
             return spoil_often(text, word, relation, wanted)
         case "keywords:letter_frequency", {"letter": word, "let_relation": relation, "let_frequency": wanted}:
