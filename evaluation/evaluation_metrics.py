@@ -114,12 +114,12 @@ def learn(stage: Stage) -> dict:
         "constructed": measure_constructed(questions),
     }
     systems = answer_all(settings, questions)
-    texts = [reply["text"] for system in systems for reply in system["replies"]]
-    wanted = [question["sentence"] for _ in systems for question in questions]
-    metrics["traps"] = default_scores(texts, wanted)
-    metrics["difference_to_peers"] = differences_to_peers(texts, [[each] for each in wanted])
+    speaking = [system for system in systems if system["model"] != "pretrain"] or systems
+    said, wanted = texts_of([system for system in speaking if system["sampled"]], questions)
+    metrics["traps"] = default_scores(said, wanted)
+    said, wanted = texts_of(systems, questions)
+    metrics["difference_to_peers"] = differences_to_peers(said, [[each] for each in wanted])
     metrics["systems"] = {system["name"]: system_means(system) for system in systems}
-    speaking = [system for system in systems if system["model"] != "pretrain"]
     metrics["correlation"] = {
         "one_reference": correlate(systems, "one_reference", settings),
         # 一个什么也不会的模型放进来，什么指标都显得准：再去掉它算一次
@@ -267,6 +267,12 @@ def answer_all(settings: MetricsSettings, questions: list[dict]) -> list[dict]:
             systems.append(system)
             print(f"  {system['name']} 答完 {len(said)} 题", flush=True)
     return systems
+
+
+def texts_of(systems: list[dict], questions: list[dict]) -> tuple[list[str], list[str]]:
+    """几份回答接成一串，与它们各自的那句完整的话。"""
+    said = [reply["text"] for system in systems for reply in system["replies"]]
+    return said, [question["sentence"] for _ in systems for question in questions]
 
 
 def system_means(system: dict) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def show_systems(metrics: dict) -> None:
     print("\n与真的评判的相关（95% 区间；重抽的是题）")
     for kind, label in (
         ("one_reference", "标准答案一句"),
-        ("one_reference_without_pretrain", "…不算 pretrain"),
+        ("one_reference_without_pretrain", "一句，不算 pretrain"),
         ("all_references", "四种开头都算"),
     ):
         print(row(label, ["Pearson", "Spearman", "Kendall τ-b", "各份回答的名次"], 20, 26))
@@ -132,6 +133,8 @@ def show_systems(metrics: dict) -> None:
 
 def bounds(interval: Interval) -> str:
     """两位小数；有负数的区间写"到"，免得连字符与负号挤在一起。"""
+    if math.isnan(interval.value):  # 全都一样的数，相关没有定义
+        return "—"
     dash = "–" if interval.low >= 0 else " 到 "
     return f"{interval.value:z.2f}（{interval.low:z.2f}{dash}{interval.high:z.2f}）"
 
@@ -225,7 +228,7 @@ def draw_pictures(folder: Path, metrics: dict) -> None:
             }
             for kind, label in (
                 ("one_reference", "标准答案一句|one reference"),
-                ("one_reference_without_pretrain", "…不算 pretrain|… without pretrain"),
+                ("one_reference_without_pretrain", "一句，不算 pretrain|one, without pretrain"),
                 ("all_references", "四种开头都算|four references"),
             )
         },
