@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from answering import find_answerer, load_answerer, replies, split_names
+from answering import SPEAKING, find_answerer, load_answerer, replies, split_names
 from ifeval_report import draw_scores, pick_examples, print_examples, print_instructions, print_scores
 from instruction_files import read_answer_file, read_instruction_file
 from instruction_prompts import general_prompts, tiny_prompts
@@ -49,7 +49,6 @@ PRESETS = {
         "models": "sft,dpo,ppo",
         "n": 300,
         "max_new_tokens": MAX_REPLY,
-        "steps": 80,
         "learning_rate": 5e-4,
     },
     "full": {
@@ -57,10 +56,10 @@ PRESETS = {
         "models": "Qwen/Qwen1.5-0.5B-Chat",
         "n": 450,
         "max_new_tokens": 512,
-        "steps": 0,
         "learning_rate": 5e-4,
     },
 }
+STEPS = 80  # 链上的模型，拿检查器当奖励训练几步
 SHIFTS = 10  # 每个回答换到几道别的题上
 
 
@@ -83,7 +82,10 @@ class IfevalSettings(LessonSettings):
     check_contamination: str | None = option("训练数据的文件或文件夹：查每道题的 n 元组在不在里面")
     max_new_tokens: int | None = option("一个回答最多多少个 token")
     temperature: float = option("采样的温度；0 是贪心", 0.0)
-    steps: int | None = option("拿检查器当奖励训练几步（只有小世界的题）；0 不训练", limits=NOT_NEGATIVE)
+    steps: int | None = option(
+        "拿检查器当奖励训练第一个模型几步（小世界的题才有）；默认链上的模型 80 步，别的不训练",
+        limits=NOT_NEGATIVE,
+    )
     learning_rate: float | None = option("训练的学习率")
 
     def check(self) -> None:
@@ -93,12 +95,12 @@ class IfevalSettings(LessonSettings):
             raise UserError("给了 --answers_url，还要 --answers_model：服务器上的哪个模型。")
         if self.answers and len({Path(path).stem for path in self.answers}) < len(self.answers):
             raise UserError("--answers 的几个文件同名：模型的名字取自文件名，请改成不同的。")
-        if self.answers or self.answers_url:
-            self.steps = 0
-        else:
-            split_names(self.models)
-        if self.dataset != "tiny_world":
-            self.steps = 0
+        trainable = self.dataset == "tiny_world" and not self.answers and not self.answers_url
+        first = split_names(self.models)[0]
+        if self.steps and not trainable:
+            raise UserError("--steps 拿检查器当奖励训练，只能在小世界的题上、训练 --models 里的第一个模型。")
+        if self.steps is None:
+            self.steps = STEPS if trainable and first in SPEAKING else 0
 
 
 # ---------------------------------------------------------------- 全貌

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def is_right(row: dict, reply: dict) -> float:
 
 
 def draw_gaming(path: Path, histories: dict[str, list[dict]], examples: list[dict]) -> None:
-    """左边是各步的形式分与答对的比例，右边是几道题训练前后的回答。
+    """上面是各步的形式分与答对的比例，下面是几道题训练前后的回答。
 
     examples：``{"asks": 要求, "right": 标准答案, "answers": {谁: 回答}}``。
     """
@@ -118,7 +119,11 @@ def draw_gaming(path: Path, histories: dict[str, list[dict]], examples: list[dic
             curves[label] = (steps, smooth([row[name] for row in history]))
     title = "拿检查器当奖励：形式分升，答对的降|Reward = checker"
     chart = line_chart(None, curves, title, "训练步数|step", "采样的回答，5 步平均|sampled answers")
-    width, height = (float(chart.split(f'{side}="', 1)[1].split("pt", 1)[0]) for side in ("width", "height"))
+    size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', chart)
+    width, height = float(size[1]), float(size[2])
+    # 嵌在另一张图里：尺寸不带单位，与外面的坐标一样
+    chart = chart.replace(size[0], f'width="{width:g}" height="{height:g}"', 1)
+    chart = re.sub(r' style="max-width[^"]*"', "", chart, count=1)
     lines = []
     for example in examples:
         lines.append((f"要求：{example['asks']}（标准答案：{example['right']}）", "#1f2a44", True))

@@ -246,6 +246,7 @@ def test_empty_and_extra_answers_are_said(tmp_path, capsys):
         (["--models", "sft,sft"], "不止一次"),
         (["--dataset", "没有.jsonl"], "没有这个文件"),
         (["--n", "0"], "--n"),
+        (["--dataset", "general", "--steps", "5"], "--steps"),
     ],
 )
 def test_bad_flags(more, named):
