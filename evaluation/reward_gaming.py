@@ -60,14 +60,9 @@ def train_on_reward(
         right = [is_right(row, reply) for row, reply in zip(asked, said, strict=True)]
         rewards = torch.tensor(form) * (torch.tensor(right) if kind == "both" else 1.0)  # (N,)
 
-        # 2. 比同组的平均好多少
-        grouped = rewards.view(-1, GROUP).to(policy.device)  # (B, G)
-        centred = grouped - grouped.mean(1, keepdim=True)
-        advantages = (centred / (grouped.std(1, keepdim=True) + EPSILON)).flatten()  # (N,)
-
-        # 3. 好的多说，差的少说
-        logps = group_logps(policy, rollout, GROUP)  # (N, R)
-        loss = -(advantages[:, None] * logps * rollout.mask).sum() / rollout.mask.sum()
+        # 2. 比同组的平均好多少；3. 好的多说，差的少说
+        advantages = group_advantages(rewards.to(policy.device))  # (N,)
+        loss = policy_loss(group_logps(policy, rollout, GROUP), advantages, rollout.mask)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
@@ -87,6 +82,18 @@ def train_on_reward(
         "history": history,
         "answers": [{"text": reply["text"], "ended": reply["ended"]} for reply in answers],
     }
+
+
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """(N,) 的奖励，相邻 GROUP 个是同一道题的 → 优势 (N,)：减去组平均，除以组的标准差。"""
+    grouped = rewards.view(-1, GROUP)  # (B, G)
+    centred = grouped - grouped.mean(1, keepdim=True)
+    return (centred / (grouped.std(1, keepdim=True) + EPSILON)).flatten()
+
+
+def policy_loss(logps: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """−A·log π，每个回答 token 一样重。logps、mask：(N, R)。"""
+    return -(advantages[:, None] * logps * mask).sum() / mask.sum()
 
 
 def form_reward(row: dict, reply: dict) -> float:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import ifeval_zh as iz
 import pytest
+import torch
 
 import instruction_files as files
 import reward_gaming as gaming
@@ -74,8 +75,31 @@ def test_rewards():
     assert gaming.smooth([1.0, 0.0, 0.5], 2) == [1.0, 0.5, 0.25]
 
 
-def test_training_raises_its_reward(chat_folder):
-    """奖励是"没有逗号"：随机的小模型几步就学会；同一种子，结果相同。"""
+def test_the_step_is_grpo(load_script):
+    """优势与梯度等于 grpo_alignment.py 的（dapo 的损失，还没有更新，概率比是 1）。"""
+    grpo = load_script("grpo_alignment")
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.rand(16, generator=generator, dtype=torch.float64).round(decimals=1)
+    advantages = gaming.group_advantages(rewards)
+    assert torch.allclose(advantages, grpo.group_advantages(rewards, gaming.GROUP, "grpo", None), atol=1e-9)
+    mask = torch.rand(16, 5, generator=generator) < 0.7
+    ours = torch.randn(16, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    gaming.policy_loss(ours, advantages, mask).backward()
+    theirs = ours.detach().clone().requires_grad_()
+    limits = SimpleNamespace(clip_range=0.2, clip_range_high=None)
+    losses, _ = grpo.token_losses("dapo", theirs, theirs.detach(), advantages, mask, limits)
+    (losses * grpo.token_weights("dapo", mask, None, mask.sum(), 5)).sum().backward()
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-9)
+
+
+@pytest.fixture
+def few_answers(monkeypatch):
+    """一步只写 2 × 8 个回答。"""
+    monkeypatch.setattr(gaming, "QUESTIONS", 2)
+
+
+def test_training_is_deterministic(chat_folder, few_answers):
+    """同一种子，两次训练的每一步、训练后的回答都相同。"""
     rows = [
         iz.as_question(row | COMMA | {"instruction_id_list": ["zh:no_punctuation"]})
         for row in tiny_prompts(32, 0, heldout=False)
@@ -87,7 +111,7 @@ def test_training_raises_its_reward(chat_folder):
     assert all(0 <= row["form"] <= 1 for row in runs[0]["history"])
 
 
-def test_the_whole_script(chat_folder, tmp_path, capsys):
+def test_the_whole_script(chat_folder, tmp_path, capsys, few_answers):
     arguments = ["--preset", "tiny", "--models", str(chat_folder), "--n", "8", "--steps", "2"]
     arguments += ["--output_dir", str(tmp_path / "r")]
     run = iz.main(arguments)
