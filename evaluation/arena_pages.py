@@ -114,7 +114,7 @@ def show_world(metrics: dict) -> None:
         print(
             f"  {title}：种下 {row['planted']}，量到 {text(row, 2)}；种 100 遍，区间盖住的有 {row['coverage']:.0%}"
         )
-    print("\n同样的回答，换个评判（胜率；最后两栏都想回到"会看错"那一栏）")
+    print("\n同样的回答，换个评判（胜率；最后两栏都想回到“会看错”那一栏）")
     titles = {
         "program_raw": "程序",
         "noisy_raw": "会看错",

@@ -148,7 +148,7 @@ def plant_and_find(
         position=planted.position,
         length=planted.length,
         spread=spread,
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng([seed, 1]),  # 与重抽用的随机数分开
     )
     verdicts = both_ways(asks, judge_them)
     return find_bias(asks, verdicts, spread, seed, draws), verdicts

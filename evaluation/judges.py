@@ -145,18 +145,30 @@ GIVE_UP = 20
 MARKS = re.compile("【(问题|回答 A|回答 B|以上是回答)】")  # 回答里写这些，也不会变成题目的一部分
 
 
-def judge_prompt(ask: Ask) -> str:
+# 本地的小模型：中文的一个字在它那里是两三个 token，题目越短越快
+SHORT_PROMPT = """【问题】
+{question}
+【回答 A】
+{first}
+【回答 B】
+{second}
+【以上是回答】
+哪个回答更好？只写 A 或 B。"""
+
+
+def judge_prompt(ask: Ask, template: str = PROMPT) -> str:
     """给裁判看的文字：前面各轮写在各自的回答里，评的是最后一轮。"""
     asks = [turn["ask"] for turn in ask.question["turns"][: ask.turn + 1]]
     question = asks[0] if ask.turn == 0 else "\n".join(f"第 {i} 问：{text}" for i, text in enumerate(asks, 1))
-    shown = []
-    for texts in (ask.first, ask.second):
-        lines = texts[: ask.turn + 1]
-        text = lines[0] if ask.turn == 0 else "\n".join(f"第 {i} 答：{t}" for i, t in enumerate(lines, 1))
-        shown.append(MARKS.sub(r"（\1）", text))
     if ask.turn:
         question += f"\n（请比较第 {ask.turn + 1} 问的回答）"
-    return PROMPT.format(question=question, first=shown[0], second=shown[1])
+    return template.format(question=question, first=_shown(ask.first), second=_shown(ask.second))
+
+
+def _shown(texts: tuple[str, ...]) -> str:
+    """一边的各轮回答；里面写的【回答 B】之类换成圆括号。"""
+    text = texts[0] if len(texts) == 1 else "\n".join(f"第 {i} 答：{t}" for i, t in enumerate(texts, 1))
+    return MARKS.sub(r"（\1）", text)
 
 
 MARKED = re.compile(r"\[\[\s*([ABCabcＡＢＣ平]|平局|tie)\s*\]\]", re.IGNORECASE)
@@ -192,13 +204,11 @@ def _side(word: str) -> str:
 
 @torch.no_grad()
 def model_judge(asks: list[Ask], answerer: Answerer, batch_size: int = 8) -> list[Verdict]:
-    """本地的模型：问完之后，下一个 token 是 A 的 logit 高还是 B 的高。总有结论，从不说平。"""
+    """本地的模型：问完之后，回答的第一个 token 是 A 的 logit 高还是 B 的高。总有结论，从不说平。"""
     tokenizer, model = answerer.tokenizer, answerer.model
     letters = [tokenizer(letter, add_special_tokens=False)["input_ids"][-1] for letter in (A, B)]
-    starts = [tokenizer("[[", add_special_tokens=False)["input_ids"]] * len(asks)  # 替它写好开头
     rows = [
-        prompt_ids(tokenizer, [{"role": "user", "content": judge_prompt(ask)}]) + start
-        for ask, start in zip(asks, starts, strict=True)
+        prompt_ids(tokenizer, [{"role": "user", "content": judge_prompt(ask, SHORT_PROMPT)}]) for ask in asks
     ]
     verdicts: list[Verdict] = [None] * len(asks)
     for batch in batches_by_length([len(row) for row in rows], batch_size):
