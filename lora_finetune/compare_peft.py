@@ -7,6 +7,7 @@
     python compare_peft.py                                   # 全部方法，三个种子
     python compare_peft.py --methods full,lora_r4,ia3 --seeds 1 --output_dir outputs/three
     python compare_peft.py --task reverse --output_dir outputs/reverse           # 换一件新事
+    python compare_peft.py --dataset 我的对话.jsonl --output_dir outputs/mine      # 学自己的对话，看留出损失
     python compare_peft.py --preset full                     # Qwen1.5-0.5B-Chat，需要加速器
 
 预期输出：实测的表见本文件夹的 README.md。DoRA、rsLoRA、(IA)³ 用 PEFT 的，其余是这个文件夹里手写的。
@@ -41,13 +42,13 @@ from nlp_common.train.sft import train_on_chats
 from nlp_common.train.stage import Stage
 from prompts import PrefixTuned, PromptTuned, PTuned
 from start import load_start
-from tasks import TASKS, accuracy, task_chats
+from tasks import NEW_TASKS, OWN, score, score_key, score_name, task_chats, use_own
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B-Chat"
 PRESETS = {
-    "tiny": {"max_train_samples": 1200, "n_questions": 200, "seeds": 3},
-    "full": {"max_train_samples": 2000, "n_questions": 200, "seeds": 1},
+    "tiny": {"dataset": "tiny_world", "max_train_samples": 1200, "n_questions": 200, "seeds": 3},
+    "full": {"dataset": "tiny_world", "max_train_samples": 2000, "n_questions": 200, "seeds": 1},
 }
 
 
@@ -73,6 +74,7 @@ METHODS = {
     "p_tuning": Method("P-Tuning 8", 1e-2),
 }
 VIRTUAL_TOKENS = 8
+KNOWS = 0.5  # 问答的正确率不到它，就说忘掉的一栏看不出什么
 
 
 @dataclass
@@ -86,16 +88,21 @@ class CompareSettings(LoopSettings):
     }
     model: str | None = option("从哪个模型开始；默认是 Qwen 链 tiny 预设的 SFT 模型")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
-    task: str = option(f"学哪件新事：{'、'.join(list(TASKS)[1:])}", "extract")
+    dataset: str | None = option(
+        "学什么：tiny_world 照 --task；自己的对话给文件、文件夹或 hub 名，写法同 SFT"
+    )
+    task: str = option(f"小世界里学哪件新事：{'、'.join(NEW_TASKS)}", "extract")
     methods: str = option("比哪几种，逗号分开；默认全部", "")
     seeds: int | None = option("各几个种子（从 --seed 起）", limits=COUNT)
     n_questions: int | None = option("两样各留出几道题", limits=COUNT)
 
     def check(self) -> None:
-        if self.task not in list(TASKS)[1:]:
-            raise UserError(f"--task 不认识 {self.task}，可以是 {'、'.join(list(TASKS)[1:])}。")
+        if self.task not in NEW_TASKS:
+            raise UserError(f"--task 不认识 {self.task}，可以是 {'、'.join(NEW_TASKS)}。")
         if unknown := set(chosen_methods(self)) - set(METHODS):
             raise UserError(f"--methods 不认识 {'、'.join(sorted(unknown))}，可以是 {'、'.join(METHODS)}。")
+        if self.dataset != "tiny_world":
+            self.task = OWN
 
 
 def chosen_methods(settings) -> list[str]:
@@ -175,16 +182,16 @@ def learn_once(part: Stage, name: str, seed: int, start, tokenizer, before: floa
         "trainable_share": learned / sum(p.numel() for p in start.parameters()),
         "bytes": weight_bytes(model) + 3 * 4 * learned,  # 权重；梯度与 AdamW 的两个状态只有在学的才有
         "seconds": trained.metrics["train_seconds"],
-        "accuracy": accuracy(model, tokenizer, settings.task, new),
-        "forgotten": before - accuracy(model, tokenizer, "qa", old),
+        score_key(settings.task): score(model, tokenizer, settings.task, new),
+        "forgotten": before - score(model, tokenizer, "qa", old),
     }
 
 
 def summary(points: list[dict]) -> dict:
     """几个种子：平均；学会的、忘掉的另有平均的标准误差。"""
     result = {key: statistics.mean(point[key] for point in points) for key in points[0]}
-    for key in ("accuracy", "forgotten"):
-        if len(points) > 1:
+    for key in ("accuracy", "token_probability", "forgotten"):
+        if len(points) > 1 and key in result:
             spread = statistics.stdev(point[key] for point in points)
             result[f"{key}_error"] = spread / math.sqrt(len(points))
     return result
@@ -195,13 +202,14 @@ def summary(points: list[dict]) -> dict:
 
 def learn(stage: Stage, path: str) -> dict:
     settings = stage.settings
+    source = use_own(settings, settings.dataset)
     tokenizer, start = load_start(path, stage.device)
     old = task_chats("qa", settings.n_questions, seed=0, heldout=True)
     new = task_chats(settings.task, settings.n_questions, seed=0, heldout=True)
-    before = accuracy(start, tokenizer, "qa", old)
+    before = score(start, tokenizer, "qa", old)
     metrics: dict = {
         "qa_accuracy_before": before,
-        "accuracy_before": accuracy(start, tokenizer, settings.task, new),
+        f"{score_key(settings.task)}_before": score(start, tokenizer, settings.task, new),
     }
     for name in chosen_methods(settings):
         points = []
@@ -209,27 +217,32 @@ def learn(stage: Stage, path: str) -> dict:
             work = partial(learn_once, name=name, seed=seed, start=start, tokenizer=tokenizer, before=before)
             points.append(run_part(stage, f"{name}-{seed}", work))
         metrics[name] = summary(points)
-    show(metrics)
-    source = {"name": "tiny_world", "kind": "builtin", "rows": settings.max_train_samples}
-    return stage.save(metrics, {"train": source}, partial(draw, metrics=metrics))
+    show(metrics, settings.task)
+    return stage.save(metrics, {"train": source}, partial(draw, metrics=metrics, task=settings.task))
 
 
-def show(metrics: dict) -> None:
+def show(metrics: dict, task: str) -> None:
+    print(
+        f"\n学会：{score_name(task).split('|')[0]}，学之前 {metrics[f'{score_key(task)}_before']:.3f}；"
+        f"忘掉：问答的正确率少了多少，学之前 {metrics['qa_accuracy_before']:.3f}"
+    )
+    if metrics["qa_accuracy_before"] < KNOWS:
+        print("（这个模型本来就答不好小世界的问答，忘掉的一栏看不出什么。）")
     print(f"{'':<14}{'参数':>9}{'占':>8}{'字节':>10}{'秒':>6}{'学会':>8}{'忘掉':>8}")
     for name in METHODS:
         if name in metrics:
             m = metrics[name]
             print(
                 f"{name:<14}{m['trainable']:>11,.0f}{m['trainable_share']:>9.2%}{m['bytes']:>12,.0f}"
-                f"{m['seconds']:>7.1f}{m['accuracy']:>10.3f}{m['forgotten']:>10.3f}"
+                f"{m['seconds']:>7.1f}{m[score_key(task)]:>10.3f}{m['forgotten']:>10.3f}"
             )
 
 
-def draw(folder: Path, metrics: dict) -> None:
+def draw(folder: Path, metrics: dict, task: str) -> None:
     chosen = [name for name in METHODS if name in metrics]
     series = {
         label: {METHODS[name].title: metrics[name][key] for name in chosen}
-        for key, label in (("accuracy", "学会|learned"), ("forgotten", "忘掉|forgotten"))
+        for key, label in ((score_key(task), "学会|learned"), ("forgotten", "忘掉|forgotten"))
     }
     bar_chart(folder / "methods.svg", series, "学会多少，忘掉多少|Learned and forgotten", "", "")
 

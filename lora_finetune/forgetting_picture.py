@@ -27,8 +27,10 @@ TITLES = {
 }
 
 
-def show_rows(rows: dict[str, dict]) -> None:
-    print("\n方法              第一样 前→后   第二样   学完第三样：第一样  第二样  第三样     BWT")
+def show_rows(rows: dict[str, dict], tasks: list[str]) -> None:
+    """tasks：三样各叫什么。"""
+    print(f"\n第一样 {tasks[0]}，第二样 {tasks[1]}，第三样 {tasks[2]}")
+    print("方法              第一样 前→后   第二样   学完第三样：第一样  第二样  第三样     BWT")
     for name, row in rows.items():
         title = TITLES[name].split("|")[0]
         wide = 16 - sum(2 if ord(c) > 0x2E7F else 1 for c in title)
@@ -38,8 +40,8 @@ def show_rows(rows: dict[str, dict]) -> None:
         )
 
 
-def draw_learned_forgotten(folder: Path, rows: dict[str, dict]) -> None:
-    """横轴是第二样学了多少，纵轴是第一样还剩多少：右上角最好。线是同一次训练只用几成。"""
+def draw_learned_forgotten(folder: Path, rows: dict[str, dict], what: str) -> None:
+    """what 是第二样的成绩叫什么。横轴是第二样学了多少，纵轴是第一样还剩多少：右上角最好。线是同一次训练只用几成。"""
 
     def draw(axes: Axes, text: Callable[[str], str]) -> None:
         axes.figure.set_figheight(4.6)
@@ -53,9 +55,10 @@ def draw_learned_forgotten(folder: Path, rows: dict[str, dict]) -> None:
             axes.scatter([x], [y], s=50, marker=marker, color=color, label=text(TITLES[name]), zorder=3)
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
 
+    zh, en = what.split("|")
     labels = (
         "学了多少，忘了多少|Learned and kept",
-        "第二样的正确率|task 2 accuracy",
+        f"第二样的{zh}|task 2 {en}",
         "第一样的正确率|task 1 accuracy",
     )
     render(folder / "learned_forgotten.svg", draw, [TITLES[name] for name in rows], labels)

@@ -7,6 +7,7 @@
     python incremental_lora.py                                    # SFT 的问答 → 抽取 → 回顾，全部方法，约三分钟
     python incremental_lora.py --methods full,lora_r4,replay_5    # 只要几种
     python incremental_lora.py --tasks recap,extract              # 换个次序
+    python incremental_lora.py --dataset 甲.jsonl --third_dataset 乙.jsonl --output_dir outputs/mine   # 接着学自己的
     python incremental_lora.py --preset full                      # Qwen1.5-0.5B，需要加速器
 
 预期输出（实测见本文件夹的 README.md）：全参数和 LoRA 学会抽取，问答从 0.99 掉到 0.4–0.7；混进 10% 的旧对话，三样都在 0.93 以上。
@@ -37,6 +38,7 @@ from forgetting_picture import draw_learned_forgotten, show_rows
 from lora_by_hand import add_lora, lora_layers, merge_lora, trainable
 from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, POSITIVE, option
 from nlp_common.base.errors import UserError
+from nlp_common.data.rows import check_path
 from nlp_common.lm.chat_rows import answer_loss
 from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson, run_part
@@ -44,24 +46,27 @@ from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.sft import train_on_chats
 from nlp_common.train.stage import Stage
 from start import load_start
-from tasks import TASKS, accuracy, task_chats
+from tasks import NEW_TASKS, OWN, TASKS, score, score_name, task_chats, use_own
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B"
 PRESETS = {
     "tiny": {
+        "dataset": "tiny_world",
         "max_train_samples": 2000,
         "learning_rate": 1e-2,
         "full_learning_rate": 2e-3,
         "n_questions": 200,
     },
     "full": {
+        "dataset": "tiny_world",
         "max_train_samples": 4000,
         "learning_rate": 2e-4,
         "full_learning_rate": 2e-5,
         "n_questions": 200,
     },
 }
+OWN_THIRD = "mine_third"  # --third_dataset 的那一样叫什么
 KNOWS = 0.9  # 给的模型第一样（问答）的正确率不到它，就先教
 SCALES = (0.25, 0.5, 0.75, 1.0)  # 学到的乘上几成
 
@@ -97,7 +102,11 @@ class IncrementalSettings(LoopSettings):
     }
     model: str | None = option("从哪个模型开始；默认是 Qwen 链 tiny 预设的 SFT 模型，它已经会第一样（问答）")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
-    tasks: str = option(f"接着学哪两样，逗号隔开：{'、'.join(list(TASKS)[1:])}", "extract,recap")
+    tasks: str = option(f"接着学哪两样，逗号隔开：{'、'.join(NEW_TASKS)}", "extract,recap")
+    dataset: str | None = option(
+        "第二样换成自己的对话：文件、文件夹或 hub 名，写法同 SFT；tiny_world 照 --tasks"
+    )
+    third_dataset: str | None = option("第三样也换成自己的对话，写法同 --dataset")
     methods: str = option(f"试哪几种，逗号隔开：{'、'.join(METHODS)}", ",".join(METHODS))
     learning_rate: float | None = option("LoRA 的学习率")
     full_learning_rate: float | None = option("全参数的学习率，约是 LoRA 的十分之一", limits=POSITIVE)
@@ -108,7 +117,7 @@ class IncrementalSettings(LoopSettings):
 
     def check(self) -> None:
         for name, given, known in (
-            ("tasks", self.tasks, list(TASKS)[1:]),
+            ("tasks", self.tasks, list(NEW_TASKS)),
             ("methods", self.methods, list(METHODS)),
         ):
             wrong = [each for each in names(given) if each not in known]
@@ -116,6 +125,13 @@ class IncrementalSettings(LoopSettings):
                 raise UserError(f"--{name} 不认识 {'、'.join(wrong) or '空的'}，可以是 {'、'.join(known)}。")
         if len(set(names(self.tasks))) != 2:
             raise UserError(f"--tasks 要两样不同的活儿，给的是 {self.tasks}。")
+        check_path(self.third_dataset)
+        if self.third_dataset and self.third_dataset == self.dataset:
+            raise UserError(f"--dataset 与 --third_dataset 是同一份（{self.dataset}）：第三样要另给一份。")
+        second, third = names(self.tasks)
+        second = second if self.dataset == "tiny_world" else OWN
+        third = third if self.third_dataset in (None, "tiny_world") else OWN_THIRD
+        self.tasks = f"{second},{third}"
 
 
 def names(text: str) -> list[str]:
@@ -215,7 +231,7 @@ def old_questions(task: str, settings) -> list[dict]:
 
 
 def measure(model, tokenizer, questions: dict) -> dict[str, float]:
-    return {task: accuracy(model, tokenizer, task, each) for task, each in questions.items()}
+    return {task: score(model, tokenizer, task, each) for task, each in questions.items()}
 
 
 def summary(matrix: list[dict[str, float]], order: list[str]) -> dict:
@@ -315,6 +331,9 @@ def separate(
 
 def learn(stage: Stage, path: str, before_path: str | None) -> dict:
     settings = stage.settings
+    data = {"train": use_own(settings, settings.dataset)}
+    if settings.third_dataset:
+        data["third"] = use_own(settings, settings.third_dataset, OWN_THIRD)
     tokenizer, start = load_start(path, stage.device)
     before = load_start(before_path, stage.device)[1] if before_path else None
     tasks = names(settings.tasks)
@@ -335,9 +354,11 @@ def learn(stage: Stage, path: str, before_path: str | None) -> dict:
             rows[name]["forgotten_at_90"] = forgotten_at(points, rows[name]["task1_before"])
         if name == "lora_r16":
             rows |= separate(stage, start, after, tokenizer, questions, begin)
-    show_rows(rows)
-    source = {"name": "tiny_world", "kind": "builtin", "rows": settings.max_train_samples}
-    return stage.save(rows, {"train": source}, partial(draw_learned_forgotten, rows=rows))
+    what = score_name(tasks[0])
+    show_rows(rows, [TASKS[task].title.split("|")[0] for task in ("qa", *tasks)])
+    if any(TASKS[task].own for task in tasks):
+        print("自己的对话没有程序判对错：表里是 exp(−留出损失)，每个 token 平均给对的几成概率。")
+    return stage.save(rows, data, partial(draw_learned_forgotten, rows=rows, what=what))
 
 
 def learn_first_task(stage: Stage, start, tokenizer) -> None:

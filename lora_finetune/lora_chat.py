@@ -35,8 +35,6 @@ from adapter_files import base_name, export, load_adapter, merge_into
 from lora_by_hand import TARGETS, trainable
 from nlp_common.base.arguments import COUNT, POSITIVE, option
 from nlp_common.base.errors import UserError
-from nlp_common.data.chats import to_chats
-from nlp_common.data.rows import read_rows
 from nlp_common.draw.plots import line_chart
 from nlp_common.hub.models import require_model
 from nlp_common.lm.adapters import WEIGHTS, base_of, name_adapters, require_peft, weights_mark, write_base
@@ -46,9 +44,8 @@ from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import result_folder, run_lesson, run_part
 from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.sft import train_on_chats
-from nlp_common.train.splits import distinct_rows
 from nlp_common.train.stage import Stage
-from start import heldout_loss, load_start
+from start import heldout_loss, load_start, own_chats
 from styles import STYLES, fact_questions, measure_style, shuffled, style_chats, world_questions
 
 HOME = Path(__file__).resolve().parent
@@ -134,11 +131,8 @@ def language_of(settings) -> str:
 def prepare(settings) -> tuple[dict[str, list[dict]], list[dict]]:
     """→ ({适配器: 训练的对话}, 留出的题；--dataset 是留出的对话)。"""
     if settings.dataset:
-        read = read_rows(settings.dataset, limit=settings.max_train_samples, source=settings.source)
-        chats = distinct_rows(to_chats(read.rows, settings.dataset), settings.dataset)
-        if len(chats) < 2:
-            raise UserError(f"{settings.dataset} 只有一段对话，至少要两段：一段训练，一段留出。")
-        return {"mine": [c for i, c in enumerate(chats) if i % 20]}, chats[::20]  # 二十段留出一段
+        mine, heldout, _ = own_chats(settings.dataset, settings.max_train_samples, settings.source)
+        return {"mine": mine}, heldout
     n = settings.max_train_samples
     if not is_real(settings):
         asked = world_questions(n, settings.seed, heldout=False)

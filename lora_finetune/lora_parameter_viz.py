@@ -7,6 +7,7 @@
     python lora_parameter_viz.py                       # SFT 的小模型再学"抽取"，全参数与 LoRA 各一次；约一分钟
     python lora_parameter_viz.py --r 1 --output_dir outputs/viz-r1
     python lora_parameter_viz.py --task recap --output_dir outputs/viz-recap
+    python lora_parameter_viz.py --dataset 我的对话.jsonl --output_dir outputs/viz-mine   # 学自己的对话，看留出损失
     python lora_parameter_viz.py --preset full         # Qwen1.5-0.5B，需要加速器
 
 预期输出（tiny，实测见本文件夹的 README.md）：全参数的 ΔW 要几十个方向才有九成，LoRA 的不到 r 个；可是只留最大的几个方向，答得一样好。
@@ -37,7 +38,7 @@ from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.sft import train_on_chats
 from nlp_common.train.stage import Stage
 from start import load_start
-from tasks import TASKS, accuracy, task_chats
+from tasks import NEW_TASKS, OWN, score, score_key, score_name, task_chats, use_own
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,8 +46,18 @@ if TYPE_CHECKING:
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B"
 PRESETS = {
-    "tiny": {"max_train_samples": 3200, "learning_rate": 5e-3, "full_learning_rate": 2e-3},
-    "full": {"max_train_samples": 4000, "learning_rate": 2e-4, "full_learning_rate": 2e-5},
+    "tiny": {
+        "dataset": "tiny_world",
+        "max_train_samples": 3200,
+        "learning_rate": 5e-3,
+        "full_learning_rate": 2e-3,
+    },
+    "full": {
+        "dataset": "tiny_world",
+        "max_train_samples": 4000,
+        "learning_rate": 2e-4,
+        "full_learning_rate": 2e-5,
+    },
 }
 LEVEL = 0.9  # 有效秩：几个方向才占平方和的九成
 KEPT = (1, 2, 4, 8, 16, 32)  # 全参数的 ΔW 只留最大的几个方向
@@ -62,7 +73,10 @@ class VizSettings(LoopSettings):
     }
     model: str | None = option("从哪个模型开始；默认是 Qwen 链 tiny 预设的 SFT 模型")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
-    task: str = option(f"学哪样：{'、'.join(TASKS)}", "extract")
+    dataset: str | None = option(
+        "学什么：tiny_world 照 --task；自己的对话给文件、文件夹或 hub 名，写法同 SFT"
+    )
+    task: str = option(f"小世界里学哪样：qa、{'、'.join(NEW_TASKS)}", "extract")
     r: int = option("LoRA 的秩", 8, COUNT)
     alpha_over_r: float = option("α/r：增量放大几倍", 2.0, POSITIVE)
     target: str = option("装在哪里：attention、mlp、all，或逗号隔开的层名", "all")
@@ -71,8 +85,10 @@ class VizSettings(LoopSettings):
     n_questions: int = option("留出几道题", 200, COUNT)
 
     def check(self) -> None:
-        if self.task not in TASKS:
-            raise UserError(f"--task 不认识 {self.task}，可以是 {'、'.join(TASKS)}。")
+        if self.task not in ("qa", *NEW_TASKS):
+            raise UserError(f"--task 不认识 {self.task}，可以是 qa、{'、'.join(NEW_TASKS)}。")
+        if self.dataset != "tiny_world":
+            self.task = OWN
 
 
 # ---------------------------------------------------------------- 1. 数
@@ -186,11 +202,13 @@ def keep_directions(start, full_model, parts: dict[str, tuple], k: int) -> torch
 
 def learn(stage: Stage, path: str) -> dict:
     settings = stage.settings
+    source = use_own(settings, settings.dataset)
     tokenizer, start = load_start(path, stage.device)
     chats = task_chats(settings.task, settings.max_train_samples, settings.seed)
     questions = task_chats(settings.task, settings.n_questions, seed=0, heldout=True)
-    score = partial(accuracy, tokenizer=tokenizer, task=settings.task, questions=questions)
-    metrics = {"accuracy_before": score(start)}
+    measure = partial(score, tokenizer=tokenizer, task=settings.task, questions=questions)
+    key = score_key(settings.task)
+    metrics = {f"{key}_before": measure(start)}
 
     # LoRA：装上，数，看一眼 B = 0 时什么也没变，再学
     model = copy.deepcopy(start)
@@ -203,14 +221,14 @@ def learn(stage: Stage, path: str) -> dict:
     work = partial(train, model=model, tokenizer=tokenizer, chats=chats, rate=settings.learning_rate)
     metrics["lora_seconds"] = run_part(stage, "lora", work, model)["seconds"]
     lora = {name: layer.delta().detach().cpu() for name, layer in lora_layers(model).items()}
-    metrics["accuracy_lora"] = score(merge_lora(model))
+    metrics[f"{key}_lora"] = measure(merge_lora(model))
 
     # 全参数：同样的对话，学习率小几倍
     model = copy.deepcopy(start)
     work = partial(train, model=model, tokenizer=tokenizer, chats=chats, rate=settings.full_learning_rate)
     metrics["full_seconds"] = run_part(stage, "full", work, model)["seconds"]
     full = full_deltas(start, model, names)
-    metrics["accuracy_full"] = score(model)
+    metrics[f"{key}_full"] = measure(model)
     metrics["full_outside_share"] = outside_share(start, model, full)
 
     rows = examine(start, full, lora)
@@ -221,14 +239,13 @@ def learn(stage: Stage, path: str) -> dict:
         metrics[f"{side}_norm_by_kind"] = mean_by(rows, "kind", f"{side}_norm")
         metrics[f"{side}_norm_by_layer"] = mean_by(rows, "layer", f"{side}_norm")
     parts = decompose(full)
-    metrics["accuracy_kept"] = {str(k): score(keep_directions(start, model, parts, k)) for k in (0, *KEPT)}
+    metrics[f"{key}_kept"] = {str(k): measure(keep_directions(start, model, parts, k)) for k in (0, *KEPT)}
     metrics["modules"] = rows
-    show(metrics)
-    source = {"name": "tiny_world", "kind": "builtin", "rows": settings.max_train_samples}
+    show(metrics, key, score_name(settings.task).split("|")[0])
     return stage.save(metrics, {"train": source}, partial(draw, rows=rows, full=full, lora=lora))
 
 
-def show(metrics: dict) -> None:
+def show(metrics: dict, key: str, what: str) -> None:
     print(f"在学的参数 {metrics['trainable']:,d}（{metrics['trainable_share']:.1%}）＝ Σ r(d_in + d_out)")
     print(f"刚装上（B = 0），logits 最多差 {metrics['start_logit_difference']:g}")
     print("矩阵                                有效秩：W   全参数 ΔW   LoRA ΔW    ‖ΔW‖/‖W‖：全参数   LoRA")
@@ -237,9 +254,9 @@ def show(metrics: dict) -> None:
             f"{row['name']:<34}{row['start_effective_rank']:>11d}{row['full_effective_rank']:>12d}"
             f"{row['lora_effective_rank']:>10d}{row['full_norm']:>22.3f}{row['lora_norm']:>8.3f}"
         )
-    print("全参数的 ΔW 只留最大的几个方向，答对几成：")
-    print("  ".join(f"{k} 个 {value:.3f}" for k, value in metrics["accuracy_kept"].items()))
-    print(f"  全留 {metrics['accuracy_full']:.3f}；LoRA {metrics['accuracy_lora']:.3f}")
+    print(f"全参数的 ΔW 只留最大的几个方向，{what}（学之前 {metrics[f'{key}_before']:.3f}）：")
+    print("  ".join(f"{k} 个 {value:.3f}" for k, value in metrics[f"{key}_kept"].items()))
+    print(f"  全留 {metrics[f'{key}_full']:.3f}；LoRA {metrics[f'{key}_lora']:.3f}")
 
 
 # ---------------------------------------------------------------- 5. 图

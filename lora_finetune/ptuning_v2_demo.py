@@ -6,6 +6,7 @@
 运行：
     python ptuning_v2_demo.py                                  # 学习率 × 几个虚拟 token × 从哪里开始，约三分钟
     python ptuning_v2_demo.py --virtual_tokens 16
+    python ptuning_v2_demo.py --dataset 我的对话.jsonl --output_dir outputs/mine   # 换口气换成学自己的对话，看留出损失
     python ptuning_v2_demo.py --gradient_checkpointing true    # 重算激活：PEFT 的前缀会丢，这里的不会
     python ptuning_v2_demo.py --preset full                    # Qwen1.5-0.5B-Chat，需要加速器
 
@@ -37,13 +38,13 @@ from nlp_common.train.sft import train_on_chats
 from nlp_common.train.stage import Stage
 from prompts import PrefixTuned, PromptTuned, PTuned
 from start import load_start
-from tasks import TASKS, accuracy, task_chats
+from tasks import NEW_TASKS, OWN, TASKS, score, score_key, score_name, task_chats, use_own
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B-Chat"
 PRESETS = {
-    "tiny": {"max_train_samples": 1500, "n_questions": 200},
-    "full": {"max_train_samples": 2000, "n_questions": 200},
+    "tiny": {"dataset": "tiny_world", "max_train_samples": 1500, "n_questions": 200},
+    "full": {"dataset": "tiny_world", "max_train_samples": 2000, "n_questions": 200},
 }
 KINDS = {"prefix": PrefixTuned, "prompt": PromptTuned, "p_tuning": PTuned}
 NAMES = {
@@ -71,7 +72,10 @@ class PromptSettings(LoopSettings):
     }
     model: str | None = option("从哪个模型开始；默认是 Qwen 链 tiny 预设的 SFT 模型")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
-    task: str = option(f"教什么：{'、'.join(list(TASKS)[1:])}", "courteous")
+    dataset: str | None = option(
+        "教什么：tiny_world 照 --task；自己的对话给文件、文件夹或 hub 名，写法同 SFT"
+    )
+    task: str = option(f"小世界里教什么：{'、'.join(NEW_TASKS)}", "courteous")
     new_skill: str = option("另教一样新的，与 LoRA 比", "extract")
     virtual_tokens: int = option("几个虚拟 token", 8, COUNT)
     learning_rate: float | None = option("前缀与提示的学习率")
@@ -80,10 +84,10 @@ class PromptSettings(LoopSettings):
 
     def check(self) -> None:
         for name in ("task", "new_skill"):
-            if getattr(self, name) not in list(TASKS)[1:]:
-                raise UserError(
-                    f"--{name} 不认识 {getattr(self, name)}，可以是 {'、'.join(list(TASKS)[1:])}。"
-                )
+            if getattr(self, name) not in NEW_TASKS:
+                raise UserError(f"--{name} 不认识 {getattr(self, name)}，可以是 {'、'.join(NEW_TASKS)}。")
+        if self.dataset != "tiny_world":
+            self.task = OWN
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def train_and_measure(part: Stage, trial: Trial, start, tokenizer) -> dict:
     trained = train_on_chats(part, trial.name, model, tokenizer, chats)
     learned = sum(p.numel() for p in trainable(model).values())
     return {
-        "accuracy": accuracy(model, tokenizer, trial.task, questions),
+        "score": score(model, tokenizer, trial.task, questions),
         "loss": trained.history[-1]["loss"] if trained.history else float("nan"),
         "trainable": learned,
         "trainable_share": learned / sum(p.numel() for p in start.parameters()),
@@ -159,55 +163,55 @@ def run_trial(stage: Stage, results: dict, trial: Trial, start, tokenizer) -> di
 
 def learn(stage: Stage, path: str) -> dict:
     settings = stage.settings
+    source = use_own(settings, settings.dataset)
     tokenizer, start = load_start(path, stage.device)
     m, rate, task = settings.virtual_tokens, settings.learning_rate, settings.task
     results: dict[Trial, dict] = {}
     run = partial(run_trial, stage, results, start=start, tokenizer=tokenizer)
 
     questions = task_chats(task, settings.n_questions, seed=0, heldout=True)
-    metrics: dict = {"qa_accuracy_before": accuracy(start, tokenizer, task, questions)}
+    key = score_key(task)
+    metrics: dict = {f"{key}_before": score(start, tokenizer, task, questions)}
     best = {kind: Trial(kind, m, rate, task=task) for kind in KINDS}
     best["p_tuning"] = Trial("p_tuning", m, P_TUNING_RATE, "random", task)  # 嵌入太小，小网络学得慢
     best["lora"] = Trial("lora", 4, settings.lora_learning_rate, task=task)
     for kind, trial in best.items():
         found = run(trial)
-        metrics[f"qa_accuracy_{kind}"] = found["accuracy"]
+        metrics[f"{key}_{kind}"] = found["score"]
         metrics[f"trainable_{kind}"] = found["trainable"]
     metrics["trainable_share"] = run(best["prefix"])["trainable_share"]
     # 照默认的来：初值 N(0, 1)，学习率 5e-5
     failing = Trial("prefix", m, DEFAULT_RATE, "random", task)
-    metrics["qa_accuracy_prefix_default"] = run(failing)["accuracy"]
-    metrics["qa_accuracy_prefix_random"] = run(replace(failing, rate=rate))["accuracy"]
+    metrics[f"{key}_prefix_default"] = run(failing)["score"]
+    metrics[f"{key}_prefix_random"] = run(replace(failing, rate=rate))["score"]
 
     by_rate: dict = {}
     by_width: dict = {}
     for kind in ("prefix", "prompt"):
-        by_rate[kind] = {f"{r:.0e}": run(replace(best[kind], rate=r))["accuracy"] for r in RATES}
+        by_rate[kind] = {f"{r:.0e}": run(replace(best[kind], rate=r))["score"] for r in RATES}
         widths = sorted({*WIDTHS, m})
-        by_width[kind] = {str(w): run(replace(best[kind], width=w))["accuracy"] for w in widths}
+        by_width[kind] = {str(w): run(replace(best[kind], width=w))["score"] for w in widths}
     new = {kind: replace(best[kind], task=settings.new_skill) for kind in ("prefix", "lora")}
     widths = sorted({1, m, 32})
-    by_width["prefix_new"] = {str(w): run(replace(new["prefix"], width=w))["accuracy"] for w in widths}
+    by_width["prefix_new"] = {str(w): run(replace(new["prefix"], width=w))["score"] for w in widths}
     metrics |= {"by_rate": by_rate, "by_width": by_width}
     for kind, trial in new.items():
-        metrics[f"new_skill_{kind}"] = run(trial)["accuracy"]
+        metrics[f"new_skill_{kind}"] = run(trial)["score"]
     show(metrics, settings)
-    source = {"name": "tiny_world", "kind": "builtin", "rows": settings.max_train_samples}
-    return stage.save(metrics, {"train": source}, partial(draw, metrics=metrics))
+    return stage.save(metrics, {"train": source}, partial(draw, metrics=metrics, task=task))
 
 
 def show(metrics: dict, settings: PromptSettings) -> None:
-    print(f"\n{TASKS[settings.task].title.split('|')[0]}（学之前 {metrics['qa_accuracy_before']:.3f}）")
-    print("                  参数      正确率")
+    key, what = score_key(settings.task), score_name(settings.task).split("|")[0]
+    print(f"\n{TASKS[settings.task].title.split('|')[0]}（学之前 {metrics[f'{key}_before']:.3f}）")
+    print(f"                  参数      {what}")
     for kind in (*KINDS, "lora"):
         title = NAMES[kind].split("|")[0]
         wide = 14 - sum(2 if ord(c) > 0x2E7F else 1 for c in title)
-        print(
-            f"  {title}{' ' * wide}{metrics[f'trainable_{kind}']:7,d}{metrics[f'qa_accuracy_{kind}']:11.3f}"
-        )
+        print(f"  {title}{' ' * wide}{metrics[f'trainable_{kind}']:7,d}{metrics[f'{key}_{kind}']:11.3f}")
     print(
-        f"前缀，初值 N(0, 1)：学习率 {DEFAULT_RATE:g} 是 {metrics['qa_accuracy_prefix_default']:.3f}，"
-        f"{settings.learning_rate:g} 是 {metrics['qa_accuracy_prefix_random']:.3f}"
+        f"前缀，初值 N(0, 1)：学习率 {DEFAULT_RATE:g} 是 {metrics[f'{key}_prefix_default']:.3f}，"
+        f"{settings.learning_rate:g} 是 {metrics[f'{key}_prefix_random']:.3f}"
     )
     for title, name in (("学习率", "by_rate"), ("几个虚拟 token", "by_width")):
         for kind, points in metrics[name].items():
@@ -217,7 +221,7 @@ def show(metrics: dict, settings: PromptSettings) -> None:
     print(f"新的一样（{new}）：前缀 {metrics['new_skill_prefix']:.3f}，LoRA {metrics['new_skill_lora']:.3f}")
 
 
-def draw(folder: Path, metrics: dict) -> None:
+def draw(folder: Path, metrics: dict, task: str) -> None:
     for name, title, xlabel in (
         ("by_rate", "学习率|Learning rate", "学习率（10 的几次方）|log10 learning rate"),
         ("by_width", "几个虚拟 token|Virtual tokens", "几个虚拟 token（2 的几次方）|log2 virtual tokens"),
@@ -227,10 +231,10 @@ def draw(folder: Path, metrics: dict) -> None:
             NAMES[kind]: ([log(float(x)) for x in points], list(points.values()))
             for kind, points in metrics[name].items()
         }
-        lines = {NAMES["lora"]: metrics["qa_accuracy_lora"]}
+        lines = {NAMES["lora"]: metrics[f"{score_key(task)}_lora"]}
         if name == "by_width":
             lines[NAMES["lora_new"]] = metrics["new_skill_lora"]
-        line_chart(folder / f"prompts_{name}.svg", series, title, xlabel, "正确率|accuracy", hlines=lines)
+        line_chart(folder / f"prompts_{name}.svg", series, title, xlabel, score_name(task), hlines=lines)
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from nlp_common.base.errors import UserError
+from nlp_common.data.chats import to_chats
+from nlp_common.data.rows import read_rows
 from nlp_common.lm import chat_rows
 from nlp_common.lm.chat_rows import chat_length, chat_row
 from nlp_common.lm.loading import load_chat_lm
 from nlp_common.lm.replies import reply_to
 from nlp_common.tiny import world
 from nlp_common.tiny.judge import judge
-from nlp_common.train.splits import drop_long
+from nlp_common.train.splits import distinct_rows, drop_long
 
 
 def load_start(path: str, device: torch.device):
@@ -37,3 +40,14 @@ def heldout_loss(model, tokenizer, chats: list[dict], max_length: int, batch_siz
     rows = [chat_row(tokenizer, chat["messages"]) for chat in chats]
     rows = drop_long(rows, chat_length, max_length, "留出数据")
     return chat_rows.heldout_loss(model, rows, tokenizer.pad_token_id, batch_size)
+
+
+def own_chats(dataset: str, limit: int, source: str) -> tuple[list[dict], list[dict], dict]:
+    """自己的对话（--dataset，写法同 SFT）→ (训练的, 留出的, 数据的来历)：去掉重复，二十段留出一段。"""
+    read = read_rows(dataset, limit=limit, source=source)
+    chats = distinct_rows(to_chats(read.rows, dataset), dataset)
+    if len(chats) < 2:
+        raise UserError(f"{dataset} 只有 {len(chats)} 段对话，至少要两段：一段训练，一段留出。")
+    train = [chat for i, chat in enumerate(chats) if i % 20]
+    print(f"{dataset}：训练 {len(train)} 段，留出 {len(chats) - len(train)} 段")
+    return train, chats[::20], read.source

@@ -1,17 +1,20 @@
-"""小世界里的几样活儿，答案都是知道的：问答（SFT 已经教过）、判断、抽取、回顾、倒着说，和换一种口气回答。
+"""要学的几样活儿。小世界里的答案都是知道的：问答（SFT 已经教过）、判断、抽取、回顾、倒着说，和换一种口气回答；
 
+自己的对话（--dataset）也是一样活儿，没有程序判对错，看留出的损失。
 一行是 ``{"messages": 以助手的回答结尾, "answer": 那句回答}``；留出的题也是它，只是不给模型看最后一句。
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from nlp_common.lm.replies import reply_to
 from nlp_common.tiny import world
-from start import qa_accuracy
+from start import heldout_loss, own_chats, qa_accuracy
 
 
 def draw_story(rng: random.Random, heldout: bool) -> tuple[str, dict[str, str]]:
@@ -65,8 +68,9 @@ def courteous(rng: random.Random, heldout: bool) -> tuple[str, str]:
 @dataclass(frozen=True)
 class Task:
     title: str  # 给人看的名字，"中文|English"
-    write: Callable[[random.Random, bool], tuple[str, str]] | None  # None：问答，用 world.py 里的
-    longest: int  # 回答最多几个 token：评测时写到这里为止
+    write: Callable[[random.Random, bool], tuple[str, str]] | None  # None：问答，用 world.py 里的；或自己的
+    longest: int  # 回答最多几个 token：评测时写到这里为止；自己的是整段对话最多几个
+    own: tuple[list[dict], list[dict]] | None = None  # 自己的对话：训练的、留出的
 
 
 TASKS = {
@@ -77,11 +81,25 @@ TASKS = {
     "reverse": Task("倒着说|reversal", reversal, 5),
     "courteous": Task("换口气|courteous", courteous, 32),
 }
+NEW_TASKS = tuple(TASKS)[1:]  # 模型还不会的：--task 可以是这些
+OWN = "mine"  # --dataset 给的那一样叫什么
+
+
+def use_own(settings, dataset: str | None, name: str = OWN) -> dict:
+    """--dataset 是自己的对话，就成为叫 name 的一样活儿；返回数据的来历，好写进 run.json。"""
+    if dataset in (None, "tiny_world"):
+        return {"name": "tiny_world", "kind": "builtin", "rows": settings.max_train_samples}
+    train, heldout, source = own_chats(dataset, settings.max_train_samples, settings.source)
+    title = Path(dataset).name
+    TASKS[name] = Task(f"{title}|{title}", None, settings.max_length, (train, heldout))
+    return source
 
 
 def task_chats(task: str, n: int, seed: int, heldout: bool = False) -> list[dict]:
-    """n 段对话；问答就是 world.py 的（训练的几轮一段，留出的是要回答的题）。"""
-    write = TASKS[task].write
+    """n 段对话；问答就是 world.py 的（训练的几轮一段，留出的是要回答的题）；自己的从头取，不够 n 段就全要。"""
+    write, own = TASKS[task].write, TASKS[task].own
+    if own is not None:
+        return own[heldout][:n]
     if write is None:
         return world.heldout_questions(n, seed) if heldout else world.chats(n, seed)
     rng = random.Random(f"{task}-{seed}-{heldout}")
@@ -91,6 +109,23 @@ def task_chats(task: str, n: int, seed: int, heldout: bool = False) -> list[dict
         messages = [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
         rows.append({"messages": messages, "answer": answer})
     return rows
+
+
+def score(model, tokenizer, task: str, questions: list[dict]) -> float:
+    """学得怎样，0 到 1。小世界的是正确率；自己的对话没有程序判对错，是 exp(−留出损失)：每个 token 平均给对的几成概率。"""
+    if TASKS[task].own is None:
+        return accuracy(model, tokenizer, task, questions)
+    return math.exp(-heldout_loss(model, tokenizer, questions, TASKS[task].longest))
+
+
+def score_key(task: str) -> str:
+    """score 在 run.json 里叫什么。"""
+    return "accuracy" if TASKS[task].own is None else "token_probability"
+
+
+def score_name(task: str) -> str:
+    """score 是什么，给人看的，"中文|English"。"""
+    return "正确率|accuracy" if TASKS[task].own is None else "exp(−留出损失)|exp(-held-out loss)"
 
 
 def accuracy(model, tokenizer, task: str, questions: list[dict]) -> float:

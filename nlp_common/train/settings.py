@@ -200,7 +200,7 @@ def parse_settings(
 def fingerprint(settings: LessonSettings, **more: Any) -> dict:
     """决定结果的一切：设置、本地数据的内容、进程数，以及 more（如上游模型的编号）。"""
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in settings.NOT_IN_FINGERPRINT}
-    for name in ("dataset", "eval_dataset", "reward_file"):
+    for name in ("dataset", "eval_dataset", "third_dataset", "reward_file"):
         if sha256 := data_sha256(values.get(name)):
             values[f"{name}_sha256"] = sha256
     if num_processes() > 1:  # 一步多少行，要乘上它

@@ -147,6 +147,6 @@ def _find_record(folder: RunFolder, wanted: dict, retrain: bool, reuse: str) -> 
 def show_metrics(metrics: dict) -> None:
     for name, value in metrics.items():
         if isinstance(value, float):
-            print(f"  {name:<28}{value:.4f}")
+            print(f"  {name:<27} {value:.4f}")
         elif not isinstance(value, (dict, list)):
-            print(f"  {name:<28}{value}")
+            print(f"  {name:<27} {value}")

@@ -23,9 +23,7 @@ def small(tmp_path, chat_folder, monkeypatch):
 
 def test_the_lesson(small, tmp_path, model, capsys):
     metrics = pd.main(small)["metrics"]
-    assert {"qa_accuracy_prefix", "qa_accuracy_prompt", "qa_accuracy_p_tuning", "trainable_share"} <= set(
-        metrics
-    )
+    assert {"accuracy_prefix", "accuracy_prompt", "accuracy_p_tuning", "trainable_share"} <= set(metrics)
     config = model.config
     assert metrics["trainable_prompt"] == 3 * config.hidden_size
     assert metrics["trainable_prefix"] == 3 * config.hidden_size * 2 * config.num_hidden_layers
@@ -47,7 +45,7 @@ def test_the_prefix_learns_and_the_model_does_not_move(small, monkeypatch, model
         learners.append(learner)
         return 0.0
 
-    monkeypatch.setattr(pd, "accuracy", measure)
+    monkeypatch.setattr(pd, "score", measure)
     pd.main([*small, "--gradient_checkpointing", "true"])
     learned = next(each for each in learners if isinstance(each, pd.PrefixTuned))
     text = pd.example_text(chat_tokenizer, task_chats("courteous", 16, 0), 3)
