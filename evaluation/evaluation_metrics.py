@@ -243,13 +243,17 @@ def constructed(question: dict, kind: str, number: int) -> str:
 def answer_all(settings: MetricsSettings, questions: list[dict]) -> list[dict]:
     """每个模型贪心答一遍、温度 1 采样答一遍 → 一份一个 dict：每道题的各项分与真的评判。"""
     systems = []
-    for name in split_names(settings.models):
+    names = split_names(settings.models)
+    shorts = [Path(name).name for name in names]
+    for name in names:
+        # 两个文件夹末尾同名，就用整个路径叫它
+        short = Path(name).name if shorts.count(Path(name).name) == 1 else name.strip("/").replace("/", "_")
         answerer = load_answerer(name, settings.source)
         for sampled in (False, True):
             said = replies(answerer, questions, MAX_REPLY, temperature=float(sampled), seed=settings.seed)
             system = {
-                "name": f"{Path(name).name}_{'sampled' if sampled else 'greedy'}",
-                "model": name,
+                "name": f"{short}_{'sampled' if sampled else 'greedy'}",
+                "model": short,
                 "id": answerer.id,
                 "sampled": sampled,
                 "replies": said,
@@ -291,10 +295,10 @@ def paired_with_sft(systems: list[dict], seed: int) -> dict:
         if "sft" not in sampled or name in ("sft", "pretrain"):
             continue
         ours, theirs = sampled[name], sampled["sft"]
-        found[Path(name).name] = {"judge": paired_difference(ours["judge"], theirs["judge"], seed)}
+        found[name] = {"judge": paired_difference(ours["judge"], theirs["judge"], seed)}
         for kind in ("one_reference", "all_references"):
             pair = ([row["bleu"] for row in system[kind]] for system in (ours, theirs))
-            found[Path(name).name][f"bleu_{kind}"] = paired_difference(*pair, seed)
+            found[name][f"bleu_{kind}"] = paired_difference(*pair, seed)
     return found
 
 
@@ -344,7 +348,7 @@ def write_systems(
         write_result(
             folder,
             f"tiny_answers_{'sampled' if system['sampled'] else 'greedy'}",
-            Path(system["model"]).name,
+            system["model"],
             rows,
             model_id=system["id"],
             seed=settings.seed,

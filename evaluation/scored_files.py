@@ -96,15 +96,13 @@ def score_file(stage: Stage) -> dict:
     settings = stage.settings
     names = [settings.file] + [settings.compare] * bool(settings.compare)
     files = [read_answers(name, settings.prediction_field, settings.reference_field) for name in names]
-    labels = [Path(name).stem for name in names]
+    labels = labels_of(names)
     if settings.simplified:
         for answers in files:
             answers.predictions = [to_simplified(said) for said in answers.predictions]
             answers.references = [[to_simplified(each) for each in row] for row in answers.references]
     if len(files) == 2:
         check_same_questions(names, files)
-        if labels[0] == labels[1]:
-            labels = [f"{Path(name).resolve().parent.name}_{Path(name).stem}" for name in names]
 
     metrics: dict = {"n": len(files[0].ids), "files": {}, "difference": {}}
     rows = {label: score_all(answers) for label, answers in zip(labels, files, strict=True)}
@@ -145,6 +143,21 @@ def score_file(stage: Stage) -> dict:
 
     data = {label: answers.source for label, answers in zip(labels, files, strict=True)}
     return stage.save(plain(metrics), data, write)
+
+
+def labels_of(names: list[str]) -> list[str]:
+    """文件在表里、结果里叫什么：不带后缀的文件名；两个同名就带上后缀，再不行带上文件夹。"""
+    paths = [Path(name).expanduser().resolve() for name in names]
+    if len(paths) == 2 and paths[0] == paths[1]:
+        raise UserError(f"--file 与 --compare 是同一个文件：{names[0]}。")
+    for labels in (
+        [p.stem for p in paths],
+        [p.name for p in paths],
+        [f"{p.parent.name}_{p.name}" for p in paths],
+    ):
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{letter}_{path.name}" for letter, path in zip("ab", paths, strict=False)]
 
 
 def score_all(answers: Answers) -> list[dict[str, float]]:

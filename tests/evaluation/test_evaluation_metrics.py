@@ -200,6 +200,20 @@ def test_faults_of_files_are_named(tmp_path, rows, more, message):
     assert message in str(error.value)
 
 
+def test_names_of_two_files(tmp_path):
+    one, other = tmp_path / "x", tmp_path / "y"
+    assert scored_files.labels_of(["p/a.jsonl", "b.jsonl"]) == ["a", "b"]
+    assert scored_files.labels_of(["a.jsonl", "a.csv"]) == ["a.jsonl", "a.csv"]
+    assert scored_files.labels_of([str(one / "a.jsonl"), str(other / "a.jsonl")]) == [
+        "x_a.jsonl",
+        "y_a.jsonl",
+    ]
+    deep = [str(one / "z" / "a.jsonl"), str(other / "z" / "a.jsonl")]
+    assert scored_files.labels_of(deep) == ["a_a.jsonl", "b_a.jsonl"]
+    with pytest.raises(UserError, match="同一个文件"):
+        scored_files.labels_of(["a.jsonl", "./a.jsonl"])
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
