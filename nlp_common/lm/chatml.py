@@ -10,12 +10,14 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+UNTRUSTED = ("user", "tool")  # 这几种角色的话是别人写的；system 是开发者写的，assistant 是模型写的
 
 # Qwen 的 ChatML；只有一处不同：不自动补 "You are a helpful assistant." 的 system 消息。
 CHAT_TEMPLATE = (
@@ -41,6 +43,28 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
+def encode_untrusted(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """用户、文档、工具写的内容 → token：什么控制符也不会冒出来。
+
+    encode_text 只切开"特殊"的控制符；Qwen3 的 <tool_call>、<think> 是加进词表而不算特殊的，照样会变成一个控制符。
+    在每个这样的字样里面切一刀，两边分开分词，就只是普通文字。
+    """
+    pattern = _added_words(tokenizer)
+    cuts = [found.start() + 1 for found in pattern.finditer(text)] if pattern else []
+    if not cuts:
+        return encode_text(tokenizer, text)
+    pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    return [token for ids in encode_texts(tokenizer, pieces) for token in ids]
+
+
+@functools.lru_cache(maxsize=64)
+def _added_words(tokenizer: PreTrainedTokenizerBase) -> re.Pattern | None:
+    """加进词表而不算特殊的那些字样；一个字的切不开，不在内。向前看着匹配，重叠的也一个不漏。"""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    words = sorted({token.content for token in added if not token.special and len(token.content) > 1})
+    return re.compile("(?=" + "|".join(map(re.escape, words)) + ")") if words else None
+
+
 @functools.lru_cache(maxsize=64)
 def _fixed(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """角色名、换行这些每段对话都有的文字，只分一次词。"""
@@ -58,6 +82,8 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> tup
     is_answer: list[int] = []
     contents = encode_texts(tokenizer, [message["content"] for message in messages])
     for message, ids in zip(messages, contents, strict=True):
+        if message["role"] in UNTRUSTED and _added_words(tokenizer):
+            ids = encode_untrusted(tokenizer, message["content"])
         header = [start, *_fixed(tokenizer, message["role"] + "\n")]
         content = [*ids, end]
         answer = int(message["role"] == "assistant" and message.get("weight") != 0)
