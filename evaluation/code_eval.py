@@ -25,6 +25,7 @@ from pathlib import Path
 
 from answering import find_answerer, split_names
 from code_answers import ABILITY, answers_of_all, code_of, load_tasks
+from contamination import check_questions
 from intervals import Interval, mean_interval
 from nlp_common.base.arguments import COUNT, POSITIVE, option
 from nlp_common.base.errors import UserError
@@ -64,10 +65,11 @@ class CodeSettings(LessonSettings):
     seconds: float = option("一份答案最多运行几秒", 5.0, POSITIVE)
     memory_mb: int = option("一份答案最多用多少 MB 内存", 512, COUNT)
     processes: int = option("同时运行几份答案", 2, COUNT)
-    check_contamination: str | None = option("拿题面与这个训练文件对一对：有没有连着的 13 个字早就在里面")
+    check_contamination: str | None = option("题面在这个训练文件里有没有：先查一遍（见 contamination.py）")
 
     def check(self) -> None:
         check_path(self.samples)
+        check_path(self.check_contamination)
         try:
             self.ks = sorted({int(each) for each in self.k.split(",")})
         except ValueError:
@@ -85,6 +87,8 @@ def evaluate(stage: Stage) -> dict:
     settings = stage.settings
     limits = Limits(settings.seconds, settings.memory_mb)
     tasks, source = load_tasks(settings.dataset)
+    if settings.check_contamination:
+        check_questions({task["task_id"]: task["prompt"] for task in tasks}, settings.check_contamination)
     print("沙箱：", *layers(), sep="\n  ")
     check_tasks(tasks, limits, settings.processes)
     metrics: dict = {"tasks": len(tasks), "dangerous_stopped": show_dangerous(limits)}
