@@ -27,6 +27,8 @@ from rag_common.tokenizers import Tokenizer, characters_and_bigrams
 K1, B = 1.5, 0.75
 BLOCK = 8192  # 一次添得多时，每这么多段建一节，排序用的内存有限
 SMALL = 8  # 不止这么多节，就把小的并起来
+DENSE = 0.1  # 过一成的段里都有的词，加分写成一整行
+KNOWN = 20_000  # 最多记住多少个词的加分
 GONE = 0.5  # 一节里过半不在了，就重写它
 
 
@@ -112,7 +114,11 @@ class BM25:
         scores = np.zeros(self._size, dtype=np.float32)
         for word, times in self._query_words(query).items():
             docs, impact = self._impacts(word)
-            scores[docs] += np.float32(times) * impact  # 一列里一段只出现一次，所以可以这样加
+            impact = impact if times == 1 else np.float32(times) * impact
+            if docs is None:
+                scores += impact
+            else:
+                np.add.at(scores, docs, impact)
         return scores
 
     def mask(self, names: Iterable[str]) -> np.ndarray:
@@ -132,16 +138,29 @@ class BM25:
                 words[word] = words.get(word, 0) + 1
         return words
 
-    def _impacts(self, word: int) -> tuple[np.ndarray, np.ndarray]:
-        """一个词给哪些段加分、各加多少：idf · tf / (tf + 长度的那一项)。常用的词记住，索引变了就作废。"""
+    def _impacts(self, word: int) -> tuple[np.ndarray | None, np.ndarray]:
+        """一个词给哪些段加分、各加多少：idf · tf / (tf + 长度的那一项)。算过的记住，索引变了就作废。
+
+        到处都有的字（的、是、国）写成整行 (D,)，哪些段是 None：整行相加比挑着加快几倍。
+        """
         if word not in self._known:
             parts = [segment.postings(word) for segment in self.segments]
             starts = [self._start[id(segment)] for segment in self.segments]
-            docs = np.concatenate([docs + start for (docs, _), start in zip(parts, starts, strict=True)])
-            counts = np.concatenate([counts for _, counts in parts])
+            empty = np.zeros(0, dtype=np.float32)  # 一节也没有时
+            shifted = [docs + start for (docs, _), start in zip(parts, starts, strict=True)]
+            docs = np.concatenate([empty, *shifted]).astype(np.int64)
+            counts = np.concatenate([empty, *[counts for _, counts in parts]])
             n, df = len(self.places), len(docs)
             idf = np.log(1 + (n - df + 0.5) / (df + 0.5))
-            self._known[word] = (docs, (idf * (counts / (counts + self._norm[docs]))).astype(np.float32))
+            impact = (idf * (counts / (counts + self._norm[docs]))).astype(np.float32)
+            if len(self._known) >= KNOWN:
+                self._known.clear()
+            if df > self._size * DENSE:
+                row = np.zeros(self._size, dtype=np.float32)
+                row[docs] = impact
+                self._known[word] = (None, row)
+            else:
+                self._known[word] = (docs, impact)
         return self._known[word]
 
     # ------------------------------------------------------------ 添、改、删
@@ -220,7 +239,7 @@ class BM25:
         average = lengths[alive].mean(dtype=np.float64) if alive.any() else 1.0
         average = average or 1.0  # 全是空的段
         self._norm = (self.k1 * (1 - self.b + self.b * lengths / average)).astype(np.float32)  # (D,)
-        self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._known: dict[int, tuple[np.ndarray | None, np.ndarray]] = {}
 
     # ------------------------------------------------------------ 存、读
 

@@ -70,7 +70,9 @@ class TransformerEmbedder:
 
     def __init__(self, name: str, threads: int = 1):
         from transformers import AutoModel, AutoTokenizer, BertModel
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         path = require_model(name)
         kind = check_config(path).get("model_type") or "bert"
         # BERT 的 [CLS] 上还有一层只给"下一句"任务用的 pooler：句向量不用它，e5 的文件里也没有
