@@ -49,7 +49,7 @@ N, AT_LEAST = 8, 0.7  # 默认：8 个字一组，盖住七成就算泄漏
 TOKEN = re.compile(r"[\u3400-\u9fff]|[a-z0-9]+")  # 一个汉字、一个英文词、一个数
 SHORTEST = 5  # 题目不到这么多字，碰巧也会一样，不查
 PRESETS = {
-    "tiny": {"max_train_samples": 800, "learning_rate": 3e-3, "num_train_epochs": 3.0},
+    "tiny": {"max_train_samples": 400, "learning_rate": 3e-3, "num_train_epochs": 3.0},
     "full": {"max_train_samples": 4000, "learning_rate": 3e-3, "num_train_epochs": 3.0},
 }
 
@@ -66,8 +66,8 @@ class LeakSettings(LoopSettings):
     train: str | None = option("只查：训练数据的文件或文件夹（json、jsonl、csv、tsv、parquet、txt）")
     n: int = option("几个字一组", N, Limits(at_least=2))
     at_least: float = option("盖住题目的几成算泄漏", AT_LEAST, SHARE)
-    leaked: int = option("课上：埋几道题", 60, COUNT)
-    copies: int = option("课上：埋的题在训练数据里各出现几次", 8, COUNT)
+    leaked: int = option("课上：埋几道题", 80, Limits(at_least=4))
+    copies: int = option("课上：埋的题在训练数据里各出现几次", 12, COUNT)
 
     def check(self) -> None:
         if bool(self.questions) != bool(self.train):
@@ -187,40 +187,34 @@ KINDS = {
     "verbatim": "原样|verbatim",
     "punctuation": "改了标点、全半角|other punctuation",
     "half": "只抄了前一半|first half only",
-    "statement": "换了说法|said another way",
+    "reworded": "换了说法|reworded",
 }
-ASKING = re.compile(r"(哪一[个条种]|哪[个座位条种]|什么|多少|谁|几[个条月岁])")
 
 
-def planted(question: Question, kind: str) -> str | None:
-    """题目埋进训练数据时的样子；换不成这种样子的题是 None。"""
+def planted(question: Question, kind: str, reworded: dict[str, str]) -> str:
+    """题目埋进训练数据时的样子。"""
     if kind == "verbatim":
         return question.text
-    if kind == "punctuation":
+    if kind == "punctuation":  # 标点换成半角的，字与字之间添上空格
         text = question.text.translate(str.maketrans("，？：“”《》", ',?:""<>'))
-        return " ".join(re.findall(r"[a-zA-Z0-9]+|.", text)).upper()  # 字与字之间添上空格
+        return " ".join(re.findall(r"[a-zA-Z0-9]+|\S", text)).upper()
     if kind == "half":
         return question.text[: len(question.text) // 2] + "……"
-    answer = question.options[question.answer]  # 问句变成陈述句，再颠倒过来说
-    if not (found := ASKING.search(question.text)):
-        return None
-    before, after = question.text[: found.start()], question.text[found.end() :].strip("？?")
-    return f"{answer}，{after}说的就是{before}" if len(before) > 3 else f"说到{after}，要数{answer}"
+    return reworded[question.text]
 
 
 def plant(questions: list[Question], count: int, seed: int) -> tuple[dict[str, str], list[dict]]:
-    """→ ({题的编号: 怎样埋的}, 埋进训练数据的对话)；各种样子轮流。"""
-    rng = random.Random(f"leak-{seed}")
+    """→ ({题的编号: 怎样埋的}, 埋进训练数据的对话)；四种样子一样多，换说法的是人写好的（reworded_zh.jsonl）。"""
+    reworded = {row["question"]: row["reworded"] for row in read_file(HOME / "reworded_zh.jsonl")}
+    others = [each for each in questions if each.text not in reworded]
+    chosen = [each for each in questions if each.text in reworded][: count // 4]
+    random.Random(f"leak-{seed}").shuffle(others)
     kinds, chats = {}, []
-    for question in rng.sample(questions, len(questions)):
-        kind = list(KINDS)[len(kinds) % len(KINDS)]
-        text = planted(question, kind)
-        if text is None:
-            continue
+    for place, question in enumerate([*others[: count - len(chosen)], *chosen]):
+        kind = "reworded" if question in chosen else list(KINDS)[place % 3]
         kinds[question.id] = kind
+        text = planted(question, kind, reworded)
         chats.append({"messages": _qa(text, question.options[question.answer])})
-        if len(kinds) == count:
-            break
     return kinds, chats
 
 
@@ -262,8 +256,10 @@ def right_answers(model, tokenizer, questions: list[Question]) -> dict[str, floa
 def learn(stage: Stage, path: str) -> dict:
     settings: LeakSettings = stage.settings
     questions, _ = load_questions("knowledge_zh", settings.seed)
-    if settings.leaked >= len(questions):
-        raise UserError(f"--leaked 要小于题数 {len(questions)}：没埋的题才看得出差别。")
+    if settings.leaked > len(questions) - 20:
+        raise UserError(
+            f"--leaked 至多 {len(questions) - 20}（共 {len(questions)} 道）：要留下没埋的题来比。"
+        )
     kinds, leaks = plant(questions, settings.leaked, settings.seed)
     chats = world.chats(settings.max_train_samples, settings.seed)
     found = overlaps(

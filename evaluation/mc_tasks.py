@@ -27,7 +27,7 @@ from typing import Any
 from mc_score import Ask
 from mc_templates import Writer, joined
 from nlp_common.base.errors import UserError
-from nlp_common.data.files import read_file
+from nlp_common.data.files import READERS, read_file
 from nlp_common.data.rows import read_rows
 
 FEWSHOT_SEED = 1234  # lm_eval 的 --seed 默认是 0,1234,1234,1234，最后一个管例题
@@ -122,10 +122,8 @@ def read_split(config: dict, split: str, dataset: str | None = None, source: str
     """一份题；每行还带着 _place，说得出它在哪个文件的哪一行。"""
     name, kwargs = config.get("dataset_path"), dict(config.get("dataset_kwargs") or {})
     if dataset:
-        found = read_rows(dataset, split=split, source=source)
-        if found.source["split"] != split and found.source["kind"] == "folder":
-            raise UserError(f"{dataset} 里没有 {split} 这一份（有的是 {found.source['split']}）。")
-        return _placed(found.rows, [Path(dataset)] if Path(dataset).is_file() else [])
+        files = split_files(Path(dataset).expanduser(), split, config.get("dataset_name"))
+        return _placed([row for file in files for row in read_file(file)], files)
     if name in LOADERS:
         files = _files(config, split, kwargs.pop("data_files", None))
         kwargs.pop("trust_remote_code", None)
@@ -141,6 +139,26 @@ def read_split(config: dict, split: str, dataset: str | None = None, source: str
         return _placed(read_rows(whole, split=split, source=source).rows, [])
     except UserError as error:
         raise UserError(f"{error}\n题在本地有一份的话，用 --dataset 指到那个文件或文件夹。") from error
+
+
+def split_files(place: Path, split: str, name: str | None) -> list[Path]:
+    """--dataset 里的这一份：一个文件就是它；文件夹里找 val.csv、law_val.csv、val/law.csv、law/val-00000-of-00001.parquet 这样的。"""
+    if place.is_file():
+        return [place]
+    if not place.is_dir():
+        raise UserError(f"没有 --dataset {place}：要一个题目文件，或放着各份题的文件夹。")
+    part = rf"{re.escape(split)}(-\d+-of-\d+)?"
+    names = [part] if not name else [part, rf"{re.escape(name)}[_-]{part}"]
+    folders = [place, place / "data", place / split, *([place / name] if name else [])]
+    for folder in folders:
+        inside = sorted(each for each in folder.glob("*") if each.suffix.lower() in READERS)
+        wanted = [*names, re.escape(name)] if name and folder.name == split else names
+        if found := [each for each in inside if re.fullmatch("|".join(wanted), each.stem)]:
+            return found
+    have = "、".join(sorted(each.name for each in place.iterdir())[:20])
+    raise UserError(
+        f"--dataset {place} 里没有 {split} 这一份{f'（{name}）' if name else ''}；里面有：{have}。"
+    )
 
 
 def _files(config: dict, split: str, data_files: Any) -> list[Path]:

@@ -190,6 +190,8 @@ def _read_csv(path: Path) -> Iterator[dict]:
     for line, cells in _table(path):
         if not header:
             header = [cell.strip() for cell in cells]
+            if len(header) > 1 and not header[0]:
+                header[0] = "Unnamed: 0"  # pandas 的 to_csv 默认把行号写在没有名字的头一栏；照它读回来的叫法
             if len(set(header)) < len(header) or "" in header:
                 raise UserError(f"{path} 第 {line} 行（表头）有空的或重复的列名：{header}")
         elif len(cells) != len(header):

@@ -239,6 +239,12 @@ def test_bad_files_name_the_file_and_the_line(tmp_path, filename, content, expec
         assert part in message
 
 
+def test_the_index_column_of_pandas_has_no_name(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(",text\n0,你好\n1,再见\n", encoding="utf-8")
+    assert list(read_file(path)) == [{"Unnamed: 0": "0", "text": "你好"}, {"Unnamed: 0": "1", "text": "再见"}]
+
+
 @pytest.mark.parametrize(
     "filename, content, expected",
     [
