@@ -74,12 +74,12 @@ def read_answer(text: str, passages: int) -> Answer:
 
 
 class Extractive:
-    """不要模型：与问题相同的字、字对（按稀少加权）最多的一句抄下来。没有一句够像，就说没有。"""
+    """不要模型：与问题相同的字、字对（越少见的越算数）最多的一句抄下来。相同的字对太少，就说没有。"""
 
     name = "extract"
 
-    def __init__(self, at_least: float = 0.3):
-        self.at_least = at_least  # 问题里的字、字对（加权）至少有几成在那一句里
+    def __init__(self, at_least: float = 0.2):
+        self.at_least = at_least  # 问题里的字对至少有几成在那一句里
 
     def answer(self, questions: Sequence[str], passages: Sequence[Sequence[str]]) -> list[Answer]:
         return [self._one(question, texts) for question, texts in zip(questions, passages, strict=True)]
@@ -91,16 +91,14 @@ class Extractive:
             for start, end in split_sentences(text)
             if text[start:end].strip()
         ]
-        words = [set(characters_and_bigrams(line)) for _, line in lines]
         asked = set(characters_and_bigrams(question))
-        weight = {word: 1 / (1 + sum(word in each for each in words)) for word in asked}
-        total = sum(weight.values()) or 1.0
-        best, score = None, 0.0
-        for place, each in enumerate(words):
-            share = sum(weight[word] for word in asked & each) / total
-            if share > score:
-                best, score = place, share
-        if best is None or score < self.at_least:
+        shared = [asked & set(characters_and_bigrams(line)) for _, line in lines]
+        scores = [sum(1 / sum(word in each for each in shared) for word in words) for words in shared]
+        if not scores:
+            return Answer(NOT_FOUND)
+        best = max(range(len(lines)), key=scores.__getitem__)
+        pairs = sum(len(word) > 1 for word in asked)
+        if sum(len(word) > 1 for word in shared[best]) < max(1, self.at_least * pairs):
             return Answer(NOT_FOUND)
         number, line = lines[best]
         return Answer(f"{line}[{number + 1}]", [number])
