@@ -47,18 +47,17 @@ PRESETS = {
     "tiny": {
         "dataset": "tiny_world",
         "models": "sft,dpo,ppo",
-        "n": 300,
         "max_new_tokens": MAX_REPLY,
         "learning_rate": 5e-4,
     },
     "full": {
         "dataset": "general",
         "models": "Qwen/Qwen1.5-0.5B-Chat",
-        "n": 450,
         "max_new_tokens": 512,
         "learning_rate": 5e-4,
     },
 }
+BUILT_IN = {"tiny_world": 300, "general": 450}  # 自带的题，默认出几道
 STEPS = 80  # 链上的模型，拿检查器当奖励训练几步
 SHIFTS = 10  # 每个回答换到几道别的题上
 
@@ -71,7 +70,7 @@ class IfevalSettings(LessonSettings):
     source: str = option("hub 名从哪里下载", "hf", choices=("hf", "modelscope"))
     dataset: str | None = option("题目：tiny_world、general（45 种要求的中文题），或 IFEval 格式的文件")
     skip_unknown: bool = option("题目文件里不认识的要求：跳过那道题，不停下来", False)
-    n: int | None = option("几道题；题目文件是最多用前几道", limits=COUNT)
+    n: int | None = option("几道题；默认小世界 300 道，general 450 道，题目文件全部", limits=COUNT)
     answers: list[str] | None = option(  # noqa: RUF009
         "不用模型，评这些文件里的回答：一个模型一个文件，一行一个 prompt（或 key）与 response"
     )
@@ -174,12 +173,13 @@ def evaluate(stage: Stage, rows: list[dict]) -> dict:
 
 def load_prompts(settings: IfevalSettings) -> list[dict]:
     """题目，每道带 "messages"；内置的还带 "example"（合格的回答），小世界的再带 "question"（判对错用）。"""
+    n = settings.n or BUILT_IN.get(settings.dataset)
     if settings.dataset == "tiny_world":
-        rows = tiny_prompts(settings.n, settings.seed)
+        rows = tiny_prompts(n, settings.seed)
     elif settings.dataset == "general":
-        rows = general_prompts(settings.n, settings.seed)
+        rows = general_prompts(n, settings.seed)
     else:
-        rows = read_instruction_file(settings.dataset, settings.n, settings.skip_unknown)
+        rows = read_instruction_file(settings.dataset, n, settings.skip_unknown)
     return [as_question(row) for row in rows]
 
 
