@@ -20,6 +20,7 @@ from nlp_common.lm.losses import IGNORE, token_logps
 from nlp_common.lm.replies import score_replies
 from nlp_common.tiny.world import OPENINGS
 from nlp_common.train.chain import QWEN_SCRIPTS, chain_model
+from nlp_common.train.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,14 +95,38 @@ def courtesy(model, tokenizer, sides: list[dict], batch_size: int = 128) -> np.n
 
 def good_over_bad(model, tokenizer, sides: list[dict]) -> np.ndarray:
     """真模型：接着写好词比接着写坏词，对数概率高多少。人名常不常见，两个词上一样，减掉了。"""
-    prompts = [encode_text(tokenizer, side["text"]) for side in sides]
-    good = continuation_logps(
-        model, tokenizer, prompts, [encode_text(tokenizer, side["good"]) for side in sides]
-    )
-    bad = continuation_logps(
-        model, tokenizer, prompts, [encode_text(tokenizer, side["bad"]) for side in sides]
-    )
-    return good - bad
+    words: dict[str, set] = {}  # 同一句话后面要接的词：句子只算一遍
+    for side in sides:
+        words.setdefault(side["text"], set()).update((side["good"], side["bad"]))
+    bar = progress_bar("打分", len(words), 0)
+    known = {}
+    for text, after in words.items():
+        known[text] = word_logps(model, tokenizer, text, sorted(after))
+        bar.update(1)
+    bar.close()
+    return np.array([known[side["text"]][side["good"]] - known[side["text"]][side["bad"]] for side in sides])
+
+
+@torch.no_grad()
+def word_logps(model, tokenizer, text: str, words: list[str]) -> dict[str, float]:
+    """text 后面接着写每个词的对数概率；text 只前向一遍，词的后几个 token 从它的缓存接着算。"""
+    start = torch.tensor([encode_text(tokenizer, text)], device=model.device)
+    endings = [encode_text(tokenizer, word) for word in words]
+    out = model(input_ids=start, use_cache=True)
+    first = out.logits[0, -1].double().log_softmax(-1)  # (V,)
+    logps = [float(first[ending[0]]) for ending in endings]
+    longer = [i for i, ending in enumerate(endings) if len(ending) > 1]
+    if longer:
+        width = max(len(endings[i]) for i in longer)
+        ids = torch.zeros(len(longer), width, dtype=torch.long, device=model.device)  # 右填充，前面的看不到它
+        for row, i in enumerate(longer):
+            ids[row, : len(endings[i])] = torch.tensor(endings[i])
+        out.past_key_values.batch_repeat_interleave(len(longer))
+        logits = model(input_ids=ids[:, :-1], past_key_values=out.past_key_values, use_cache=True).logits
+        rest = logits.double().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]  # (词, width−1)
+        for row, i in enumerate(longer):
+            logps[i] += float(rest[row, : len(endings[i]) - 1].sum())
+    return dict(zip(words, logps, strict=True))
 
 
 @torch.no_grad()

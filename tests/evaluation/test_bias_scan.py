@@ -152,6 +152,21 @@ def test_continuations_are_scored_one_by_one(model, chat_tokenizer):
         assert score == pytest.approx(true, abs=1e-4)
 
 
+def test_shared_prefixes_change_nothing(model, chat_tokenizer):
+    """句子只算一遍，与一句一词地算相同；词有一个 token 的，有好几个的。"""
+    from nlp_common.lm.chatml import encode_text
+
+    text, words = "大家都觉得小刚很", ["好", "高兴", "不高兴得很"]
+    ours = sc.word_logps(model, chat_tokenizer, text, words)
+    prompts = [encode_text(chat_tokenizer, text)] * len(words)
+    slow = sc.continuation_logps(
+        model, chat_tokenizer, prompts, [encode_text(chat_tokenizer, w) for w in words]
+    )
+    assert list(ours.values()) == pytest.approx(slow.tolist(), abs=1e-4)
+    sides = [{"text": text, "good": "好", "bad": "高兴"}]
+    assert sc.good_over_bad(model, chat_tokenizer, sides)[0] == pytest.approx(slow[0] - slow[1], abs=1e-4)
+
+
 class Biased:
     """假的打分的人：只对"性别"偏。"""
 
