@@ -370,3 +370,11 @@ def test_a_bias_learned_from_skewed_data_is_found(tmp_path):
     assert planted["skewed"]["gender_difference"] == pytest.approx(planted["true_difference"], rel=0.35)
     assert planted["fair"]["gender_found"] == 0
     assert metrics["power"] == pytest.approx(0.51, abs=0.05) and metrics["false_alarms"] <= 0.06
+
+
+def test_the_formula_of_power_agrees_with_the_simulation():
+    for effect in (0.1, 0.2, 0.3):
+        assert bs.expected_power(effect, 200) == pytest.approx(
+            bt.simulate(effect, families=600)["power"], abs=0.06
+        )
+    assert bs.expected_power(0.0, 200) == pytest.approx(0.05 / 8)
