@@ -149,9 +149,11 @@ def show_agreement(table: dict, title: str) -> None:
     for level, each in table["alpha"].items():
         print(row(f"Krippendorff α，{LEVELS[level]}", [f"{bounds(each)}，n={each.n}"], 26))
     if "fleiss" in table:
-        print(row("Fleiss κ", [f"{table['fleiss']:.3f}"], 26))
+        print(row("Fleiss κ", ["—" if math.isnan(table["fleiss"]) else f"{table['fleiss']:z.2f}"], 26))
     else:
         print(row("Fleiss κ", ["有缺的，不能算"], 26))
+    if all(math.isnan(each.value) for each in table["alpha"].values()):
+        print("  所有的分都一样：没有碰巧可言，κ 与 α 没有定义（—），只能说一致的比例。")
     print(row("两个人", ["一致", "Cohen κ", "平方加权 κ", "AC1"], 26, 26))
     for name, pair in table["pairs"].items():
         weighted = bounds(pair["kappa_quadratic"]) if "kappa_quadratic" in pair else "—"

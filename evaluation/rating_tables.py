@@ -41,7 +41,7 @@ class Ratings:
 def read_ratings(path: str, order: str | None = None) -> Ratings:
     """读一张打分表。order 是 ``差,中,好`` 这样从低到高的各级；没给，分就要是数（不是数就只算名目的）。"""
     rows = read_rows(path).rows
-    columns = [str(name) for name in rows[0]]
+    columns = [str(name) for name in dict.fromkeys(name for row in rows for name in row)]
     item = _one_of(columns, ITEM)
     rater, rating = _one_of(columns, RATER), _one_of(columns, RATING)
     if rater and rating:
@@ -51,32 +51,37 @@ def read_ratings(path: str, order: str | None = None) -> Ratings:
         table = [[_value(row.get(name)) for name in raters] for row in rows]
     if len(raters) < 2:
         raise UserError(f"{path} 里只有 {len(raters)} 个人打分：至少要两个。{FORMS}")
+    scored = [rating] if rater and rating else raters  # 放着分的栏
     levels = sorted({value for row in table for value in row if value is not None})
     if not levels:
         raise UserError(f"{path} 里一个分也没有。{FORMS}")
     level = "nominal"
+    numbers = [_number(value) for value in levels]
     if order:
         level = "ordinal"
-        known = [part.strip() for part in order.replace("，", ",").split(",")]
-        for place, row in enumerate(table):
-            if unknown := [value for value in row if value is not None and value not in known]:
-                where = (
-                    row_place(Path(path).expanduser(), place)
-                    if not (rater and rating)
-                    else f"第 {place + 1} 样"
-                )
-                raise UserError(f"{path} {where}的 {unknown[0]!r} 不在 --order {order} 里。")
-        levels = known
-    else:
-        numbers = [_number(value) for value in levels]
-        if all(number is not None for number in numbers):
-            level = "interval"
-            table = [[None if value is None else _number(value) for value in row] for row in table]
-            levels = sorted(number for number in numbers if number is not None)
-            levels = list(dict.fromkeys(levels))  # "3" 与 "3.0" 是同一级
+        levels = [part.strip() for part in order.replace("，", ",").split(",")]
+        check_known(path, rows, set(levels), f"不在 --order {order} 里", scored)
+    elif all(number is not None for number in numbers):
+        level = "interval"
+        table = [[None if value is None else _number(value) for value in row] for row in table]
+        levels = sorted({number for number in numbers if number is not None})  # "3" 与 "3.0" 是同一级
+    elif any(number is not None for number in numbers):
+        known = {text for text, number in zip(levels, numbers, strict=True) if number is not None}
+        fault = "不是数，别的分是数：写错了就改，不是打分的栏就删去，分本来就是字就用 --order 写出各级"
+        check_known(path, rows, known, fault, scored)
     if not any(sum(value is not None for value in row) > 1 for row in table):
         raise UserError(f"{path} 里没有一样东西有两个人打分：无从比较。{FORMS}")
     return Ratings(raters, table, levels, level)
+
+
+def check_known(path: str, rows: list[dict], known: set, fault: str, columns: Sequence[str]) -> None:
+    """columns 这几栏里的每个分都在 known 里；不在的是 UserError，说出第几行、哪一栏。"""
+    for place, row in enumerate(rows):
+        for name in columns:
+            value = _value(row.get(name))
+            if value is not None and value not in known:
+                where = row_place(Path(path).expanduser(), place)
+                raise UserError(f"{path} {where}的 {name} 是 {value!r}，{fault}。")
 
 
 FORMS = "表要写成 item,甲,乙,丙（一个人一栏），或 item,rater,rating（一个分一行）。"

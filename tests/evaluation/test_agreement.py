@@ -192,6 +192,15 @@ def test_wide_and_long_tables_are_the_same(tmp_path):
     assert found[0].rows == [[5, 4, None], [3, 3, 2], [None, 1, 1]] and found[0].level == "interval"
 
 
+def test_a_rater_who_comes_late(tmp_path):
+    """jsonl 里第一行没有的人，后面打了分也算。"""
+    path = write(
+        tmp_path / "r.jsonl", '{"item": 1, "甲": 5, "乙": 4}\n{"item": 2, "甲": 1, "乙": 2, "丙": 3}\n'
+    )
+    found = rating_tables.read_ratings(path)
+    assert found.raters == ["甲", "乙", "丙"] and found.rows == [[5, 4, None], [1, 2, 3]]
+
+
 def test_words_need_an_order(tmp_path):
     path = write(tmp_path / "words.csv", "item,甲,乙\n1,好,好\n2,中,差\n3,差,中\n")
     assert rating_tables.read_ratings(path).level == "nominal"
@@ -209,7 +218,10 @@ def test_words_need_an_order(tmp_path):
         ("item,甲\n1,5\n", None, "只有 1 个人"),
         ("item,甲,乙\n1,5,\n2,,3\n", None, "没有一样东西有两个人"),
         ("item,甲,乙\n1,,\n", None, "一个分也没有"),
-        ("item,甲,乙\n1,好,坏\n2,好,棒\n", "坏,好", "第 3 行的 '棒'"),
+        ("item,甲,乙\n1,好,坏\n2,好,棒\n", "坏,好", "第 3 行的 乙 是 '棒'，不在 --order"),
+        ("item,rater,rating\n1,甲,好\n1,乙,棒\n", "坏,好", "第 3 行的 rating 是 '棒'"),
+        ("item,甲,乙\n1,5,4\n2,3,abc\n", None, "第 3 行的 乙 是 'abc'，不是数"),
+        ("item,text,甲,乙\n1,小刚去了花园,5,4\n", None, "第 2 行的 text 是 '小刚去了花园'"),
         ("rater,rating\n甲,5\n乙,4\n", None, "没有 item"),
         ("item,rater,rating\n1,甲,5\n1,甲,4\n", None, "第 3 行：甲 给 1 打过分了"),
         ("item,rater,rating\n1,,5\n", None, "第 2 行的 rater 是空的"),
