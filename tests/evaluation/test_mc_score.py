@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from benchmarks_mc import picks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -17,6 +16,7 @@ from transformers import (
 )
 
 import mc_score
+from benchmarks_mc import picks
 from mc_score import Ask, encode, log_likelihoods, max_length, same_beginnings, too_long
 from mc_tasks import build_items, load_task
 from nlp_common.base.errors import UserError
