@@ -41,7 +41,7 @@ from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.sft import train_on_chats
 from nlp_common.train.stage import Stage
 from prompts import PrefixTuned, PromptTuned, PTuned
-from start import load_start
+from start import is_real, load_start
 from tasks import NEW_TASKS, OWN, score, score_key, score_name, task_chats, use_own
 
 HOME = Path(__file__).resolve().parent
@@ -55,23 +55,24 @@ PRESETS = {
 @dataclass(frozen=True)
 class Method:
     title: str  # 给人看的名字，"中文|English"
-    rate: float  # 学习率：各自试出来的
+    rate: float  # 学习率：小世界的模型，各自试出来的
+    real_rate: float  # 真的模型：照论文里常用的
     r: int = 0
 
 
 METHODS = {
-    "full": Method("全参数|full", 1e-3),
-    "biases": Method("只学偏置|BitFit", 1e-2),
-    "lora_r1": Method("LoRA r=1", 1e-2, 1),
-    "lora_r4": Method("LoRA r=4", 1e-2, 4),
-    "lora_r16": Method("LoRA r=16", 1e-2, 16),
-    "rslora_r16": Method("rsLoRA r=16", 5e-3, 16),
-    "dora_r4": Method("DoRA r=4", 1e-2, 4),
-    "nf4_lora_r4": Method("4 位底座 + LoRA r=4|NF4 + LoRA r=4", 1e-2, 4),
-    "ia3": Method("(IA)³|IA3", 3e-2),
-    "prefix": Method("前缀 8|prefix 8", 1e-1),
-    "prompt": Method("提示 8|prompt 8", 1e-1),
-    "p_tuning": Method("P-Tuning 8", 1e-2),
+    "full": Method("全参数|full", 1e-3, 2e-5),
+    "biases": Method("只学偏置|BitFit", 1e-2, 1e-3),
+    "lora_r1": Method("LoRA r=1", 1e-2, 2e-4, 1),
+    "lora_r4": Method("LoRA r=4", 1e-2, 2e-4, 4),
+    "lora_r16": Method("LoRA r=16", 1e-2, 2e-4, 16),
+    "rslora_r16": Method("rsLoRA r=16", 5e-3, 1e-4, 16),
+    "dora_r4": Method("DoRA r=4", 1e-2, 2e-4, 4),
+    "nf4_lora_r4": Method("4 位底座 + LoRA r=4|NF4 + LoRA r=4", 1e-2, 2e-4, 4),
+    "ia3": Method("(IA)³|IA3", 3e-2, 3e-3),
+    "prefix": Method("前缀 8|prefix 8", 1e-1, 1e-2),
+    "prompt": Method("提示 8|prompt 8", 1e-1, 1e-2),
+    "p_tuning": Method("P-Tuning 8", 1e-2, 1e-3),
 }
 VIRTUAL_TOKENS = 8
 KNOWS = 0.5  # 问答的正确率不到它，就说忘掉的一栏看不出什么
@@ -167,7 +168,8 @@ def weight_bytes(model: nn.Module) -> int:
 
 def learn_once(part: Stage, name: str, seed: int, start, tokenizer, before: float) -> dict:
     """学会的（新事的正确率），与忘掉的（问答掉了多少）。"""
-    settings = replace(part.settings, seed=seed, learning_rate=METHODS[name].rate)
+    rate = METHODS[name].real_rate if is_real(part.settings) else METHODS[name].rate
+    settings = replace(part.settings, seed=seed, learning_rate=rate)
     part.settings = settings
     torch.manual_seed(seed)
     chats = task_chats(settings.task, settings.max_train_samples, seed)

@@ -45,27 +45,17 @@ from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.sft import train_on_chats
 from nlp_common.train.stage import Stage
-from start import load_start
+from start import fill_in, load_start
 from tasks import NEW_TASKS, OWN, TASKS, score, score_name, task_chats, use_own
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B"
 PRESETS = {
-    "tiny": {
-        "dataset": "tiny_world",
-        "max_train_samples": 2000,
-        "learning_rate": 1e-2,
-        "full_learning_rate": 2e-3,
-        "n_questions": 200,
-    },
-    "full": {
-        "dataset": "tiny_world",
-        "max_train_samples": 4000,
-        "learning_rate": 2e-4,
-        "full_learning_rate": 2e-5,
-        "n_questions": 200,
-    },
+    "tiny": {"dataset": "tiny_world", "max_train_samples": 2000, "n_questions": 200},
+    "full": {"dataset": "tiny_world", "max_train_samples": 4000, "n_questions": 200},
 }
+SMALL = {"learning_rate": 1e-2, "full_learning_rate": 2e-3}  # 小世界的模型
+REAL = {"learning_rate": 2e-4, "full_learning_rate": 2e-5}  # 真的模型
 OWN_THIRD = "mine_third"  # --third_dataset 的那一样叫什么
 KNOWS = 0.9  # 给的模型第一样（问答）的正确率不到它，就先教
 SCALES = (0.25, 0.5, 0.75, 1.0)  # 学到的乘上几成
@@ -116,6 +106,7 @@ class IncrementalSettings(LoopSettings):
     n_questions: int | None = option("每样活儿留出几道题", limits=COUNT)
 
     def check(self) -> None:
+        fill_in(self, SMALL, REAL)
         for name, given, known in (
             ("tasks", self.tasks, list(NEW_TASKS)),
             ("methods", self.methods, list(METHODS)),

@@ -40,7 +40,7 @@ from nlp_common.train.settings import StageSettings, parse_settings
 from nlp_common.train.sft import train_on_chats
 from nlp_common.train.splits import load_train_and_eval
 from nlp_common.train.stage import Stage
-from start import heldout_loss, heldout_questions, load_start, qa_accuracy
+from start import fill_in, heldout_loss, heldout_questions, load_start, qa_accuracy
 from token_rows import train_token_rows, unseen_tokens
 
 HOME = Path(__file__).resolve().parent
@@ -53,8 +53,6 @@ PRESETS = {
         "max_length": 256,
         "per_device_train_batch_size": 8,
         "adam_beta2": 0.98,
-        "full_rates": "5e-4,2e-3,5e-3,1e-2",
-        "lora_rates": "2e-5,2e-3,5e-3,1e-2,2e-2",
         "ranks": "1,2,4,8,16",
         "targets": "attention,mlp,all",
     },
@@ -64,12 +62,12 @@ PRESETS = {
         "max_length": 512,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
-        "full_rates": "2e-5",
-        "lora_rates": "2e-5,2e-4",
         "ranks": "8",
         "targets": "all",
     },
 }
+SMALL = {"full_rates": "5e-4,2e-3,5e-3,1e-2", "lora_rates": "2e-5,2e-3,5e-3,1e-2,2e-2"}  # 小世界的模型
+REAL = {"full_rates": "2e-5", "lora_rates": "2e-5,2e-4"}  # 真的模型
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 TARGETS = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}
 
@@ -187,6 +185,7 @@ class LoRASettings(StageSettings):
     def check(self) -> None:
         super().check()
         self.check_loop_only()
+        fill_in(self, SMALL, REAL)
         for name, number in (("ranks", int), ("full_rates", float), ("lora_rates", float)):
             try:
                 numbers(getattr(self, name), number)

@@ -45,7 +45,7 @@ from nlp_common.train.lesson import result_folder, run_lesson, run_part
 from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.sft import train_on_chats
 from nlp_common.train.stage import Stage
-from start import heldout_loss, load_start, own_chats
+from start import fill_in, heldout_loss, is_real, load_start, own_chats
 from styles import STYLES, fact_questions, measure_style, shuffled, style_chats, world_questions
 
 HOME = Path(__file__).resolve().parent
@@ -111,17 +111,10 @@ class LoraChatSettings(LoopSettings):
                 f"--model {self.model} 用不了：ChatGLM（一到三代）的分词器自 transformers 4.34 起载入就出错，"
                 "它还要运行仓库里自带的代码；请换成 Qwen 一类的，例如 --model Qwen/Qwen1.5-0.5B-Chat。"
             )
-        for name, value in (REAL if is_real(self) else SMALL).items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        fill_in(self, SMALL, REAL)
 
 
 # ---------------------------------------------------------------- 1. 数据：学什么口气，怎样量
-
-
-def is_real(settings) -> bool:
-    """真的模型学常识题，小世界的模型学小世界的题。"""
-    return settings.preset == "full" or settings.model == "smollm2"
 
 
 def language_of(settings) -> str:

@@ -37,7 +37,7 @@ from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.sft import train_on_chats
 from nlp_common.train.stage import Stage
-from start import load_start
+from start import fill_in, load_start
 from tasks import NEW_TASKS, OWN, score, score_key, score_name, task_chats, use_own
 
 if TYPE_CHECKING:
@@ -46,19 +46,11 @@ if TYPE_CHECKING:
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B"
 PRESETS = {
-    "tiny": {
-        "dataset": "tiny_world",
-        "max_train_samples": 3200,
-        "learning_rate": 5e-3,
-        "full_learning_rate": 2e-3,
-    },
-    "full": {
-        "dataset": "tiny_world",
-        "max_train_samples": 4000,
-        "learning_rate": 2e-4,
-        "full_learning_rate": 2e-5,
-    },
+    "tiny": {"dataset": "tiny_world", "max_train_samples": 3200},
+    "full": {"dataset": "tiny_world", "max_train_samples": 4000},
 }
+SMALL = {"learning_rate": 5e-3, "full_learning_rate": 2e-3}  # 小世界的模型
+REAL = {"learning_rate": 2e-4, "full_learning_rate": 2e-5}  # 真的模型
 LEVEL = 0.9  # 有效秩：几个方向才占平方和的九成
 KEPT = (1, 2, 4, 8, 16, 32)  # 全参数的 ΔW 只留最大的几个方向
 
@@ -85,6 +77,7 @@ class VizSettings(LoopSettings):
     n_questions: int = option("留出几道题", 200, COUNT)
 
     def check(self) -> None:
+        fill_in(self, SMALL, REAL)
         if self.task not in ("qa", *NEW_TASKS):
             raise UserError(f"--task 不认识 {self.task}，可以是 qa、{'、'.join(NEW_TASKS)}。")
         if self.dataset != "tiny_world":

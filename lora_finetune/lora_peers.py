@@ -5,22 +5,22 @@ import copy
 import torch
 
 from lora_by_hand import add_lora, lora_layers, trainable
+from nlp_common.lm.adapters import require_peft
 from nlp_common.lm.chat_rows import answer_loss, chat_row, collate
 from token_rows import train_token_rows
 
 
 def peft_twin(start, r: int, alpha: float, names: list[str], token_ids: list[int]):
     """PEFT 的 LoRA，装在 names 那些层上；token_ids 的嵌入也学。"""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
+    peft = require_peft()
+    config = peft.LoraConfig(
         r=r,
         lora_alpha=alpha,
         target_modules=names,
         trainable_token_indices=token_ids or None,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(copy.deepcopy(start), config)
+    return peft.get_peft_model(copy.deepcopy(start), config)
 
 
 def difference_to_peft(start, tokenizer, chats: list[dict], settings, token_ids: list[int]) -> float:

@@ -51,15 +51,16 @@ from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.sft import train_on_chats
 from nlp_common.train.stage import Stage
-from start import load_start
+from start import fill_in, load_start
 from styles import STYLES, measure_style, style_chats, world_questions
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B-Chat"
 PRESETS = {
-    "tiny": {"max_train_samples": 1600, "learning_rate": 5e-3, "n_questions": 200},
-    "full": {"max_train_samples": 1600, "learning_rate": 2e-4, "n_questions": 200},
+    "tiny": {"max_train_samples": 1600, "n_questions": 200},
+    "full": {"max_train_samples": 1600, "n_questions": 200},
 }
+SMALL, REAL = {"learning_rate": 5e-3}, {"learning_rate": 2e-4}  # 小世界的模型、真的模型
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -89,6 +90,7 @@ class MergeSettings(LoopSettings):
     )
 
     def check(self) -> None:
+        fill_in(self, SMALL, REAL)
         if bool(self.adapter) != bool(self.export):
             raise UserError("--adapter 与 --export 要一起给：合并哪个，存到哪里；都不给就上课。")
 

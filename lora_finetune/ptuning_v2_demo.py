@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from lora_by_hand import add_lora, trainable
-from nlp_common.base.arguments import COUNT, option
+from nlp_common.base.arguments import COUNT, POSITIVE, option
 from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import line_chart
 from nlp_common.lm.chatml import encode_chat
@@ -37,7 +37,7 @@ from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.sft import train_on_chats
 from nlp_common.train.stage import Stage
 from prompts import PrefixTuned, PromptTuned, PTuned
-from start import load_start
+from start import fill_in, load_start
 from tasks import NEW_TASKS, OWN, TASKS, score, score_key, score_name, task_chats, use_own
 
 HOME = Path(__file__).resolve().parent
@@ -57,6 +57,8 @@ NAMES = {
 }
 RATES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # 学习率
 WIDTHS = (1, 2, 4, 16)  # 几个虚拟 token
+SMALL = {"learning_rate": 1e-1, "lora_learning_rate": 1e-2}  # 小世界的模型
+REAL = {"learning_rate": 1e-2, "lora_learning_rate": 2e-4}  # 真的模型
 P_TUNING_RATE = 1e-2  # 它学的主要是小网络的矩阵，用平常大小的学习率
 DEFAULT_RATE = 5e-5  # transformers 的 TrainingArguments 的默认值
 
@@ -68,7 +70,6 @@ class PromptSettings(LoopSettings):
         "adam_beta2": 0.98,
         "max_length": 512,
         "save_steps": 1000,
-        "learning_rate": 1e-1,
     }
     model: str | None = option("从哪个模型开始；默认是 Qwen 链 tiny 预设的 SFT 模型")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
@@ -79,10 +80,11 @@ class PromptSettings(LoopSettings):
     new_skill: str = option("另教一样新的，与 LoRA 比", "extract")
     virtual_tokens: int = option("几个虚拟 token", 8, COUNT)
     learning_rate: float | None = option("前缀与提示的学习率")
-    lora_learning_rate: float = option("旁边的 LoRA 的学习率", 1e-2)
+    lora_learning_rate: float | None = option("旁边的 LoRA 的学习率", limits=POSITIVE)
     n_questions: int | None = option("留出几道题", limits=COUNT)
 
     def check(self) -> None:
+        fill_in(self, SMALL, REAL)
         for name in ("task", "new_skill"):
             if getattr(self, name) not in NEW_TASKS:
                 raise UserError(f"--{name} 不认识 {getattr(self, name)}，可以是 {'、'.join(NEW_TASKS)}。")

@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_by_hand import lora_layers
 from nf4 import NF4Linear, import_bitsandbytes
+from nlp_common.lm.adapters import require_peft
 
 # bitsandbytes 0.50.2 在有 AVX512 的 CPU 上，矩阵的宽不是块的整数倍时，还原出来的是错的（误差 0.2 以上）；
 # 小模型的 down_proj 宽 352 = 11 × 32，所以比的时候一块 32 个
@@ -44,18 +45,17 @@ def bitsandbytes_linears(model: nn.Module, kind: str, double: bool) -> nn.Module
 
 def peft_model(start: nn.Module, ours: nn.Module, kind: str, double: bool):
     """start（没有量化的底座）→ bitsandbytes 的底座上的 PEFT 模型；A、B 与 ours 的相同。"""
-    from peft import LoraConfig, get_peft_model
-
     layers = lora_layers(ours)
     first = next(iter(layers.values()))
     r = len(first.A)
-    config = LoraConfig(
+    peft = require_peft()
+    config = peft.LoraConfig(
         r=r,
         lora_alpha=first.scaling * r,
         target_modules=sorted({name.rsplit(".", 1)[-1] for name in layers}),
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(bitsandbytes_linears(copy.deepcopy(start), kind, double), config)
+    model = peft.get_peft_model(bitsandbytes_linears(copy.deepcopy(start), kind, double), config)
     for name, layer in layers.items():
         theirs = model.base_model.model.get_submodule(name)
         theirs.lora_A["default"].weight.data.copy_(layer.A.data)

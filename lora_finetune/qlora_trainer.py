@@ -51,7 +51,7 @@ from nlp_common.train.stage import Stage
 from qlora_dry_run import dry_run
 from qlora_peers import BLOCK as PEER_BLOCK
 from qlora_peers import copy_scales, losses, peft_model
-from start import heldout_loss, heldout_questions, load_start, qa_accuracy
+from start import fill_in, heldout_loss, heldout_questions, load_start, qa_accuracy
 from token_rows import train_token_rows, unseen_tokens
 
 HOME = Path(__file__).resolve().parent
@@ -63,7 +63,6 @@ PRESETS = {
         "max_train_samples": 3000,
         "max_length": 256,
         "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
         "adam_beta2": 0.98,
         "bases": "none,nf4",
         "backend": "ours",
@@ -77,13 +76,13 @@ PRESETS = {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 4,
         "gradient_checkpointing": True,
-        "learning_rate": 2e-4,
         "bases": "nf4",
         "backend": "bitsandbytes",
         "optimizer": "paged_adamw_8bit",
         "n_questions": 100,
     },
 }
+SMALL, REAL = {"learning_rate": 1e-2}, {"learning_rate": 2e-4}  # 小世界的模型、真的模型
 NAMES = {
     "none": "没有量化|not quantised",
     "nf4": "NF4",
@@ -112,6 +111,7 @@ class QLoRASettings(StageSettings):
 
     def check(self) -> None:
         super().check()
+        fill_in(self, SMALL, REAL)
         wrong = [base for base in base_names(self) if base not in NAMES]
         if wrong:
             raise UserError(f"--bases 不认识 {'、'.join(wrong) or '空的'}，可以是 {'、'.join(NAMES)}。")
@@ -171,8 +171,6 @@ def equip(model, settings, new_tokens: list[int]):
     add_lora(model, settings.target, settings.r, settings.alpha)
     if new_tokens:
         train_token_rows(model, new_tokens)
-    if settings.gradient_checkpointing:
-        model.enable_input_require_grads()  # 嵌入冻住了，输入没有梯度：老的重算激活（use_reentrant）会从这里断开，A、B 就都不学
     return model
 
 

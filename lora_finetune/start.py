@@ -16,6 +16,18 @@ from nlp_common.tiny.judge import judge
 from nlp_common.train.splits import distinct_rows, drop_long
 
 
+def is_real(settings) -> bool:
+    """从真的模型（Qwen、SmolLM2）开始，还是小世界的：学习率要小得多，也没有学过小世界的题。"""
+    return settings.preset == "full" or settings.model == "smollm2"
+
+
+def fill_in(settings, small: dict, real: dict) -> None:
+    """没给的参数：小世界的模型与真的模型各一组，与预设无关。"""
+    for name, value in (real if is_real(settings) else small).items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
+
+
 def load_start(path: str, device: torch.device):
     """→ (分词器, 模型)，float32，一轮在 <|im_end|> 结束。"""
     return load_chat_lm(path, device)

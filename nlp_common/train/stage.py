@@ -147,6 +147,7 @@ def _find_record(folder: RunFolder, wanted: dict, retrain: bool, reuse: str) -> 
 def show_metrics(metrics: dict) -> None:
     for name, value in metrics.items():
         if isinstance(value, float):
-            print(f"  {name:<27} {value:.4f}")
+            form = ".2g" if 0 < abs(value) < 1e-3 else ".4f"  # 2e-5 不写成 0.0000
+            print(f"  {name:<27} {value:{form}}")
         elif not isinstance(value, (dict, list)):
             print(f"  {name:<27} {value}")
