@@ -157,9 +157,13 @@ def run_all(
     done = {}
     with ThreadPoolExecutor(processes) as pool:
         waiting = [pool.submit(run_one, tasks[place], code, limits) for place, code in jobs]
-        for job, each in zip(jobs, waiting, strict=True):
-            done[job] = each.result()
-            bar.update(1)
+        try:
+            for job, each in zip(jobs, waiting, strict=True):
+                done[job] = each.result()
+                bar.update(1)
+        except BaseException:  # Ctrl-C：还没有开始的不开始了
+            pool.shutdown(cancel_futures=True)
+            raise
     bar.close()
     return [[done[place, code_of(tasks[place], text)] for text in each] for place, each in enumerate(answers)]
 

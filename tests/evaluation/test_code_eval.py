@@ -122,6 +122,16 @@ def test_imports_of_the_prompt_are_kept():
     task = next(task for task in TASKS if task["entry_point"] == "softmax")
     code = ca.code_of(task, "```python\ndef softmax(numbers):\n    return math.exp(0)\n```")
     assert code.startswith("import math\n")
+    compile(code, "answer.py", "exec")
+
+
+def test_helpers_of_the_prompt_are_kept():
+    """HumanEval/38 的样子：题面里先有一个函数，回答只写了要写的那个。"""
+    prompt = 'def twice(x):\n    return 2 * x\n\n\ndef four(x):\n    """x 的四倍"""\n'
+    task = {"entry_point": "four", "prompt": prompt}
+    space = {}
+    exec(ca.code_of(task, "```python\ndef four(x):\n    return twice(twice(x))\n```"), space)
+    assert space["four"](3) == 12
 
 
 def test_simulated_programmer_is_as_good_as_it_says():
