@@ -75,6 +75,8 @@ def show(metrics: dict) -> None:
         f"每局看一眼、显著就停，误报 {metrics['false_alarms_peeking']:.3f}"
     )
     show_world(metrics)
+    if "by_truth" not in metrics:
+        return
     print("\n模拟：偏爱长回答的评判，我方平均长四成五")
     for truth, row in metrics["by_truth"].items():
         print(
@@ -148,6 +150,8 @@ def draw(folder: Path, metrics: dict) -> None:
     }
     title = "同样的对局，换个次序|Same games, other orders"
     bar_chart(folder / "ratings.svg", bars, title, "模型|model", "分|rating", digits=0)
+    if "by_truth" not in metrics:
+        return
     truths = metrics["by_truth"]
     bars = {
         "真相|truth": {truth: float(truth) for truth in truths},

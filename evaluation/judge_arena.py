@@ -14,7 +14,8 @@
   python judge_arena.py --judge_url http://127.0.0.1:8000/v1 --judge_model qwen3   # 任何 OpenAI 接口的服务器
   python judge_arena.py --answers a.jsonl b.jsonl --judge_url …  # 评你自己的回答，一行一个 prompt、answer
 
-应当看到（实测见本文件夹的 README.md）：种下的位置、长度偏见都量得回来；一样强的两个模型，原始胜率约 0.6，长度控制之后约 0.5。
+应当看到（实测见本文件夹的 README.md）：种下的位置、长度偏见都量得回来；一样强的两个模型，原始胜率（raw_win_rate）约 0.6，
+长度控制之后（lc_win_rate）约 0.5；用 --answers 时，这两个是第二个文件对第一个的胜率。
 
 参考：Zheng et al. 2023（MT-Bench）；Dubois et al. 2024（长度控制）；Chiang et al. 2024（Chatbot Arena）；Hunter 2004（Bradley–Terry）。
 """
@@ -83,7 +84,7 @@ PRESETS = {
 }
 PLANTED = Planted(position=0.6, length=0.8)
 ALPACA_QUESTIONS = 805  # AlpacaEval 的题数
-SIZES = (5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 750, 1000, 1500, 2000, 3000)
+SIZES = (5, 6, 7, 8, 9, 10, 12, 15, 20, 30, 50, 75, 100, 150, 200, 300, 500, 750, 1000, 1500, 2000, 3000)
 
 
 @dataclass
@@ -240,6 +241,11 @@ def pair_numbers(match: Match, seed: int) -> dict:
     }
 
 
+def win_rates_of(pair: dict) -> dict:
+    """读者自己的回答：第二个文件对第一个的两种胜率。"""
+    return {"raw_win_rate": pair["win_rate"]["value"], "lc_win_rate": pair["lc"]["value"]}
+
+
 def judge_numbers(matches: list[Match], seed: int) -> dict:
     """这次的评判：没有结论的、两种次序说法不同的、排在前面的平均得几分（不看位置是 0.5）。"""
     pairs = [pair for match in matches for pair in match.verdicts]
@@ -306,14 +312,8 @@ def turn_scores(questions: list[dict], answers: list[list[dict]], seed: int) -> 
 def simulated(seed: int) -> dict:
     """三种真相下，偏爱长回答的评判给出的原始胜率与长度控制的胜率；一样强的那一种写在最前面。"""
     by_truth = {truth: recovered(truth, ALPACA_QUESTIONS, 200, seed) for truth in (0.4, 0.5, 0.6)}
-    once, every = peeking(200, seed)
-    return {
-        "raw_win_rate": by_truth[0.5]["raw"],
-        "lc_win_rate": by_truth[0.5]["lc"],
-        "by_truth": {f"{truth:g}": each for truth, each in by_truth.items()},
-        "false_alarms_once": once,
-        "false_alarms_peeking": every,
-    }
+    win_rates = {"raw_win_rate": by_truth[0.5]["raw"], "lc_win_rate": by_truth[0.5]["lc"]}
+    return win_rates | {"by_truth": {f"{truth:g}": each for truth, each in by_truth.items()}}
 
 
 # ---------------------------------------------------------------- 5. 从头到尾
@@ -321,16 +321,19 @@ def simulated(seed: int) -> dict:
 
 def learn(stage: Stage) -> dict:
     settings = stage.settings
-    metrics = simulated(settings.seed)
     questions, answers, ids = contestants(settings)
     name, judge_them = choose_judge(settings, stage)
     if settings.answers and name == "program":
         need_right(questions, settings.answers[0])
     print(f"{len(questions)} 道题，{'、'.join(answers)}；评判：{name}")
     matches = play(questions, answers, judge_them)
+    pairs = {f"{m.a}-{m.b}": pair_numbers(m, settings.seed) for m in matches if m.by_question()}
+    metrics = win_rates_of(next(iter(pairs.values()))) if settings.answers else simulated(settings.seed)
+    once, every = peeking(200, settings.seed)
+    metrics |= {"false_alarms_once": once, "false_alarms_peeking": every}
     metrics |= {"judge": name, "questions": len(questions)}
     metrics |= judge_numbers(matches, settings.seed) | ranking(matches, list(answers), settings)
-    metrics["pairs"] = {f"{m.a}-{m.b}": pair_numbers(m, settings.seed) for m in matches if m.by_question()}
+    metrics["pairs"] = pairs
     if not settings.answers:
         metrics |= world_numbers(questions, answers, matches, settings)
     judges = {name: judge_them}

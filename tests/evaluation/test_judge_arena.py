@@ -55,6 +55,8 @@ def test_answers_with_the_program(files, tmp_path, capsys):
         assert isinstance(metrics[name], float)
     assert metrics["max_difference_to_choix"] is None or metrics["max_difference_to_choix"] < 1e-6
     pair = metrics["pairs"]["good-bad"]
+    assert metrics["raw_win_rate"] == pair["win_rate"]["value"]
+    assert metrics["lc_win_rate"] == pair["lc"]["value"]
     # 15 道都对（平），9 道只有好的对，6 道都错：5 道平，1 道对方是空的
     assert pair["win_rate"]["value"] == pytest.approx((15 * 0.5 + 9 + 5 * 0.5 + 1) / 30)
     assert metrics["ratings"]["good"]["value"] > metrics["ratings"]["bad"]["value"]
@@ -68,7 +70,7 @@ def test_answers_with_the_program(files, tmp_path, capsys):
     assert len(games) == 30 and games[29]["answer_b"].strip() == "" and games[29]["points"] == 1.0
     assert ja.main(argv)["id"] == record["id"]  # 再运行直接用
     assert "已有训练结果" in capsys.readouterr().out
-    for picture in ("enough.svg", "ratings.svg", "length.svg"):
+    for picture in ("enough.svg", "ratings.svg"):
         assert "<svg" in (out / picture).read_text("utf-8")
 
 
