@@ -233,7 +233,7 @@ def task_scores(answerer: Answerer, items: list[Item]) -> list[dict]:
         chosen = picks(logps, each.choices)
         scores = {f"text_{name}": float(place in each.gold) for name, place in chosen.items()}
         right = "、".join(each.choices[place] for place in each.gold)
-        rows.append(item(each.id, scores, str(each.ask.context), each.choices[chosen["acc"]], right))
+        rows.append(item(each.id, scores, each.text, each.choices[chosen["acc"]], right))
     return rows
 
 
@@ -252,8 +252,7 @@ def learn(stage: Stage) -> dict:
     contaminated = {}
     if settings.check_contamination:
         for benchmark in benchmarks:
-            texts = {each.id: f"{each.text} {each.options[each.answer]}" for each in benchmark.questions}
-            texts |= {each.id: str(each.ask.context) for each in benchmark.items}
+            texts = {each.id: each.text for each in [*benchmark.questions, *benchmark.items]}
             contaminated[benchmark.name] = check_questions(texts, settings.check_contamination)
     answered: dict[str, dict[str, list[dict]]] = {each.name: {} for each in benchmarks}
     ids = {}

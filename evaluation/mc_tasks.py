@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Item:
     ask: Ask
     choices: list[str]
     gold: list[int]
-    doc: dict = field(default_factory=dict)
+    text: str  # 题面，没有说明与例题
 
 
 # ---------------------------------------------------------------- 1. 读 yaml
@@ -252,14 +252,15 @@ def build_items(
         context = description and (doc.get(description) or writer.render(description, doc, "description"))
         if sampler:
             context += "".join(writer.shot(each) for each in sampler.take(n_shots, doc))
-        context += writer.text(doc, config["doc_to_text"])
+        text = writer.text(doc, config["doc_to_text"])
+        context += text
         if prefix := config.get("gen_prefix"):
             prefix = doc[prefix] if prefix in doc else writer.render(prefix, doc, "gen_prefix")
             context = joined(context, prefix, config["target_delimiter"])
         choices = writer.choices(doc, config["doc_to_choice"])
         continuations = [config["target_delimiter"] + each for each in choices]
         items.append(
-            Item(f"{number:05d}", Ask(context, continuations), choices, writer.gold(doc, choices), doc)
+            Item(f"{number:05d}", Ask(context, continuations), choices, writer.gold(doc, choices), text)
         )
     return items
 
