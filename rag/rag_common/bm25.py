@@ -16,6 +16,7 @@ N 段文字里有 df 段有词 t；tf 是 t 在这一段里出现几次。tf 越
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from nlp_common.base.errors import UserError
 from rag_common.tokenizers import Tokenizer, characters_and_bigrams
 
 K1, B = 1.5, 0.75
-BLOCK = 8192  # 一次添得多时，每这么多段建一节，排序用的内存有限
+BLOCK = 65_536  # 一次添得多时，每这么多段建一节，排序用的内存有限
 SMALL = 8  # 不止这么多节，就把小的并起来
 DENSE = 0.1  # 过一成的段里都有的词，加分写成一整行
 KNOWN = 20_000  # 最多记住多少个词的加分
@@ -52,17 +53,21 @@ class Segment:
         self.alive = np.ones(len(lengths), dtype=bool)  # (D,)
         self.all_alive = True
 
-    def postings(self, word: int) -> tuple[np.ndarray, np.ndarray]:
-        """一个词在这一节里：还在的哪些段、各几次。"""
-        at = int(np.searchsorted(self.words, word))
-        if at == len(self.words) or self.words[at] != word:
-            return self.docs[:0], self.counts[:0]
-        docs = self.docs[self.offsets[at] : self.offsets[at + 1]]
-        counts = self.counts[self.offsets[at] : self.offsets[at + 1]]
-        if self.all_alive:
-            return docs, counts
-        here = self.alive[docs]
-        return docs[here], counts[here]
+    def postings(self, words: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """每个词在这一节里：还在的哪些段、各几次。"""
+        if not len(self.words):  # 每一段都是空的
+            return [(self.docs, self.counts)] * len(words)
+        found = []
+        places = np.minimum(self.words.searchsorted(words), len(self.words) - 1)
+        for word, place in zip(words, places.tolist(), strict=True):
+            here = self.words[place] == word
+            start, end = self.offsets[place], self.offsets[place + 1 if here else place]
+            docs, counts = self.docs[start:end], self.counts[start:end]
+            if not self.all_alive:
+                alive = self.alive[docs]
+                docs, counts = docs[alive], counts[alive]
+            found.append((docs, counts))
+        return found
 
 
 def make_segment(rows: np.ndarray, words: np.ndarray, counts: np.ndarray, lengths: np.ndarray) -> Segment:
@@ -112,8 +117,10 @@ class BM25:
     def scores(self, query: str) -> np.ndarray:
         """每段的分 (D,)，次序是添进来的次序（不在了的是 0）。"""
         scores = np.zeros(self._size, dtype=np.float32)
-        for word, times in self._query_words(query).items():
-            docs, impact = self._impacts(word)
+        words = self._query_words(query)
+        self._remember([word for word in words if word not in self._known])
+        for word, times in words.items():
+            docs, impact = self._known[word]
             impact = impact if times == 1 else np.float32(times) * impact
             if docs is None:
                 scores += impact
@@ -127,7 +134,7 @@ class BM25:
         for name in names:
             if name in self.places:
                 segment, row = self.places[name]
-                chosen[self._start[id(segment)] + row] = True
+                chosen[self._starts[self.segments.index(segment)] + row] = True
         return chosen
 
     def _query_words(self, query: str) -> dict[int, int]:
@@ -138,30 +145,31 @@ class BM25:
                 words[word] = words.get(word, 0) + 1
         return words
 
-    def _impacts(self, word: int) -> tuple[np.ndarray | None, np.ndarray]:
-        """一个词给哪些段加分、各加多少：idf · tf / (tf + 长度的那一项)。算过的记住，索引变了就作废。
+    def _remember(self, words: list[int]) -> None:
+        """算出一个词给哪些段加分、各加多少，记住：idf · tf / (tf + 长度的那一项)。索引变了就全部作废。
 
         到处都有的字（的、是、国）写成整行 (D,)，哪些段是 None：整行相加比挑着加快几倍。
         """
-        if word not in self._known:
-            parts = [segment.postings(word) for segment in self.segments]
-            starts = [self._start[id(segment)] for segment in self.segments]
-            empty = np.zeros(0, dtype=np.float32)  # 一节也没有时
-            shifted = [docs + start for (docs, _), start in zip(parts, starts, strict=True)]
-            docs = np.concatenate([empty, *shifted]).astype(np.int64)
-            counts = np.concatenate([empty, *[counts for _, counts in parts]])
-            n, df = len(self.places), len(docs)
-            idf = np.log(1 + (n - df + 0.5) / (df + 0.5))
-            impact = (idf * (counts / (counts + self._norm[docs]))).astype(np.float32)
-            if len(self._known) >= KNOWN:
-                self._known.clear()
+        if len(self._known) > KNOWN:
+            self._known.clear()
+        columns = [segment.postings(words) for segment in self.segments]
+        for number, word in enumerate(words):
+            parts = [column[number] for column in columns]
+            if len(parts) == 1:
+                docs, counts = parts[0]
+            else:
+                shifted = [docs + start for (docs, _), start in zip(parts, self._starts, strict=True)]
+                docs = np.concatenate(shifted) if parts else np.zeros(0, dtype=np.int64)
+                counts = np.concatenate([c for _, c in parts]) if parts else np.zeros(0, dtype=np.float32)
+            docs, df = docs.astype(np.int64), len(docs)
+            idf = np.float32(math.log(1 + (len(self.places) - df + 0.5) / (df + 0.5)))
+            impact = counts / (counts + self._norm[docs]) * idf
             if df > self._size * DENSE:
                 row = np.zeros(self._size, dtype=np.float32)
                 row[docs] = impact
                 self._known[word] = (None, row)
             else:
                 self._known[word] = (docs, impact)
-        return self._known[word]
 
     # ------------------------------------------------------------ 添、改、删
 
@@ -202,6 +210,8 @@ class BM25:
         )
 
     def _append(self, segment: Segment, names: list[str]) -> None:
+        if not names:
+            return
         self.segments.append(segment)
         self.names.append(names)
         for row, name in enumerate(names):
@@ -232,7 +242,7 @@ class BM25:
         sizes = [len(segment.lengths) for segment in self.segments]
         starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._size = int(starts[-1])
-        self._start = {id(segment): int(start) for segment, start in zip(self.segments, starts, strict=False)}
+        self._starts = starts[:-1].tolist()  # 每节的第一段在 scores 里的位置
         self._name_of = [name for names in self.names for name in names]
         lengths = np.concatenate([s.lengths for s in self.segments] or [np.zeros(0, dtype=np.float32)])
         alive = np.concatenate([s.alive for s in self.segments] or [np.zeros(0, dtype=bool)])

@@ -8,11 +8,12 @@ tiny_world     内置：小世界的故事。问题里提到几样（锚），�
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +48,11 @@ class Corpus:
     documents: list[Document]
     questions: list[Question]
     notes: list[str] = field(default_factory=list)  # 读不了的文件等，要说给读者听的
+
+    def with_questions(self, change: Callable[[str], str]) -> Corpus:
+        """同样的文档，问题的文字换成 change(文字)。"""
+        questions = [dataclasses.replace(each, text=change(each.text)) for each in self.questions]
+        return Corpus(self.name, self.documents, questions, self.notes)
 
     def describe(self) -> dict:
         """记进 run.json 的 data 一项。"""

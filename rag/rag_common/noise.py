@@ -11,7 +11,7 @@ from pathlib import Path
 from nlp_common.base.errors import UserError
 
 # 一个简体字对几个繁体字的，挑最常用的那个（发 → 發、髮；干 → 幹、乾）
-USUAL = "發後裡幹幾個雲臺鐘歷復極獲範準術衝麼願眾"
+USUAL = "發後裡幹幾個雲臺鐘歷復極獲範準術衝麼願眾於並劃築兒豐採聽當蘇盡餘誇壞遊佈樸掛係鬥"
 TYPOS = 0.15  # 每个汉字被换掉的概率；至少换一个
 
 

@@ -150,7 +150,7 @@ def test_traditional_and_back(people):
     texts = [d.text for d in people.documents]
     assert sum(noise.to_simplified(noise.to_traditional(text)) == text for text in texts) > 0.97 * len(texts)
     opencc = pytest.importorskip("opencc", reason="没有装 opencc-python-reimplemented")
-    converter, same, total = opencc.OpenCC("s2t"), 0, 0
+    converter, same, total = opencc.OpenCC("s2tw"), 0, 0
     for text in texts:
         theirs = converter.convert(text)
         pairs = zip(noise.to_traditional(text), theirs, strict=True)
