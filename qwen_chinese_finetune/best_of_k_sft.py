@@ -91,10 +91,9 @@ class BestOfKSettings(StageSettings):
             raise UserError(
                 "--selector judge 只有小世界的题能用：别的题没有标准答案，请用 --selector reward_model。"
             )
-        try:
-            [int(k) for k in self.ks.split(",") if k]
-        except ValueError:
-            raise UserError(f"--ks 要是逗号分开的正整数，给的是 '{self.ks}'。") from None
+        ks = [k.strip() for k in self.ks.split(",") if k.strip()]
+        if not all(k.isdecimal() and int(k) > 0 for k in ks):
+            raise UserError(f"--ks 要是逗号分开的正整数，给的是 '{self.ks}'。")
 
 
 # ---------------------------------------------------------------- 1. 写 K 个，打分，挑一个
@@ -213,19 +212,24 @@ def train(stage: Stage) -> dict:
         reward = load_reward_model(stage.parents["reward_model"]["path"], tokenizer).to(stage.device).eval()
     teacher = model
     if settings.teacher != "self":
-        found = (
-            chain_model(settings.teacher) if settings.teacher in CHAIN.scripts else {"path": settings.teacher}
-        )
+        if settings.teacher in CHAIN.scripts:
+            found = chain_model(settings.teacher)
+        else:
+            found = chain_model(model=settings.teacher, source=settings.source)
         _, teacher = load_chat_lm(found["path"], stage.device)
     questions, heldout, data = load_train_and_eval(settings, "questions", to_questions)
     rows = drop_long(with_prompts(tokenizer, questions), prompt_length, settings.max_length, "题")
     heldout = drop_long(with_prompts(tokenizer, heldout), prompt_length, settings.max_length, "留出的题")
     share = len(rows) // settings.rounds  # 每轮一批新的题
+    if not share:
+        raise UserError(
+            f"只有 {len(rows)} 道题，不够分成 {settings.rounds} 轮：把 --rounds 调小，或多给些题。"
+        )
     shared = {"reward": reward, "tokenizer": tokenizer, "heldout": heldout}
 
     metrics = {f"{name}_before": v for name, v in measure(model, tokenizer, heldout, None, settings).items()}
     metrics |= at_inference(model, reward, tokenizer, heldout, settings)
-    ks = [int(k) for k in settings.ks.split(",") if k]
+    ks = [int(k) for k in settings.ks.split(",") if k.strip()]
     # 第一轮的回答只写一遍，最多的那个 K；小些的 K 就看前几个
     written = write(teacher, tokenizer, rows[:share], max([settings.k, *ks]), settings, settings.seed + 1)
     by_k = {}

@@ -75,10 +75,16 @@ class CompareSettings(StageSettings):
     bandit: bool = option("只在两个回答的世界里验算 DPO 的推导", False)
 
     def check(self) -> None:
-        if self.preset == "full":
-            raise UserError("这个比较要有标准答案才做得了，只在小世界里：加 --preset tiny。")
+        if self.preset == "full" or self.dataset != "tiny_world":
+            raise UserError(
+                "这个比较要有标准答案才做得了，只在小世界里：加 --preset tiny，不要给 --dataset。"
+            )
         super().check()
         self.check_loop_only()
+        if self.learning_rate != PRESETS["tiny"]["learning_rate"]:
+            raise UserError(
+                "各种方法的学习率不同，写在 compare_methods.py 的 METHODS 里：要换就改那里，去掉 --learning_rate。"
+            )
         if unknown := set(chosen_methods(self)) - set(METHODS):
             raise UserError(f"--methods 不认识 {'、'.join(sorted(unknown))}，可以是 {'、'.join(METHODS)}。")
 
@@ -257,8 +263,11 @@ def run_script(part: Stage, name: str, strength: float, seed: int, sft_path: str
     script, learning_rate, knob, *_ = METHODS[name]
     out = part.folder.work / "trained"
     flags = {"preset": "tiny", "model": sft_path, "output_dir": out, "seed": seed, knob: strength}
+    flags["max_eval_samples"] = 16  # 脚本自己的评测用不着：下面用同样的题量
     if learning_rate:
         flags["learning_rate"] = learning_rate
+    if part.settings.max_steps > 0:
+        flags["max_steps"] = part.settings.max_steps
     if script is ppo_alignment:
         flags["reward_model"] = reward_path
     record = script.main([text for key, value in flags.items() for text in (f"--{key}", str(value))])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -118,7 +118,9 @@ def by_file(path: str, reward: Callable, questions: list[dict], replies: list[di
     texts, ended = [r["text"] for r in replies], [r["ended"] for r in replies]
     try:
         scores = reward(questions, texts, ended)
-    except Exception as error:
+        if isinstance(scores, Iterator):  # 写成生成器的，到这里才真的运行
+            scores = list(scores)
+    except (Exception, SystemExit) as error:
         raise UserError(f"{_line_of(path, error)}：{type(error).__name__}：{error}。") from None
     where = f"{path} 第 {reward.__code__.co_firstlineno} 行的 reward"
     try:
@@ -137,7 +139,8 @@ def load_reward_file(path: str) -> Callable:
     """→ 文件里的 reward 函数；读不到、写错了是 UserError，说出第几行。"""
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"--reward_file {path} 不存在。")
+        what = "是文件夹，要给一个 Python 文件" if file.is_dir() else "不存在"
+        raise UserError(f"--reward_file {path} {what}。")
     spec = importlib.util.spec_from_loader("reward_file", loader=None)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -146,7 +149,7 @@ def load_reward_file(path: str) -> Callable:
         raise UserError(f"{path} 第 {error.lineno} 行有语法错误：{error.msg}。") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} 不是 UTF-8 编码的文本：另存为 UTF-8 再用。") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{_line_of(path, error)}：{type(error).__name__}：{error}。") from None
     reward = getattr(module, "reward", None)
     if not hasattr(reward, "__code__"):
@@ -159,7 +162,7 @@ def load_reward_file(path: str) -> Callable:
     return reward
 
 
-def _line_of(path: str, error: Exception) -> str:
+def _line_of(path: str, error: BaseException) -> str:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     return f"{path} 第 {lines[-1]} 行出错" if lines else f"{path} 出错"
 

@@ -113,6 +113,8 @@ class IdentitySettings(StageSettings):
         self.check_loop_only()
         if not self.name.strip() or self.name == self.old_name:
             raise UserError(f"--name 要是一个新的名字，给的是 '{self.name}'。")
+        if not self.old_name.strip():
+            raise UserError("--old_name 不能是空的：要知道模型现在叫什么，才能换掉它。")
 
 
 # ---------------------------------------------------------------- 1. 问法：练的，和从没练过的

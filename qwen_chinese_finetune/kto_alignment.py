@@ -195,7 +195,10 @@ def balanced(rows: list[dict], settings) -> tuple[float, float]:
     n_good = sum(row["good"] for row in rows)
     n_bad = len(rows) - n_good
     if 0 in (n_good, n_bad):
-        raise UserError(f"全是{'赞' if n_good else '踩'}：KTO 要两样都有。")
+        raise UserError(
+            f"训练的回答全是{'赞' if n_good else '踩'}：KTO 要两样都有。数据里要有 label 是 true 的，也有是 false 的；"
+            "给的是偏好对，就不要把 --desirable_share 设成 0 或 1。"
+        )
     most = max(n_good, n_bad)
     desirable, undesirable = settings.desirable_weight, settings.undesirable_weight
     return (

@@ -61,7 +61,7 @@ class R1Settings(LoopSettings):
         "adam_beta2": 0.98,
         "logging_steps": 20,
     }
-    n_digits: int | None = option("一道题几个数字", None, Limits(at_least=2))
+    n_digits: int | None = option("一道题几个数字", None, Limits(at_least=2, at_most=100))
     modulus: int = option("数字从 0 到几减一，加起来除以几的余数", 10, Limits(at_least=2, at_most=10))
     textbook_share: float = option("教材（--max_train_samples 道）里，写出步骤的占几成", 1.0, SHARE)
     chat_rows: int | None = option("聊天的数据有几道", None, COUNT)

@@ -59,9 +59,14 @@ def to_thumbs(rows: list[dict], where: str) -> list[dict]:
 
     认识的格式见 SCHEMAS["KTO"]；where 与错误同 to_texts。
     """
-    if rows and not any(column in rows[0] for column in GOOD):
-        return to_pairs(rows, where)
-    return _convert(rows, where, "KTO")
+    if not rows or any(column in rows[0] for column in GOOD):
+        return _convert(rows, where, "KTO")
+    if not any(column in rows[0] for column in ("chosen", "response_chosen")):
+        raise UserError(
+            f"{where} 里没有说回答好不好的一栏：每行要有 label（true 是赞，false 是踩；{'、'.join(GOOD[1:])} 也认），"
+            f"或者是偏好对（prompt、chosen、rejected）。它的列是：{'、'.join(rows[0]) or '（没有列）'}。"
+        )
+    return to_pairs(rows, where)
 
 
 def to_questions(rows: list[dict], where: str, keep: tuple[str, ...] = ()) -> list[dict]:

@@ -51,8 +51,20 @@ def test_the_judge_needs_the_tiny_world(best_of_k, tmp_path):
     data.write_text('{"prompt": "问"}\n{"prompt": "再问"}\n', encoding="utf-8")
     with pytest.raises(UserError, match="--selector reward_model"):
         best_of_k.main(["--preset", "tiny", "--dataset", str(data), "--selector", "judge"])
-    with pytest.raises(UserError, match="--ks"):
-        best_of_k.main(["--preset", "tiny", "--ks", "二"])
+    for ks in ("二", "0", "2,-2"):
+        with pytest.raises(UserError, match="--ks 要是逗号分开的正整数"):
+            best_of_k.main(["--preset", "tiny", "--ks", ks])
+
+
+def test_too_many_rounds_and_an_unknown_teacher_are_refused(
+    best_of_k, chat_folder, reward_folder, tmp_path, few
+):
+    arguments = [*few, "--max_train_samples", "12", "--output_dir", str(tmp_path / "b")]
+    arguments += ["--model", str(chat_folder), "--reward_model", str(reward_folder)]
+    with pytest.raises(UserError, match="不够分成 50 轮"):
+        best_of_k.main([*arguments, "--rounds", "50"])
+    with pytest.raises(UserError, match="没有这个文件夹：/no/where"):
+        best_of_k.main([*arguments, "--teacher", "/no/where"])
 
 
 def test_best_of_k_runs_in_rounds(best_of_k, chat_folder, reward_folder, tmp_path, few):

@@ -105,5 +105,8 @@ def test_summary_has_the_standard_error(methods):
 def test_unknown_methods_and_full_are_refused(methods):
     with pytest.raises(UserError, match=r"不认识 abc.*simpo"):
         methods.main(["--preset", "tiny", "--methods", "dpo,abc"])
-    with pytest.raises(UserError, match="--preset tiny"):
-        methods.main(["--preset", "full"])
+    for arguments in (["--preset", "full"], ["--preset", "tiny", "--dataset", "我的.jsonl"]):
+        with pytest.raises(UserError, match="只在小世界里"):
+            methods.main(arguments)
+    with pytest.raises(UserError, match="METHODS"):
+        methods.main(["--preset", "tiny", "--learning_rate", "1e-3"])

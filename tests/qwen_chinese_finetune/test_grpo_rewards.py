@@ -97,6 +97,9 @@ DEF = "import math\n\ndef reward(questions, replies, ended):\n"
         (DEF + "    return ['好', '坏']\n", "第 3 行的 reward 要返回 2 个数的列表"),
         (DEF + "    return None\n", "要返回 2 个数的列表，返回的是 None"),
         (DEF + "    return [1.0]\n", "第 3 行的 reward 收到 2 个回答，返回了 1 个数"),
+        (DEF + "    return (1 / (len(r) - 1) for r in replies)\n", "第 4 行出错：ZeroDivisionError"),
+        (DEF + "    raise SystemExit\n", "第 4 行出错：SystemExit"),
+        ("import sys\nsys.exit(3)\n", "第 2 行出错：SystemExit"),
         (DEF + "    return [1.0, math.nan]\n", "给第 2 个回答（'花园'）的分是 nan"),
     ],
 )

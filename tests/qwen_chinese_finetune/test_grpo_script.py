@@ -18,6 +18,7 @@ SMALL += ["--per_device_train_batch_size", "8", "--num_generations", "4", "--max
         (["--trainer", "library"], "GRPO 用不着 --trainer"),
         (["--gradient_accumulation_steps", "2"], "改用 --micro_batch_size"),
         (["--reward_file", "没有.py"], "--reward_file 没有.py 不存在"),
+        (["--reward_file", "."], "--reward_file . 是文件夹"),
         (["--loss", "ppo"], "--loss 不认识 ppo"),
     ],
 )

@@ -39,6 +39,8 @@ def test_pairs_are_on_policy_and_what_must_stay_is_kept(identity, model, chat_to
 def test_the_same_name_is_refused(identity):
     with pytest.raises(UserError, match="新的名字"):
         identity.main(["--preset", "tiny", "--name", "小故事助手"])
+    with pytest.raises(UserError, match="--old_name 不能是空的"):
+        identity.main(["--preset", "tiny", "--old_name", ""])
 
 
 def test_identity_runs_and_draws(identity, chat_folder, tmp_path, few):

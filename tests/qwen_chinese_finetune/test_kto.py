@@ -82,7 +82,7 @@ def test_weights_balance_both_sides(kto):
     rows = [{"good": True}] * 30 + [{"good": False}] * 10
     desirable, undesirable = kto.balanced(rows, settings)
     assert desirable * 30 == undesirable * 10 == 30
-    with pytest.raises(UserError, match="全是赞"):
+    with pytest.raises(UserError, match=r"全是赞.*label 是 true"):
         kto.balanced([{"good": True}], settings)
 
 
@@ -102,6 +102,11 @@ def test_a_label_that_is_neither_names_the_row():
     rows = [{"prompt": "甲", "completion": "乙", "label": value} for value in (True, "也许")]
     with pytest.raises(UserError, match=r"第 2 条.*label 要是 true 或 false"):
         to_thumbs(rows, "rows.jsonl")
+
+
+def test_rows_without_a_label_are_told_what_is_missing():
+    with pytest.raises(UserError, match=r"每行要有 label.*它的列是：prompt、completion"):
+        to_thumbs([{"prompt": "甲", "completion": "乙"}], "rows.jsonl")
 
 
 def test_kto_trains_on_the_readers_own_rows(kto, chat_folder, tmp_path, few):
