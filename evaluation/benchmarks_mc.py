@@ -59,7 +59,7 @@ class ChoiceSettings(LessonSettings):
         "哪些题，逗号隔开：world、knowledge_zh、knowledge_en、题目的文件或文件夹、lm_eval 的任务 yaml"
     )
     methods: str = option("怎样问，逗号隔开：letter、text、generate", "letter,text,generate")
-    shots: int = option("题目前面放几道例题", 0, NOT_NEGATIVE)
+    shots: int | None = option("题目前面放几道例题；默认 0，任务 yaml 的照它写的", None, NOT_NEGATIVE)
     shots_file: str | None = option("例题的文件或文件夹；自带的题有自带的例题")
     dataset: str | None = option("任务 yaml 的题在本地的哪里；默认照 yaml 写的")
     limit: int | None = option("每套题最多几道", None, COUNT)
@@ -115,7 +115,7 @@ def read_benchmark(name: str, settings: ChoiceSettings) -> Benchmark:
     if faults:
         print(f"跳过 {name} 里写坏了的 {len(faults)} 道题：\n  " + "\n  ".join(faults[:5]))
     shots = example_questions(settings.shots_file or name, settings.seed) if settings.shots else []
-    if len(shots) < settings.shots:
+    if len(shots) < (settings.shots or 0):
         raise UserError(f"要 {settings.shots} 道例题，{settings.shots_file or name} 里只有 {len(shots)} 道。")
     return Benchmark(short, questions, shots, [])
 
@@ -137,7 +137,7 @@ def evaluate(answerer: Answerer, benchmark: Benchmark, settings: ChoiceSettings)
     stage = answerer.id.split(":")[0]
     chat = settings.chat == "yes" or (settings.chat == "auto" and stage in CHAT_STAGES)
     questions, wording = benchmark.questions, WORDINGS[language_of(benchmark.questions)]
-    shots = [shots_of(each, benchmark.shots, settings.shots) for each in questions]
+    shots = [shots_of(each, benchmark.shots, settings.shots or 0) for each in questions]
     rows = [{"scores": {}, "answer": ""} for _ in questions]
     methods = settings.methods.split(",")
     if "letter" in methods:
