@@ -21,7 +21,9 @@
 from nlp_common.base.cli import run_main
 
 import dataclasses
+import json
 import math
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +41,7 @@ from nlp_common.base.errors import UserError
 from nlp_common.data.rows import data_sha256
 from nlp_common.lm.generation import generate
 from nlp_common.lm.replies import reply_of
-from nlp_common.train.lesson import run_lesson
+from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from results import item, write_result
@@ -73,7 +75,11 @@ class ChoiceSettings(LessonSettings):
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
 
     def check(self) -> None:
-        split_names(self.models)
+        names = [short_name(name) for name in split_names(self.models)]
+        if len(set(names)) < len(names):
+            raise UserError(
+                f"--models 里有两个文件夹都叫 {'、'.join(sorted({n for n in names if names.count(n) > 1}))}，改个名字才分得清。"
+            )
         if unknown := set(self.methods.split(",")) - set(METHODS):
             raise UserError(f"--methods 不认识 {'、'.join(sorted(unknown))}，可以是 {'、'.join(METHODS)}。")
         if self.shots_file and not self.shots:
@@ -245,6 +251,21 @@ def warn_if_long(answerer: Answerer, asks: list) -> None:
 # ---------------------------------------------------------------- 3. 从头到尾
 
 
+def answer(part: Stage, model: str, benchmark: Benchmark, loaded: dict[str, Answerer]) -> dict:
+    """一个模型答一套题；换了模型才重新载入，中断以前答完的不再答。"""
+    if model not in loaded:
+        loaded.clear()
+        loaded[model] = load_answerer(model, part.settings.source)
+    print(f"{model} 答 {benchmark.name} …")
+    items = evaluate(loaded[model], benchmark, part.settings)
+    return {"items": json.dumps(items, ensure_ascii=False), "model_id": loaded[model].id}
+
+
+def short_name(model: str) -> str:
+    """表里、结果文件里的名字：路径只留最后一段，hub 名的 / 换掉。"""
+    return Path(model).name if Path(model).is_dir() else re.sub(r"[\\/:]", "_", model)
+
+
 def learn(stage: Stage) -> dict:
     settings: ChoiceSettings = stage.settings
     names = [name.strip() for name in settings.benchmarks.split(",") if name.strip()]
@@ -255,13 +276,14 @@ def learn(stage: Stage) -> dict:
             texts = {each.id: each.text for each in [*benchmark.questions, *benchmark.items]}
             contaminated[benchmark.name] = check_questions(texts, settings.check_contamination)
     answered: dict[str, dict[str, list[dict]]] = {each.name: {} for each in benchmarks}
-    ids = {}
+    ids: dict[str, str] = {}
+    loaded: dict[str, Answerer] = {}
     for model in split_names(settings.models):
-        answerer = load_answerer(model, settings.source)
-        ids[model] = answerer.id
         for benchmark in benchmarks:
-            print(f"{model} 答 {benchmark.name} …")
-            answered[benchmark.name][model] = evaluate(answerer, benchmark, settings)
+            work = partial(answer, model=model, benchmark=benchmark, loaded=loaded)
+            part = run_part(stage, f"{short_name(model)}--{benchmark.name}", work)
+            answered[benchmark.name][short_name(model)] = json.loads(part["items"])
+            ids[short_name(model)] = part["model_id"]
     metrics = {}
     for benchmark in benchmarks:
         for items in answered[benchmark.name].values():
@@ -279,7 +301,7 @@ def learn(stage: Stage) -> dict:
                 write_result(
                     folder,
                     name,
-                    Path(model).name,
+                    model,
                     items,
                     model_id=ids[model],
                     seed=settings.seed,
@@ -302,7 +324,7 @@ def main(argv: list[str] | None = None) -> dict:
     ]
     more = {f"{name}_id": f"{each['stage']}:{each['id']}" for name, each in found.items()}
     more |= {f"{name}_sha256": mark for name in files if (mark := data_sha256(name))}
-    return run_lesson("benchmarks_mc", HOME, settings, partial(learn), **more)
+    return run_lesson("benchmarks_mc", HOME, settings, learn, **more)
 
 
 if __name__ == "__main__":
