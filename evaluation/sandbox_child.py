@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import threading
@@ -403,7 +404,7 @@ def judge():
         stderr=subprocess.PIPE,
         cwd=paper["folder"],
     )
-    threading.Thread(target=watch_parent, args=(worker,), daemon=True).start()
+    threading.Thread(target=watch_parent, args=(worker, paper["folder"]), daemon=True).start()
     output = Output(worker, paper["limits"]["output_bytes"])
     reader = threading.Thread(target=output.drain, daemon=True)
     reader.start()
@@ -421,11 +422,13 @@ def judge():
     os._exit(0)
 
 
-def watch_parent(worker):
+def watch_parent(worker, folder):
     """评测的主进程没了（标准输入断了），这里也不留下什么。"""
     while os.read(0, 1024):
         pass
     worker.kill()
+    worker.wait()
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 

@@ -237,7 +237,7 @@ def test_nothing_is_left_behind():
 @pytest.mark.skipif(os.name == "nt", reason="os.kill 在 Windows 上看不出进程还在不在")
 def test_the_answer_dies_when_the_evaluation_is_killed(tmp_path):
     """主进程被 kill -9：出题人读到断开，两个都走。"""
-    note = tmp_path / "pid"
+    note, before = tmp_path / "pid", set(Path(sandbox.tempfile.gettempdir()).glob("nlp-sandbox-*"))
     script = (
         f"import sys; sys.path.insert(0, {str(Path(sandbox.__file__).parent)!r})\n"
         "import sandbox\n"
@@ -252,6 +252,7 @@ def test_the_answer_dies_when_the_evaluation_is_killed(tmp_path):
     main.wait()
     answer = int(note.read_text())
     until(lambda: not alive(answer))
+    until(lambda: set(Path(sandbox.tempfile.gettempdir()).glob("nlp-sandbox-*")) <= before)
 
 
 def until(condition):
