@@ -38,7 +38,7 @@ from nlp_common.train.stage import Stage
 from rag_common.bm25 import BM25
 from rag_common.chunking import make_chunks
 from rag_common.corpus import Corpus, best_recall, data_of, load_corpus, tiny_world_corpus
-from rag_common.embed import Embedder, load_embedder
+from rag_common.embed import Embedder, choose_embedder, load_embedder
 from rag_common.fuse import reciprocal_rank, weighted
 from rag_common.metrics import paired_bootstrap, recall_at, retrieval_row
 from rag_common.noise import to_simplified, to_traditional, typos
@@ -72,6 +72,8 @@ METHODS = {
 
 @dataclass
 class HybridSettings(LessonSettings):
+    NOT_IN_FINGERPRINT = LessonSettings.NOT_IN_FINGERPRINT | {"store", "threads"}  # 结果与它们无关
+
     dataset: str = option("people_daily、文件夹，或 cmrc2018 那样的 json/jsonl 文件", "people_daily")
     documents: int | None = option("最多用多少段文档", limits=COUNT)
     questions: int | None = option("最多问多少题", limits=COUNT)
@@ -96,12 +98,12 @@ def learn(stage: Stage, generator: dict | None) -> dict:
     embedder = load_embedder(settings.embedder, settings.threads)
     print(f"{corpus.name}：{len(corpus.documents)} 段，{len(corpus.questions)} 题；向量模型 {embedder.name}")
 
-    tokenizer_rows = compare_tokenizers(corpus)
-    print_rows("BM25，各种分词器", tokenizer_rows)
-
     store = open_store(
         settings.store or f"faiss://{stage.folder.work / 'store'}", embedder.fingerprint, embedder.dim
     )
+    tokenizer_rows = compare_tokenizers(corpus)
+    print_rows("BM25，各种分词器", tokenizer_rows)
+
     slices, bounds, gains = {}, {}, {}
     for name, part in make_slices(corpus, settings).items():
         ours = name in ("tiny_world", "synonyms")  # 链上的小模型只读过小世界
@@ -299,6 +301,7 @@ def draw(folder: Path, slices: dict, tokenizers: dict) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(HybridSettings, PRESETS, argv)
+    settings.embedder = choose_embedder(settings.embedder)
     generator = None if settings.generator == "none" else chain_model("sft", settings.generator)
     work = partial(learn, generator=generator)
     return run_lesson(

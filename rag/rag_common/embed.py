@@ -49,17 +49,20 @@ class Embedder(Protocol):
     def queries(self, texts: Sequence[str]) -> np.ndarray: ...
 
 
+def choose_embedder(name: str) -> str:
+    """auto → 现在用得了的那一个，没有 e5 就说出来；别的名字原样。"""
+    if name != "auto":
+        return name
+    if e5.packages_installed() or e5.cache_folder().is_dir():
+        return "e5"
+    print(f"没有 e5 的权重，改用不认意思、只认字面的 hashed 向量。{e5.INSTALL_HINT}")
+    return "hashed"
+
+
 def load_embedder(name: str = "auto", threads: int = 1) -> Embedder:
     """按名字；threads 是 CPU 上用几个线程（多开的线程在忙的机器上只会互相等）。"""
-    if name == "auto":
-        if e5.packages_installed() or e5.cache_folder().is_dir():
-            name = "e5"
-        else:
-            print(f"没有 e5 的权重，改用不认意思、只认字面的 hashed 向量。{e5.INSTALL_HINT}")
-            name = "hashed"
-    if name == "hashed":
-        return HashedEmbedder()
-    return TransformerEmbedder(name, threads)
+    name = choose_embedder(name)
+    return HashedEmbedder() if name == "hashed" else TransformerEmbedder(name, threads)
 
 
 # ---------------------------------------------------------------- 真的模型

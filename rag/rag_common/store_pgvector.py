@@ -175,4 +175,4 @@ def _what_is_wrong(url: str, error: Exception) -> str:
         return f"{url}：PostgreSQL 里没有装 pgvector 扩展，先装上它（https://github.com/pgvector/pgvector）。"
     if "expected" in text and "dimensions" in text:
         return f"{url}：表里的向量不是这么多维（{text[:100]}）：换一个 ?table=，重新建。"
-    return f"连不上 {url}：{text[:200]}。看看服务器启动了没有、地址与端口对不对。"
+    return f"连不上 {url}（{text[:160]}）。看看服务器启动了没有、地址与端口对不对。"

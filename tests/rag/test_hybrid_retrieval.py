@@ -152,5 +152,5 @@ def test_a_readers_folder(tmp_path):
         (docs / name).write_text(text, encoding="utf-8")
     record = hr.main([*QUICK, "--dataset", str(docs), "--stories", "10", "--output_dir", str(tmp_path / "r")])
     assert record["metrics"]["methods"]["bm25"]["recall_at_1"] > 0.9 and record["data"]["dataset"]["sha256"]
-    with pytest.raises(UserError, match="可以是 people_daily"):
+    with pytest.raises(UserError, match="请检查 --dataset"):
         hr.main([*QUICK, "--dataset", str(tmp_path / "没有"), "--output_dir", str(tmp_path / "q")])
