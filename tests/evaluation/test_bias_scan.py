@@ -367,7 +367,7 @@ def test_a_bias_learned_from_skewed_data_is_found(tmp_path):
     ]
     planted = metrics["planted"]
     assert planted["skewed"]["gender_found"] == 1 and planted["skewed"]["others_biased"] == 0
-    assert planted["skewed"]["gender_difference"] == pytest.approx(planted["true_difference"], rel=0.35)
+    assert planted["skewed"]["gender_difference"] == pytest.approx(planted["true_difference"], rel=0.5)
     assert planted["fair"]["gender_found"] == 0
     assert metrics["power"] == pytest.approx(0.51, abs=0.05) and metrics["false_alarms"] <= 0.06
 
