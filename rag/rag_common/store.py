@@ -20,6 +20,8 @@ where 是 {栏: 值} 或 {栏: [值, 值]}（其中之一），几栏都要满�
 from __future__ import annotations
 
 import json
+import re
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -158,6 +160,16 @@ def check_fingerprint(url: str, saved: dict, fingerprint: str, dim: int) -> None
             f"知识库 {url} 是用 {saved.get('fingerprint')}（{saved.get('dim')} 维）建的，现在的是 {fingerprint}（{dim} 维）。"
             "向量不能混用：换回原来的 embedder，或换一个 --store 重新建。"
         )
+
+
+def stable_id(name: str) -> str:
+    """由 id 算出的 UUID，同样的 id 总是同样的：有的后端对编号的写法、长短有要求。"""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, name))
+
+
+def without_password(url: str) -> str:
+    """印出来、记下来的网址里没有密码。"""
+    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", url)
 
 
 def values_of(wanted: Any) -> list:

