@@ -332,11 +332,10 @@ def summary(results: dict[str, dict]) -> dict:
 
 def show(results: dict[str, dict], metrics: dict) -> None:
     print("\n底座      线性层字节  正确率  留出损失  一步毫秒")
-    for base, row in results.items():
-        print(
-            f"{base:<8}{row['linear_bytes']:>12,d}{row.get('qa_accuracy', float('nan')):8.3f}"
-            f"{row['heldout_loss']:10.4f}{row.get('step_ms', float('nan')):10.1f}"
-        )
+    for base, row in results.items():  # 自己的数据没有正确率，只训练一种底座不量时间
+        right = f"{row['qa_accuracy']:8.3f}" if "qa_accuracy" in row else f"{'—':>8}"
+        step = f"{row['step_ms']:10.1f}" if "step_ms" in row else f"{'—':>10}"
+        print(f"{base:<8}{row['linear_bytes']:>12,d}{right}{row['heldout_loss']:10.4f}{step}")
     if "base_shrunk" in metrics:
         print(f"底座小到 1/{metrics['base_shrunk']:.2f}，一步是 {metrics['step_time_ratio']:.2f} 倍的时间")
 

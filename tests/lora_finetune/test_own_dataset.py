@@ -136,3 +136,19 @@ def test_bad_files_are_said(script, tmp_path, chat_folder):
 def test_the_same_file_twice_is_said(tmp_path, mine):
     with pytest.raises(UserError, match="同一份"):
         incremental_lora.main([*FEW, "--dataset", mine, "--third_dataset", mine])
+
+
+def test_a_real_model_gets_its_own_learning_rates(tmp_path, mine, chat_folder):
+    """full 预设从头到尾走得完（这里用小模型的文件夹）；学习率是真的模型的，自己给的不动。"""
+    flags = ["--preset", "full", "--model", str(chat_folder), "--dataset", mine, "--n_questions", "3"]
+    flags += ["--max_steps", "2", "--output_dir", str(tmp_path / "out")]
+    record = lora_parameter_viz.main([*flags, "--full_learning_rate", "1e-4"])
+    assert record["fingerprint"]["learning_rate"] == lora_parameter_viz.REAL["learning_rate"]
+    assert record["fingerprint"]["full_learning_rate"] == 1e-4
+    assert record["metrics"]["trainable"] > 0
+    for settings in (
+        incremental_lora.IncrementalSettings(preset="tiny", model="smollm2", dataset="tiny_world"),
+        ptuning_v2_demo.PromptSettings(preset="full", model="文件夹", dataset="tiny_world"),
+    ):
+        settings.check()
+        assert settings.learning_rate < 0.05

@@ -1,11 +1,14 @@
 """save_quantized.py 与 gptq_layout.py：一个数一个数地核对布局，存了再读，sha256，写了一半、改过的文件。"""
 
 import json
+import math
 import shutil
 
+import numpy as np
 import pytest
 import save_quantized as script
 import torch
+from safetensors.numpy import load_file as numpy_load
 from safetensors.torch import load_file
 
 from gptq_layout import (
@@ -101,6 +104,40 @@ def test_saved_and_read_back(saved):
     assert not [name for name in load_file(folder / WEIGHTS) if name.startswith("lm_head")]
 
 
+def test_another_reader_of_the_format_finds_the_same_weights(saved):
+    """照 GPTQ 格式的说明另写一个读法，只用 numpy，不移位：int32 的四个字节，每个字节先低四位、后高四位。
+
+    别的库（gptqmodel、vLLM）就是这样读的：W = s[g_idx] · (q − (z + 1))，存的名字、形状、类型也都核对。
+    """
+    folder, model, shrunk = saved
+    tensors = numpy_load(folder / WEIGHTS)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    bits, group = config["bits"], config["group_size"]
+    ours = load_gptq(folder)
+
+    def halves(packed: np.ndarray) -> np.ndarray:  # (…) int32 → (…, 8)
+        numbers = packed.astype("<i4").reshape(*packed.shape, 1).view(np.uint8)  # (…, 4)
+        return np.stack([numbers % 16, numbers // 16], -1).reshape(*packed.shape, 8)
+
+    for name in shrunk:
+        d_out, d_in = model.get_submodule(name).weight.shape
+        qweight, qzeros, scales, g_idx = (
+            tensors[f"{name}.{p}"] for p in ("qweight", "qzeros", "scales", "g_idx")
+        )
+        groups = math.ceil(d_in / group)
+        assert (qweight.shape, qweight.dtype) == ((d_in * bits // 32, d_out), np.int32)
+        assert (qzeros.shape, qzeros.dtype) == ((groups, d_out * bits // 32), np.int32)
+        assert (scales.shape, scales.dtype) == ((groups, d_out), np.float16)
+        assert (g_idx.shape, g_idx.dtype) == ((d_in,), np.int32)
+        assert f"{name}.weight" not in tensors
+        codes = halves(qweight).transpose(0, 2, 1).reshape(d_in, d_out)  # 沿输入装的
+        zeros = halves(qzeros).reshape(groups, d_out).astype(int) + 1  # 沿输出装的，少 1
+        weight = scales.astype(np.float32)[g_idx] * (codes.astype(int) - zeros[g_idx])
+        np.testing.assert_array_equal(ours.get_submodule(name).weight.detach().numpy(), weight.T)
+        if model.get_submodule(name).bias is not None:
+            assert tensors[f"{name}.bias"].dtype == np.float16
+
+
 def test_transformers_knows_it_is_gptq(saved, base_folder):
     """config.json 认得出；没有 GPTQ 的内核时它说要装什么；我们的训练脚本拒绝它：四位的权重训练不了。"""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -109,6 +146,7 @@ def test_transformers_knows_it_is_gptq(saved, base_folder):
     config = AutoConfig.from_pretrained(saved[0])
     parsed = GPTQConfig.from_dict(dict(config.quantization_config))
     assert (parsed.bits, parsed.group_size, parsed.sym, parsed.desc_act) == (4, 128, True, False)
+    assert parsed.format == "gptq" and parsed.quant_method == "gptq"  # 零点少 1 的那种；gptq_v2 不减
     with pytest.raises(ImportError, match=r"gptqmodel|optimum"):
         AutoModelForCausalLM.from_pretrained(saved[0])
     with pytest.raises(UserError, match=r"量化过的模型（gptq，4 位）.*训练不了"):
