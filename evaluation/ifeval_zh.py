@@ -108,10 +108,9 @@ class IfevalSettings(LessonSettings):
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(IfevalSettings, PRESETS, argv)
     rows = load_prompts(settings)  # 题目、回答写错了，先说
-    if settings.answers:
+    given = {Path(path).stem: (path, read_answer_file(path, rows)) for path in settings.answers or []}
+    if given:
         more: dict = {"answers_sha256": [data_sha256(path) for path in settings.answers]}
-        for path in settings.answers:
-            read_answer_file(path, rows)
     elif settings.answers_url:
         more = {}
         server_of(settings).check()
@@ -121,14 +120,14 @@ def main(argv: list[str] | None = None) -> dict:
         }
     if settings.check_contamination:
         more["check_contamination_sha256"] = data_sha256(settings.check_contamination)
-    return run_lesson("ifeval_zh", HOME, settings, partial(evaluate, rows=rows), **more)
+    return run_lesson("ifeval_zh", HOME, settings, partial(evaluate, rows=rows, given=given), **more)
 
 
-def evaluate(stage: Stage, rows: list[dict]) -> dict:
+def evaluate(stage: Stage, rows: list[dict], given: dict) -> dict:
     """各模型答题 → 四个分、换题的线、各种要求的表；再拿检查器当奖励训练；写结果文件、画图。"""
     settings = stage.settings
     leaked = find_leaks(rows, settings.check_contamination)
-    answers = collect_answers(stage, rows)
+    answers = given or collect_answers(stage, rows)
     histories: dict[str, list[dict]] = {}
     if settings.steps:
         first = split_names(settings.models)[0]
@@ -200,8 +199,6 @@ def find_leaks(rows: list[dict], train: str | None) -> dict:
 def collect_answers(stage: Stage, rows: list[dict]) -> dict[str, tuple[str, list[dict]]]:
     """→ {模型: (哪一份权重, 各题的回答 {"text", "ended"})}；做完一个存一个，中断了不重做。"""
     settings = stage.settings
-    if settings.answers:
-        return {Path(path).stem: (path, read_answer_file(path, rows)) for path in settings.answers}
     names = [settings.answers_model] if settings.answers_url else split_names(settings.models)
     answers = {}
     for name in names:
