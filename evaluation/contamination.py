@@ -292,10 +292,14 @@ def learn(stage: Stage, path: str) -> dict:
     after = right_answers(model, tokenizer, questions)
     groups = {"all": list(before), "clean": clean}
     groups |= {kind: [name for name, its in kinds.items() if its == kind] for kind in KINDS}
+    accuracy: dict[str, float] = {}
+    metrics["accuracy"] = accuracy
     print("\n按全文选，答对：             训练前                       训练后")
     for group, names in groups.items():
         scores = [mean_interval([table[name] for name in names], settings.seed) for table in (before, after)]
-        metrics[f"accuracy_{group}_before"], metrics[f"accuracy_{group}"] = (each.value for each in scores)
+        for suffix, score in zip(("_before", ""), scores, strict=True):
+            name = f"{group}{suffix}"
+            accuracy |= {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
         shown = {"all": "全部的题", "clean": "没泄漏的"}.get(group) or KINDS[group].split("|")[0]
         print(f"  {shown:<14}{scores[0].text()}    {scores[1].text()}")
 
@@ -321,10 +325,10 @@ def learn(stage: Stage, path: str) -> dict:
 
 
 def draw(folder: Path, metrics: dict) -> None:
-    labels = {"clean": "没泄漏|not leaked"} | KINDS
+    labels, accuracy = {"clean": "没泄漏|not leaked"} | KINDS, metrics["accuracy"]
     series = {
-        "训练前|before": {label: metrics[f"accuracy_{name}_before"] for name, label in labels.items()},
-        "训练后|after": {label: metrics[f"accuracy_{name}"] for name, label in labels.items()},
+        "训练前|before": {label: accuracy[f"{name}_before"] for name, label in labels.items()},
+        "训练后|after": {label: accuracy[name] for name, label in labels.items()},
         "查到|found": {
             label: metrics.get(f"recall_{name}", metrics["false_alarms"]) for name, label in labels.items()
         },

@@ -45,8 +45,17 @@ def report(name: str, chance: float, answered: dict[str, list[dict]], seed: int)
     for model, table in tables.items():
         if "generate_answered" in table and table["generate_answered"].value < 1:
             print(f"  {model} 写的话，认得出答案的只有 {table['generate_answered'].value:.0%}")
-    values = {model: {key: score.value for key, score in table.items()} for model, table in tables.items()}
-    return {"n": n, "chance": chance, **values}
+    return {"n": n, "chance": chance, **{model: with_spans(table) for model, table in tables.items()}}
+
+
+def with_spans(table: dict[str, Interval]) -> dict[str, float]:
+    """各个分数；要紧的几个连区间的两头。"""
+    values = {}
+    for key, score in table.items():
+        values[key] = score.value
+        if key in COLUMNS:
+            values |= {f"{key}_low": score.low, f"{key}_high": score.high}
+    return values
 
 
 def score_table(items: list[dict], seed: int) -> dict[str, Interval]:
@@ -97,12 +106,13 @@ def compare(answered: dict[str, list[dict]], seed: int) -> dict:
                     continue
                 gap = paired_difference(*pair, seed)
                 apart = math.hypot(*(mean_interval(values, seed).stderr for values in pair))
-                found[f"{ours}_minus_{theirs}.{score}"] = gap.value
+                name = f"{ours}_minus_{theirs}.{score}"
+                found |= {name: gap.value, f"{name}_low": gap.low, f"{name}_high": gap.high}
                 words = f"  {COLUMNS[score]}：{ours} − {theirs} = {gap.value:+.3f}"
                 if not any(a != b for a, b in zip(*pair, strict=True)):
                     print(f"{words}，对错每道题都一样")
                     continue
-                found[f"{ours}_minus_{theirs}.{score}_stderr_ratio"] = gap.stderr / apart
+                found[f"{name}_stderr_ratio"] = gap.stderr / apart
                 print(
                     f"{words}（{gap.low:+.3f} 到 {gap.high:+.3f}）{'分得出' if gap.is_sure else '分不出'}；"
                     f"成对的标准误 {gap.stderr:.3f}，不成对 {apart:.3f}"

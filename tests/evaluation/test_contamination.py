@@ -127,7 +127,7 @@ def test_the_lesson(tmp_path, chat_folder, capsys):
     metrics = run["metrics"]
     assert metrics["recall_verbatim"] == metrics["recall_punctuation"] == 1
     assert metrics["detection"]["n8_at0.7"]["verbatim"] == 1
-    assert metrics["accuracy_all_before"] == pytest.approx(0.25, abs=0.12)  # 没训练过的：瞎猜
+    assert metrics["accuracy"]["all_before"] == pytest.approx(0.25, abs=0.12)  # 没训练过的：瞎猜
     [result] = find_results([tmp_path / "out"])
     assert len(result["items"]) == metrics["n"] and sum(e["group"] != "clean" for e in result["items"]) == 8
     assert "没泄漏的" in capsys.readouterr().out and (tmp_path / "out" / "leak.svg").exists()
