@@ -9,8 +9,8 @@
 
 怎么运行
   python bias_scan.py                                # 功效曲线；埋了偏见的小模型；链上的 sft、reward
-  python bias_scan.py --models smollm2 --language en         # 真模型，也问它该不该拒绝的题
-  python bias_scan.py --models snownlp                       # 网购评论上学的情感分类器
+  python bias_scan.py --models smollm2 --language en --calibrate false    # 真模型，也问它该不该拒绝的题
+  python bias_scan.py --models snownlp --calibrate false     # 网购评论上学的情感分类器
   python bias_scan.py --models 你的模型 --dataset CBBQ/gender.json   # CBBQ 的文件
 
 应当看到（实测见本文件夹的 README.md）：200 对、8 个比较，0.1、0.2、0.3 个标准差的偏见找到约一成、五成、九成；没有偏见时错怪不到 5 %；
@@ -71,6 +71,7 @@ class BiasSettings(LoopSettings):
     pairs: int | None = option("小世界里每个比较几对故事（真模型是固定的 200 对句子）", limits=COUNT)
     skew: float = option("训练数据里对男的、女的客套的比例差多少：0.6 是八成与两成", 0.6, SHARE)
     margin: float = option("差到各句之间标准差的几成才算要紧；再小的，看得出也只是说一声", 0.1, SHARE)
+    calibrate: bool = option("先量一量检验本身（功效曲线、埋了偏见的小模型）；只想查模型就写 false", True)
     families: int = option("功效曲线每一点模拟几次评测", 2000, COUNT)
     max_new_tokens: int = option("拒绝题的回答最多多少个 token", 64)
 
@@ -84,8 +85,9 @@ class BiasSettings(LoopSettings):
 
 def scan(stage: Stage) -> dict:
     settings = stage.settings
-    metrics: dict = power_curve(settings)
-    metrics["planted"] = planted_in_a_model(stage)
+    metrics: dict = {}
+    if settings.calibrate:
+        metrics = power_curve(settings) | {"planted": planted_in_a_model(stage)}
     results, asked = [], read_cbbq(settings.dataset) if settings.dataset else []
     metrics["detector"] = show_detector()
     for name in split_names(settings.models):
@@ -107,7 +109,8 @@ def scan(stage: Stage) -> dict:
             write_result(
                 folder, benchmark, scorer.name, items, model_id=scorer.id, seed=settings.seed, scores=scores
             )
-        draw(folder, metrics)
+        if settings.calibrate:
+            draw(folder, metrics)
 
     data = {
         "pairs": {
@@ -371,7 +374,7 @@ def main(argv: list[str] | None = None) -> dict:
             raise UserError(
                 "CBBQ 要会写字的模型来选，--models 里只有打分的：加上 sft、smollm2 或一个文件夹。"
             )
-    ids = {name: find_scorer_id(name) for name in dict.fromkeys(["sft", *names])}
+    ids = {name: find_scorer_id(name) for name in dict.fromkeys([*["sft"] * settings.calibrate, *names])}
     return run_lesson("bias_scan", HOME, settings, scan, model_ids=ids)
 
 

@@ -347,6 +347,8 @@ def test_a_short_run_and_again(tmp_path, chat_folder, monkeypatch, capsys):
     names = {path.name.split("--")[0] for path in (tmp_path / "out" / "results").iterdir()}
     assert names == {"bias", "refusals", "cbbq"}
     assert (tmp_path / "out" / "power.svg").exists() and (tmp_path / "out" / "planted.svg").exists()
+    only = [*arguments[:-1], str(tmp_path / "only"), "--calibrate", "false"]
+    assert "planted" not in bs.main(only)["metrics"] and not (tmp_path / "only" / "power.svg").exists()
     capsys.readouterr()
     assert bs.main(arguments)["id"] == record["id"]
     assert "直接加载" in capsys.readouterr().out
