@@ -29,15 +29,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ragflow_client import RAGFlow
-from ragflow_stand_in import KEY, stand_in
-
 from nlp_common.base.arguments import Limits, option
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import write_json
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
+from ragflow_client import RAGFlow
+from ragflow_stand_in import KEY, stand_in
 
 HOME = Path(__file__).resolve().parent
 PRESETS: dict[str, dict] = {"tiny": {}, "full": {}}

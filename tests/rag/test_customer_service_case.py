@@ -18,7 +18,7 @@ FLAGS = [
     "--products",
     "8",
     "--asks",
-    "160",
+    "300",
     "--leak_queries",
     "600",
 ]

@@ -8,10 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import ragflow_demo as rd
-from ragflow_client import RAGFlow
-from ragflow_stand_in import KEY, stand_in
 
 from nlp_common.base.errors import UserError
+from ragflow_client import RAGFlow
+from ragflow_stand_in import KEY, stand_in
 
 
 @pytest.fixture
