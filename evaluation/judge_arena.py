@@ -27,12 +27,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from answer_files import read_answers
-from answering import ServerAnswerer, load_answerer, split_names
+from answering import ServerAnswerer, find_answerer, load_answerer, split_names
 from arena_pages import show, write_all
 from intervals import mean_interval
 from judge_bias import (
@@ -60,6 +60,7 @@ from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, POSITIVE, option
 from nlp_common.base.device import pick_device
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import file_sha256
+from nlp_common.data.rows import check_path, data_sha256
 from nlp_common.lm.loading import load_reward_model, load_tokenizer
 from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson
@@ -89,6 +90,12 @@ SIZES = (5, 6, 7, 8, 9, 10, 12, 15, 20, 30, 50, 75, 100, 150, 200, 300, 500, 750
 
 @dataclass
 class ArenaSettings(LessonSettings):
+    NOT_IN_FINGERPRINT: ClassVar[set[str]] = LessonSettings.NOT_IN_FINGERPRINT | {
+        "api_key_env",
+        "judge_timeout",
+        "judge_retries",
+        "judge_workers",
+    }
     models: str = option(
         "谁来比，逗号隔开：Qwen 链的阶段、本地文件夹、hub 名、smollm2；第一个是基准", "sft,dpo,ppo"
     )
@@ -110,9 +117,11 @@ class ArenaSettings(LessonSettings):
     judge_workers: int = option("同时问服务器几句", 4, COUNT)
     exam_questions: int | None = option("考评判的每份考卷几道题", limits=COUNT)
     orders: int = option("Elo 洗几次牌", 200, COUNT)
+    check_contamination: str | None = option("训练数据的文件：先查这些题在不在里面（见 contamination.py）")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
 
     def check(self) -> None:
+        check_path(self.check_contamination)
         if self.judge_url and not self.judge_model:
             raise UserError("--judge_url 还要 --judge_model：服务器上的哪个模型。")
         if self.judge_model and not self.judge_url:
@@ -321,10 +330,15 @@ def simulated(seed: int) -> dict:
 
 def learn(stage: Stage) -> dict:
     settings = stage.settings
+    name, judge_them = choose_judge(settings, stage)  # 先看评判在不在：服务器没开，不必等模型答完才知道
     questions, answers, ids = contestants(settings)
-    name, judge_them = choose_judge(settings, stage)
     if settings.answers and name == "program":
         need_right(questions, settings.answers[0])
+    if settings.check_contamination:
+        from contamination import check_questions  # 用到才导入
+
+        texts = {q["id"]: "\n".join(turn["ask"] for turn in q["turns"]) for q in questions}
+        check_questions(texts, settings.check_contamination)
     print(f"{len(questions)} 道题，{'、'.join(answers)}；评判：{name}")
     matches = play(questions, answers, judge_them)
     pairs = {f"{m.a}-{m.b}": pair_numbers(m, settings.seed) for m in matches if m.by_question()}
@@ -363,11 +377,12 @@ def learn(stage: Stage) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(ArenaSettings, PRESETS, argv)
+    files = [path for path in [*(settings.answers or []), settings.check_contamination] if path]
+    more = {f"{path}_sha256": data_sha256(path) for path in files}
+    if not settings.answers:
+        more |= {name: find_answerer(name, settings.source)["id"] for name in split_names(settings.models)}
     name = "judge_arena" + ("-answers" if settings.answers else "")
-    files = [
-        file_sha256(Path(path).expanduser())[:16] for path in settings.answers or [] if Path(path).is_file()
-    ]
-    return run_lesson(name, HOME, settings, learn, files=files)
+    return run_lesson(name, HOME, settings, learn, **more)
 
 
 if __name__ == "__main__":

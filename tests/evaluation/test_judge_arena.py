@@ -74,6 +74,25 @@ def test_answers_with_the_program(files, tmp_path, capsys):
         assert "<svg" in (out / picture).read_text("utf-8")
 
 
+def test_questions_in_the_training_data_are_named(files, tmp_path, capsys):
+    train = tmp_path / "train.jsonl"
+    write_rows(train, [{"text": "小学算术：12 加 1 等于几？得十三。"}, {"text": "别的事情，与题无关。"}])
+    argv = ["--answers", *files, "--orders", "2", "--check_contamination", str(train)]
+    ja.main([*argv, "--output_dir", str(tmp_path / "out")])
+    assert "q0013" in capsys.readouterr().out
+    with pytest.raises(UserError, match="没有这个文件"):
+        ja.main([*argv[:-1], str(tmp_path / "没有.jsonl"), "--output_dir", str(tmp_path / "out2")])
+
+
+def test_changed_answers_are_not_taken_from_the_old_result(files, tmp_path):
+    argv = ["--answers", *files, "--orders", "2", "--output_dir", str(tmp_path / "out")]
+    ja.main(argv)
+    with Path(files[0]).open("a", encoding="utf-8") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match="设置不同"):
+        ja.main(argv)
+
+
 def test_same_seed_same_result(files, tmp_path):
     runs = [
         ja.main(["--answers", *files, "--output_dir", str(tmp_path / name), "--orders", "2"])["metrics"]
