@@ -27,8 +27,10 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from tqdm import tqdm
+
 from nlp_common.base.arguments import COUNT, SHARE, option
-from nlp_common.draw.plots import bar_chart
+from nlp_common.draw.plots import bar_chart, line_chart
 from nlp_common.lm.loading import load_causal_lm
 from nlp_common.lm.replies import reply_to
 from nlp_common.train.chain import chain_model
@@ -51,6 +53,7 @@ PRESETS = {
     "full": {"documents": 5000, "questions": 1000, "stories": 1000},
 }
 DEPTH = 50  # 每种检索取前多少名去融合
+WEIGHTS = [n / 10 for n in range(11)]  # 画一条线：BM25 占 0 到 1
 ANCHORS, SYNONYMS = 3, (5, 3)  # 小世界的题提到几样；换同义词的提到五样，其中三样换了
 QUESTION_WORDS = ("请问", "什么时候", "哪个单位", "哪里", "多少", "什么", "是谁", "谁", "吗", "呢")
 SLICES = {
@@ -59,6 +62,14 @@ SLICES = {
     "traditional": "繁体",
     "tiny_world": "小世界",
     "synonyms": "同义词",
+}
+TOKENIZER_LABELS = {
+    "characters_and_bigrams": "字+相邻两字",
+    "characters": "单个的字",
+    "bigrams": "相邻两字",
+    "jieba": "jieba",
+    "whitespace": "按空白",
+    "word_pattern": "\\w\\w+",
 }
 METHODS = {
     "bm25": "BM25",
@@ -104,11 +115,11 @@ def learn(stage: Stage, generator: dict | None) -> dict:
     tokenizer_rows = compare_tokenizers(corpus)
     print_rows("BM25，各种分词器", tokenizer_rows)
 
-    slices, bounds, gains = {}, {}, {}
+    slices, bounds, gains, weights = {}, {}, {}, {}
     for name, part in make_slices(corpus, settings).items():
         ours = name in ("tiny_world", "synonyms")  # 链上的小模型只读过小世界
         writer = generator if generator and (ours or settings.generator) else None
-        ranked = retrieve(part, embedder, store, settings.weight, writer)
+        ranked, weights[name] = retrieve(part, embedder, store, settings.weight, writer)
         gold = [question.gold for question in part.questions]
         slices[name] = {method: retrieval_row(lists, gold) for method, lists in ranked.items()}
         gains[name] = gain_over_best_single(ranked, gold, settings.seed)
@@ -122,11 +133,12 @@ def learn(stage: Stage, generator: dict | None) -> dict:
         "slices": slices,
         "bounds": bounds,
         "gains": gains,
+        "weights": weights,
         "embedder": embedder.name,
     }
     print_gains(gains)
     data = {"dataset": {**corpus.describe(), **data_of(settings.dataset)}}
-    return stage.save(metrics, data, lambda folder: draw(folder, slices, tokenizer_rows))
+    return stage.save(metrics, data, lambda folder: draw(folder, metrics))
 
 
 def make_slices(corpus: Corpus, settings: HybridSettings) -> dict[str, Corpus]:
@@ -147,8 +159,8 @@ def make_slices(corpus: Corpus, settings: HybridSettings) -> dict[str, Corpus]:
 
 def retrieve(
     corpus: Corpus, embedder: Embedder, store: Store, weight: float, generator: dict | None
-) -> dict[str, list[list[str]]]:
-    """每种检索在每道题上找到的文档 id，分高的在前。"""
+) -> tuple[dict[str, list[list[str]]], dict[str, float]]:
+    """→ (每种检索在每道题上找到的文档 id，分高的在前；各种权重的加权融合的 R@1)。"""
     texts = [question.text for question in corpus.questions]
     index = BM25()
     index.add(
@@ -173,7 +185,9 @@ def retrieve(
             [f"{text}{answer}" for text, answer in zip(texts, imagined, strict=True)]
         )
         found["hyde"] = fuse(sparse, search_dense(store, corpus.name, as_passages), weight)
-    return found
+    gold = [question.gold for question in corpus.questions]
+    sweep = {str(w): retrieval_row(fuse(sparse, dense, w), gold)["recall_at_1"] for w in WEIGHTS}
+    return found, sweep
 
 
 def fill(store: Store, corpus: Corpus, embedder: Embedder, batch: int = 64) -> None:
@@ -184,12 +198,12 @@ def fill(store: Store, corpus: Corpus, embedder: Embedder, batch: int = 64) -> N
     present = set(store.ids({"corpus": corpus.name}))
     store.delete(present - {chunk.id for chunk in chunks})
     missing = [chunk for chunk in chunks if chunk.id not in present]
+    bar = tqdm(total=len(missing), desc=f"{corpus.name}：算向量", unit="段", leave=False, disable=None)
     for start in range(0, len(missing), batch):
         part = missing[start : start + batch]
         store.upsert(part, embedder.passages([chunk.text for chunk in part]))
-        print(f"\r{corpus.name}：算向量 {start + len(part)}/{len(missing)}", end="", flush=True)
-    if missing:
-        print()
+        bar.update(len(part))
+    bar.close()
 
 
 def search_dense(store: Store, corpus: str, vectors) -> list[list[tuple[str, float]]]:
@@ -280,7 +294,8 @@ def print_gains(gains: dict[str, dict]) -> None:
     print()
 
 
-def draw(folder: Path, slices: dict, tokenizers: dict) -> None:
+def draw(folder: Path, metrics: dict) -> None:
+    slices, tokenizers = metrics["slices"], metrics["tokenizers"]
     english = {
         "plain": "verbatim",
         "typos": "typos",
@@ -295,8 +310,13 @@ def draw(folder: Path, slices: dict, tokenizers: dict) -> None:
             f"{SLICES[s]}|{english[s]}": rows[method]["recall_at_1"] for s, rows in slices.items()
         }
     bar_chart(folder / "slices.svg", series, "第一名就是对的题|Recall at 1 by slice", "", "R@1")
-    bars = {name.replace("_and_", "+"): row["recall_at_1"] for name, row in tokenizers.items()}
+    bars = {f"{TOKENIZER_LABELS[name]}|{name}": row["recall_at_1"] for name, row in tokenizers.items()}
     bar_chart(folder / "tokenizers.svg", {"R@1": bars}, "BM25 换分词器|BM25 by tokenizer", "", "R@1")
+    lines = {}
+    for name, row in metrics["weights"].items():
+        lines[f"{SLICES[name]}|{english[name]}"] = ([float(weight) for weight in row], list(row.values()))
+    title, across = "BM25 占多少|Weight of BM25", "BM25 的权重（0 只有向量，1 只有 BM25）|weight of BM25"
+    line_chart(folder / "weights.svg", lines, title, across, "R@1")
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -51,7 +51,7 @@ def test_the_lesson(finished):
         bounds["tiny_world"]["matches"], abs=0.15
     )
     assert bounds["synonyms"]["literal"] < bounds["synonyms"]["matches"]
-    assert (folder / "slices.svg").is_file() and (folder / "tokenizers.svg").is_file()
+    assert (folder / "slices.svg").is_file() and (folder / "weights.svg").is_file()
     assert hr.main(arguments) == json.loads((folder / "run.json").read_text(encoding="utf-8"))  # 第二次直接用
     with pytest.raises(UserError, match="weight"):
         hr.main([*arguments, "--weight", "0.3"])
@@ -105,8 +105,11 @@ def test_methods_are_what_they_say(tmp_path):
     index = BM25()
     index.add([d.id for d in corpus.documents], [d.text for d in corpus.documents])
     vectors = embedder.passages([d.text for d in corpus.documents])
-    only_bm25 = hr.retrieve(corpus, embedder, store, 1.0, None)
-    only_dense = hr.retrieve(corpus, embedder, store, 0.0, None)
+    only_bm25, sweep = hr.retrieve(corpus, embedder, store, 1.0, None)
+    only_dense, _ = hr.retrieve(corpus, embedder, store, 0.0, None)
+    gold = [question.gold for question in corpus.questions]
+    for weight, method in (("1.0", only_bm25["bm25"]), ("0.0", only_dense["dense"])):
+        assert sweep[weight] == hr.retrieval_row(method, gold)["recall_at_1"]
     for number, question in enumerate(corpus.questions):
         assert only_bm25["bm25"][number] == [name for name, _ in index.search(question.text, hr.DEPTH)]
         cosines = vectors @ embedder.queries([question.text])[0]
