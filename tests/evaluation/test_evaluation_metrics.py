@@ -334,7 +334,3 @@ def test_ratings_in_a_fresh_folder(tmp_path):
     assert "Krippendorff α，次序" in done.stdout and "有缺的，不能算" in done.stdout
     metrics = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["metrics"]
     assert metrics["alpha"]["ordinal"]["n"] == 4 and set(metrics["without"]) == {"甲", "乙", "丙"}
-    command[5] = "nope.csv"
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 2 and "错误：没有 --ratings 给的文件" in done.stderr
-    assert "Traceback" not in done.stderr
