@@ -10,7 +10,7 @@
 怎么运行
   python judge_arena.py                                          # Qwen 链的 SFT、DPO、PPO，程序当评判，一分钟以内
   python judge_arena.py --judge reward                           # 奖励模型当评判
-  python judge_arena.py --judge smollm2 --questions 40           # 真的小模型当评判：它几乎只看位置
+  python judge_arena.py --judge smollm2 --models sft,dpo --questions 10 --exam_questions 20   # 真的小模型当评判：它只看位置；几分钟
   python judge_arena.py --judge_url http://127.0.0.1:8000/v1 --judge_model qwen3   # 任何 OpenAI 接口的服务器
   python judge_arena.py --answers a.jsonl b.jsonl --judge_url …  # 评你自己的回答，一行一个 prompt、answer
 
