@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 AT_ONCE = 1024  # 一批至多多少列 × 行
+CACHED = 4096  # 连上共同开头的 KV（每行一份），一批至多多少列 × 行：例题很长时，别占满内存
 WORTH = 16  # 各题开头有这么多 token 相同，才值得另算一次 KV
 TOLERANCE = 1e-3  # 并成一行与分开算，对数概率差得比它大，这种模型就分开算
 KNOWN = {"Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "GPT2LMHeadModel"}  # 测试里试过
@@ -141,8 +142,11 @@ def max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> in
 
 
 def too_long(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, asks: list[Ask]) -> int:
-    """几道题长得要截。"""
-    rows = encode(tokenizer, asks, max_length(model, tokenizer))
+    """几道题长得要截。一个字至多四个 token 左右，字数远远不到的不必分词就知道。"""
+    longest = max_length(model, tokenizer)
+    if 4 * max(len(ask.context) + max(map(len, ask.continuations)) for ask in asks) < longest:
+        return 0
+    rows = encode(tokenizer, asks, longest)
     whole = {row.number for row in rows if len(row.places) == len(asks[row.number].continuations)}
     return len(asks) - len(whole)
 
@@ -179,7 +183,8 @@ def in_batches(rows: list[Encoded], prefix: int) -> list[list[Encoded]]:
     width = {id(row): len(row.context) - prefix + sum(len(ids) - 1 for ids in row.options) for row in rows}
     batches: list[list[Encoded]] = []
     for row in sorted(rows, key=lambda row: -width[id(row)]):
-        if batches and (len(batches[-1]) + 1) * width[id(batches[-1][0])] <= AT_ONCE:
+        widest, rows_now = (width[id(batches[-1][0])], len(batches[-1]) + 1) if batches else (0, 0)
+        if batches and rows_now * widest <= AT_ONCE and rows_now * (prefix + widest) <= CACHED:
             batches[-1].append(row)
         else:
             batches.append([row])

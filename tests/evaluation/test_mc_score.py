@@ -303,3 +303,10 @@ def test_batches_hold_every_question_once(tokenizer):
     rows = encode(tokenizer, ASKS, 512)
     batches = mc_score.in_batches(rows, 0)
     assert sorted(row.number for batch in batches for row in batch) == list(range(len(ASKS)))
+
+
+def test_long_examples_make_small_batches(tokenizer):
+    """共同的开头很长：每行带一份它的 KV，一批的行数跟着少，内存不会满。"""
+    rows = encode(tokenizer, [Ask("小" * 1500 + f"第{i}题：", ["花园", "海"]) for i in range(20)], 4096)
+    batches = mc_score.in_batches(rows, 1500)
+    assert max(map(len, batches)) == 2 and sum(map(len, batches)) == 20
