@@ -29,7 +29,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from text_metrics import bleu, bleu_counts, split_char
 
 from answering import Answerer, as_text, find_answerer, load_answerer, replies, split_names
 from intervals import mean_interval, paired_difference
@@ -47,6 +46,7 @@ from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from question_files import read_questions
 from results import file_name, item, write_result
+from text_metrics import bleu, bleu_counts, split_char
 
 HOME = Path(__file__).resolve().parent
 PRESETS = {
