@@ -15,12 +15,15 @@ from nlp_common.base.errors import UserError
 
 S = TypeVar("S")  # 各脚本自己的设置，dataclass
 
-# argparse 的英文报错 → 中文；没有列出的原样显示。
+# argparse 的英文报错 → 中文；没有列出的原样显示。有别名的（--extra/--with）说别名：读者敲的是它。
 MESSAGES = [
-    (r"argument (--\w+)\S*: invalid choice: '?(.*?)'? \(choose from (.*)\)", r"\1 不认识 \2，可以是 \3"),
+    (
+        r"argument (?:--\w+/(?=--\w+:))?(--\w+)\S*: invalid choice: '?(.*?)'? \(choose from (.*)\)",
+        r"\1 不认识 \2，可以是 \3",
+    ),
     (r"argument (--\w+)\S*: invalid int value: (.*)", r"\1 要是整数，给的是 \2"),
     (r"argument (--\w+)\S*: invalid float value: (.*)", r"\1 要是数，给的是 \2"),
-    (r"argument (--\w+)\S*: expected .*", r"\1 后面要写上值"),
+    (r"argument (?:--\w+/(?=--\w+:))?(--\w+)\S*: expected .*", r"\1 后面要写上值"),
     (r"argument (--\w+)\S*: Truthy value expected: got (.*) but .*", r"\1 要是 true 或 false，给的是 '\2'"),
     (r"argument (?:-h/)?(--\w+)\S*: ignored explicit argument (.*)", r"\1 后面不写值，给的是 \2"),
 ]

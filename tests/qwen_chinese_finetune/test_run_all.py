@@ -187,3 +187,5 @@ def test_with_grpo_comes_between_ppo_and_compare(run_all, load_script, monkeypat
     assert [stage for stage, _ in asked] == [*STAGES, "compare"] and "--mode" not in asked[-1][1]
     with pytest.raises(UserError, match="不要与 --until sft 一起用"):
         run_all.main([*SMALL, "--output_dir", str(tmp_path), "--with", "grpo", "--until", "sft"])
+    with pytest.raises(UserError, match="--with 不认识 dpo"):
+        run_all.main([*SMALL, "--with", "dpo"])
