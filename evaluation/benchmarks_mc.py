@@ -66,7 +66,8 @@ class ChoiceSettings(LessonSettings):
     dataset: str | None = option("任务 yaml 的题在本地的哪里；默认照 yaml 写的")
     limit: int | None = option("每套题最多几道", None, COUNT)
     chat: Literal["auto", "yes", "no"] = option(
-        "用不用聊天模板；auto：链上 SFT 以后的模型用，别的直接续写", "auto"
+        "用不用聊天模板；auto：链上 SFT 以后的模型用，别的比概率时直接续写（与 lm_eval 相同），生成时用",
+        "auto",
     )
     rotate: bool = option("按字母时，每个选项在每个位置上各站一次，量位置偏好", True)
     bad_rows: Literal["stop", "skip"] = option("写坏了的题：stop 停下来说，skip 说了就跳过", "stop")
@@ -160,7 +161,8 @@ def evaluate(answerer: Answerer, benchmark: Benchmark, settings: ChoiceSettings)
             for name, picked in picks(logps, question.options).items():
                 row["scores"][f"text_{name}"] = float(picked == question.answer)
     if "generate" in methods:
-        by_reply(answerer, questions, shots, wording, chat, settings.max_new_tokens, rows)
+        talks = chat or (settings.chat == "auto" and stage not in ("base", "pretrain"))
+        by_reply(answerer, questions, shots, wording, talks, settings.max_new_tokens, rows)
     return [
         item(
             each.id,
