@@ -332,13 +332,13 @@ WHAT = {
 
 def show_rows(title: str, rows: list[dict]) -> None:
     print(title)
-    print("  换谁                差（95 % 区间）             大小     p        Holm     ")
+    print("  换谁                    差（95 % 区间）             大小     p        Holm     ")
     for row in rows:
         wide = sum(ord(c) > 127 for c in row["name"])
         cell = row["difference"]
         told = "偏" if row["matters"] else "看得出，很小" if row["seen"] else ""
         print(
-            f"  {row['name']:<{20 - wide}}{cell.value:+.3f}（{cell.low:+.3f}，{cell.high:+.3f}）   "
+            f"  {row['name']:<{24 - wide}}{cell.value:+.3f}（{cell.low:+.3f}，{cell.high:+.3f}）   "
             f"{row['size']:+.3f}   {row['p']:.4f}   {row['p_holm']:.4f}   {told}"
         )
 
