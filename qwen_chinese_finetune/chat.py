@@ -42,10 +42,11 @@ from chat_app.trying import (
     show_speaker,
     with_adapters,
 )
-from chat_app.web import open_page
+from chat_app.web import build_page
 from nlp_common.base.arguments import option, parse_arguments
 from nlp_common.base.console import printable
 from nlp_common.base.errors import UserError
+from nlp_common.base.web_page import serve
 from nlp_common.lm.adapters import base_of, name_adapters
 from nlp_common.lm.chatml import prompt_ids
 from nlp_common.lm.speaker import Reply, Speaker, adapted, room, say
@@ -331,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
     chat.switch(next(iter(folders), first))
     if settings.web:
         examples = [*tiny_example(settings.seed), "你是谁？"] if chat.tiny else FULL_QUESTIONS
-        open_page(chat, examples, f"\n\n{TINY_NOTE}" if chat.tiny else "", settings.port)
+        serve(build_page(chat, examples, f"\n\n{TINY_NOTE}" if chat.tiny else ""), settings.port)
         return
     welcome(chat)
     while (line := read_line("你：")) is not None:

@@ -16,6 +16,7 @@ import torch
 
 from chat_app import trying
 from chat_app import web as chat_web
+from nlp_common.base import web_page
 from nlp_common.base.errors import UserError
 from nlp_common.lm.chatml import encode_text
 
@@ -64,7 +65,7 @@ def server(session):
     for name in ("no_proxy", "NO_PROXY"):
         patch.delenv(name, raising=False)
     page = chat_web.build_page(session, ["你好", "小刚去了哪里？"])
-    yield SimpleNamespace(url=chat_web.launch(page, None), page=page)
+    yield SimpleNamespace(url=web_page.launch(page, None), page=page)
     page.close()
     patch.undo()
 
@@ -272,13 +273,13 @@ def test_only_this_machine_can_open_it(server):
 def test_a_busy_port_is_said(server, session):
     port = int(server.url.rstrip("/").rsplit(":", 1)[1])
     with pytest.raises(UserError, match=f"{port}.*--port"):
-        chat_web.launch(chat_web.build_page(session, []), port)
+        web_page.launch(chat_web.build_page(session, []), port)
 
 
 def test_without_gradio_the_message_has_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match=r'pip install "gradio>=6"'):
-        chat_web.import_gradio()
+        web_page.import_gradio()
     monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__="4.44.1"))
     with pytest.raises(UserError, match=r"现在装的是 4\.44\.1"):
-        chat_web.import_gradio()
+        web_page.import_gradio()
