@@ -41,7 +41,7 @@ from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.sft import train_on_chats
 from nlp_common.train.stage import Stage
 from prompts import PrefixTuned, PromptTuned, PTuned
-from start import is_real, load_start
+from start import is_real, load_start, names
 from tasks import NEW_TASKS, OWN, score, score_key, score_name, task_chats, use_own
 
 HOME = Path(__file__).resolve().parent
@@ -107,7 +107,7 @@ class CompareSettings(LoopSettings):
 
 
 def chosen_methods(settings) -> list[str]:
-    return [name.strip() for name in settings.methods.split(",") if name.strip()] or list(METHODS)
+    return [name for name in names(settings.methods) if name] or list(METHODS)
 
 
 # ---------------------------------------------------------------- 1. 装上一种方法

@@ -45,7 +45,7 @@ from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.sft import train_on_chats
 from nlp_common.train.stage import Stage
-from start import fill_in, load_start
+from start import fill_in, load_start, names
 from tasks import NEW_TASKS, OWN, TASKS, score, score_name, task_chats, use_own
 
 HOME = Path(__file__).resolve().parent
@@ -123,10 +123,6 @@ class IncrementalSettings(LoopSettings):
         second = second if self.dataset == "tiny_world" else OWN
         third = third if self.third_dataset in (None, "tiny_world") else OWN_THIRD
         self.tasks = f"{second},{third}"
-
-
-def names(text: str) -> list[str]:
-    return [each.strip() for each in text.split(",")]
 
 
 # ---------------------------------------------------------------- 1. 一样接一样地学

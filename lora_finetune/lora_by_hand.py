@@ -40,7 +40,7 @@ from nlp_common.train.settings import StageSettings, parse_settings
 from nlp_common.train.sft import train_on_chats
 from nlp_common.train.splits import load_train_and_eval
 from nlp_common.train.stage import Stage
-from start import fill_in, heldout_loss, heldout_questions, load_start, qa_accuracy
+from start import fill_in, heldout_loss, heldout_questions, load_start, names, qa_accuracy
 from token_rows import train_token_rows, unseen_tokens
 
 HOME = Path(__file__).resolve().parent
@@ -188,13 +188,15 @@ class LoRASettings(StageSettings):
         fill_in(self, SMALL, REAL)
         for name, number in (("ranks", int), ("full_rates", float), ("lora_rates", float)):
             try:
-                numbers(getattr(self, name), number)
+                given = numbers(getattr(self, name), number)
             except ValueError:
                 raise UserError(f"--{name} 要是逗号分开的数，给的是 '{getattr(self, name)}'。") from None
+            if min(given) <= 0:
+                raise UserError(f"--{name} 里的数都要大于 0，给的是 '{getattr(self, name)}'。")
 
 
 def numbers(text: str, number) -> list:
-    return [number(each) for each in text.split(",")]
+    return [number(each) for each in names(text)]
 
 
 # ---------------------------------------------------------------- 4. 哪些 token 预训练里从来没有
@@ -266,6 +268,8 @@ def learn(stage: Stage, path: str) -> dict:
     tokenizer, start = load_start(path, stage.device)
     chats, heldout, data = load_train_and_eval(settings, "chats", to_chats)
     is_tiny_world = settings.dataset == "tiny_world"
+    for target in (settings.target, *names(settings.targets)):  # 写错了现在就说，不等扫完学习率
+        add_lora(copy.deepcopy(start), target, max(settings.r, *numbers(settings.ranks, int)))
     new_tokens = never_pretrained(tokenizer, chats, is_tiny_world)
     print(f"预训练里没有的 token {len(new_tokens)} 个：{tokenizer.decode(new_tokens)}")
     shared = {
@@ -293,7 +297,7 @@ def learn(stage: Stage, path: str) -> dict:
 
     # 2. 表：秩 × 装在哪些层，每一种装法先扫自己的学习率；α/r 定下了，秩变了不必再扫
     table, rates = {}, {}
-    for target in settings.targets.split(","):
+    for target in names(settings.targets):
         around = {
             rate: run(Trial(rate, settings.r, target)) for rate in (best_lora / 2, best_lora, best_lora * 2)
         }

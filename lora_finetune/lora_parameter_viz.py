@@ -221,6 +221,11 @@ def learn(stage: Stage, path: str) -> dict:
     work = partial(train, model=model, tokenizer=tokenizer, chats=chats, rate=settings.full_learning_rate)
     metrics["full_seconds"] = run_part(stage, "full", work, model)["seconds"]
     full = full_deltas(start, model, names)
+    if not any(delta.any() for delta in (*full.values(), *lora.values())):
+        raise UserError(
+            "没有学到，ΔW 全是 0：步数太少，学习率还在预热（第一步是 0）。"
+            "请多给几步（--max_steps、--max_train_samples），或不预热（--warmup_steps 0）。"
+        )
     metrics[f"{key}_full"] = measure(model)
     metrics["full_outside_share"] = outside_share(start, model, full)
 

@@ -167,6 +167,11 @@ def learn(stage: Stage, path: str) -> dict:
     settings = stage.settings
     source = use_own(settings, settings.dataset)
     tokenizer, start = load_start(path, stage.device)
+    longest = start.config.max_position_embeddings
+    if settings.virtual_tokens >= longest:
+        raise UserError(
+            f"--virtual_tokens {settings.virtual_tokens} 太多：虚拟 token 也占位置，这个模型只有 {longest} 个。"
+        )
     m, rate, task = settings.virtual_tokens, settings.learning_rate, settings.task
     results: dict[Trial, dict] = {}
     run = partial(run_trial, stage, results, start=start, tokenizer=tokenizer)

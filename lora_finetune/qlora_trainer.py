@@ -51,7 +51,7 @@ from nlp_common.train.stage import Stage
 from qlora_dry_run import dry_run
 from qlora_peers import BLOCK as PEER_BLOCK
 from qlora_peers import copy_scales, losses, peft_model
-from start import fill_in, heldout_loss, heldout_questions, load_start, qa_accuracy
+from start import fill_in, heldout_loss, heldout_questions, load_start, names, qa_accuracy
 from token_rows import train_token_rows, unseen_tokens
 
 HOME = Path(__file__).resolve().parent
@@ -124,7 +124,7 @@ class QLoRASettings(StageSettings):
 
 
 def base_names(settings: QLoRASettings) -> list[str]:
-    return [each.strip() for each in settings.bases.split(",")]
+    return names(settings.bases)
 
 
 # ---------------------------------------------------------------- 1. 四位的底座，加上 LoRA

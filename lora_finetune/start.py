@@ -28,6 +28,11 @@ def fill_in(settings, small: dict, real: dict) -> None:
             setattr(settings, name, value)
 
 
+def names(text: str) -> list[str]:
+    """逗号隔开的几个名字；中文的逗号也认。"""
+    return [each.strip() for each in text.replace("，", ",").split(",")]
+
+
 def load_start(path: str, device: torch.device):
     """→ (分词器, 模型)，float32，一轮在 <|im_end|> 结束。"""
     return load_chat_lm(path, device)

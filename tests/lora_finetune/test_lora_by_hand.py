@@ -163,6 +163,16 @@ def test_the_same_adapter_with_and_without_recomputing(model, batch):
 def test_numbers_written_wrong_are_said():
     with pytest.raises(UserError, match="--ranks 要是逗号分开的数"):
         lora.main(["--preset", "tiny", "--ranks", "四"])
+    for flags in (["--ranks", "0"], ["--full_rates=-1"], ["--lora_rates", "1e-2,0"]):
+        with pytest.raises(UserError, match="都要大于 0"):
+            lora.main(["--preset", "tiny", *flags])
+
+
+def test_a_rank_too_large_is_said_before_the_sweep(chat_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "run_part", lambda *_: pytest.fail("已经开始训练了"))
+    flags = ["--preset", "tiny", "--model", str(chat_folder), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"--r 500 比 .* 的秩还大"):
+        lora.main([*flags, "--max_train_samples", "4", "--ranks", "4，500"])
 
 
 def test_the_lesson_runs_and_loads(chat_folder, tmp_path):

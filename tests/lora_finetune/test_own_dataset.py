@@ -152,3 +152,10 @@ def test_a_real_model_gets_its_own_learning_rates(tmp_path, mine, chat_folder):
     ):
         settings.check()
         assert settings.learning_rate < 0.05
+
+
+def test_nothing_learned_is_said(tmp_path, mine, chat_folder):
+    """只走一步，还在预热，学习率是 0：ΔW 全是 0，没有奇异值可看。"""
+    flags = [*FEW, "--model", str(chat_folder), "--dataset", mine, "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="ΔW 全是 0"):
+        lora_parameter_viz.main([*flags, "--max_steps", "1"])

@@ -69,6 +69,7 @@ def test_bad_input(small):
         (["--task", "sing"], "sing"),
         (["--new_skill", "qa"], "qa"),
         (["--virtual_tokens", "0"], "--virtual_tokens"),
+        (["--virtual_tokens", "100000"], "也占位置"),
     ):
         with pytest.raises(UserError, match=said):
             pd.main([*small, *flags])
