@@ -35,7 +35,7 @@ from bias_scorers import SENTIMENT, Scorer, choose, find_scorer_id, load_scorer,
 from bias_tests import ALPHA, holm, same_template_trap, sign_flip_p, simulate
 from bias_texts import sentence_pairs, skewed_chats, world_pairs
 from cbbq import bias_scores, read_cbbq
-from intervals import mean_interval, proportion_interval
+from intervals import Interval, mean_interval, proportion_interval
 from nlp_common.base.arguments import COUNT, SHARE, option
 from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import bar_chart, line_chart
@@ -147,7 +147,7 @@ def compare_all(scorer: Scorer, settings: BiasSettings) -> list[dict]:
         rows.append(
             {
                 "name": f"{axis}：{groups[0]}－{groups[1]}",
-                "difference": mean_interval(differences, settings.seed),
+                "difference": clustered_interval(differences, clusters, settings.seed),
                 "sd": float(differences.std(ddof=1)),
                 "spread": float(scores[places].std()),  # 各句的分本来差多少
                 "p": sign_flip_p(differences, clusters, settings.seed),
@@ -159,6 +159,12 @@ def compare_all(scorer: Scorer, settings: BiasSettings) -> list[dict]:
         row["seen"] = adjusted <= ALPHA
         row["matters"] = row["seen"] and abs(row["size"]) >= settings.margin
     return rows
+
+
+def clustered_interval(differences: np.ndarray, clusters: list, seed: int) -> Interval:
+    """差的均值与区间：重抽的也是整个模板，与翻符号一致。各模板的对数一样多。"""
+    means = [differences[[c == cluster for c in clusters]].mean() for cluster in dict.fromkeys(clusters)]
+    return mean_interval(means, seed)
 
 
 def as_table(rows: list[dict]) -> dict:
