@@ -14,13 +14,15 @@ store.py        open_store(网址, embedder.fingerprint, embedder.dim) → Store
                 .upsert(chunks, vectors) .delete(ids) .search(vectors, k, where=None) → 每问一列 Hit
                 .get(ids) → [Chunk]  .ids(where) .count(where) .close()
                 Hit(id, score, text, document, meta)；where = {"tenant": "甲", "page": [1, 2], "document": "…"}
-                faiss://文件夹（默认；?index=numpy 不用 faiss）、qdrant://、milvus://、pgvector://；
+                faiss://文件夹（默认；?index=numpy 不用 faiss）、qdrant://、milvus://、pgvector://、elasticsearch://；
                 返回了就落了盘；别的 embedder 建的库拒绝打开；SqliteStore 另有 .vectors(ids)
 fuse.py         reciprocal_rank(几列 id, k=60)、weighted(几列 (id, 分), 权重) → [(id, 分)]
 metrics.py      一题的：recall_at(ranked, gold, k)、reciprocal_rank_of(ranked, gold)、ndcg_at(ranked, gold, k)，
                 exact_match(答, 标准)、f1(答, 标准)；一批的：retrieval_row(各题的 ranked, 各题的 gold) → 一行指标；
                 paired_bootstrap(甲, 乙) → (差, 低, 高)
 corpus.py       people_daily_corpus、tiny_world_corpus、folder_corpus、cmrc_corpus → Corpus(name, documents, questions)
+                tiny_world_corpus(篇, 题, anchors=3, seed=0, synonyms=0)：meta 里有 slot anchors matches literal；
+                best_recall(题, k) 是任何检索最多能对多少；corpus.with_questions(改法)、corpus.describe()
                 Document(id, text, meta)；Question(text, answer, gold, kind, meta)，gold 是有答案的文档的 id 的集合；
                 load_corpus("people_daily" | "tiny_world" | 文件 | 文件夹, …)
 documents.py    read_document(文件) → 文字；read_folder(文件夹) → ([Document], [毛病])：txt md html pdf docx csv；

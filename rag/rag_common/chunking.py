@@ -25,7 +25,7 @@ Span = tuple[int, int]
 DEFAULT_SEPARATORS = ("\n\n", "\n", " ")  # 别的库的默认
 CHINESE_SEPARATORS = ("\n\n", "\n", "。", "！", "？", "；", "，", "、", " ")
 # 句末标点，连同跟着的引号、括号；英文的句点后面要有空白，不然 3.14 也成了两句
-_SENTENCE_END = re.compile(r"[。！？!?；;…]+[”’」』）)》]*|\.(?=\s)[”’)]*|\n+")
+_SENTENCE_END = re.compile(r"[。！？!?；;…]+[”’」』）)》]*|\.[”’)]*(?=\s)|\n+")
 _HEADING = re.compile(
     r"^(#{1,6}\s.*|第[一二三四五六七八九十百零\d]+[章节回条].*|[一二三四五六七八九十]+、.{1,30})$",
     re.MULTILINE,

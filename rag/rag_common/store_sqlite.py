@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
@@ -261,6 +262,8 @@ def make_index(kind: str, dim: int) -> Any:
     if kind not in ("flat", "numpy"):
         raise UserError(f"faiss:// 的 index={kind} 不认识，可以是 flat（精确）或 numpy（精确，不用 faiss）。")
     if kind == "numpy":
+        return NumpyIndex(dim)
+    if sys.platform == "darwin":  # 那里 faiss 与 torch 各带一份 OpenMP，一起导入会崩
         return NumpyIndex(dim)
     if find_spec("faiss") is None:
         print("没有安装 faiss，用 numpy 精确地找（结果相同，大批量查询慢些）；pip install faiss-cpu 装上它。")
