@@ -14,6 +14,8 @@ from urllib.parse import quote
 import elasticsearch_stand_in
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nlp_common.base.errors import UserError
 from rag_common import store_sqlite
@@ -390,3 +392,40 @@ def test_a_server_that_is_down(tmp_path):
     with pytest.raises(UserError, match="连不上") as error:
         open_store("pgvector://root:hunter2@127.0.0.1:1/x", "test-1", DIM)
     assert "hunter2" not in str(error.value)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.lists(st.sampled_from(["upsert", "delete", "look"]), max_size=25),
+    st.sampled_from(["flat", "numpy"]),
+)
+def test_any_history_equals_a_plain_dict(tmp_path_factory, seed, steps, kind):
+    """随便怎样添、改、删，另一个打开着的（边看边跟）与重新打开的，都与一个平常的字典相同。"""
+    rng = np.random.default_rng(seed)
+    url = f"faiss://{tmp_path_factory.mktemp('s')}/s?index={kind}"
+    store, reader, plain = open_store(url, "test-1", DIM), open_store(url, "test-1", DIM), {}
+
+    def same(other) -> None:
+        query = unit(1, seed)[0]
+        order = sorted(plain, key=lambda name: -float(plain[name] @ query))
+        hits = other.search(query, 50)[0]
+        assert [hit.id for hit in hits] == order and other.count() == len(plain)
+
+    for step in steps:
+        names = [f"c{n}" for n in rng.choice(12, rng.integers(0, 6), replace=False)]
+        if step == "upsert":
+            vectors = unit(len(names), int(rng.integers(1 << 30)))
+            store.upsert([Chunk(name, "字") for name in names], vectors)
+            plain |= dict(zip(names, vectors, strict=True))
+        elif step == "delete":
+            assert store.delete(names) == len(set(names) & set(plain))
+            plain = {name: vector for name, vector in plain.items() if name not in names}
+        else:
+            same(reader)
+    same(store)
+    same(reader)
+    again = open_store(url, "test-1", DIM)
+    same(again)
+    for each in (store, reader, again):
+        each.close()
