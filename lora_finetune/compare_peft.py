@@ -219,7 +219,6 @@ def learn(stage: Stage, path: str) -> dict:
             work = partial(learn_once, name=name, seed=seed, start=start, tokenizer=tokenizer, before=before)
             points.append(run_part(stage, f"{name}-{seed}", work))
         metrics[name] = summary(points)
-    show(metrics, settings.task)
     return stage.save(metrics, {"train": source}, partial(draw, metrics=metrics, task=settings.task))
 
 
@@ -255,7 +254,9 @@ def main(argv: list[str] | None = None) -> dict:
         settings.model = FULL_MODEL
     found = chain_model("sft", settings.model, settings.source)
     learn_it = partial(learn, path=found["path"])
-    return run_lesson("compare_peft", HOME, settings, learn_it, start=f"{found['stage']}:{found['id']}")
+    record = run_lesson("compare_peft", HOME, settings, learn_it, start=f"{found['stage']}:{found['id']}")
+    show(record["metrics"], settings.task)
+    return record
 
 
 if __name__ == "__main__":

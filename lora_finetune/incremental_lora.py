@@ -46,7 +46,7 @@ from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.sft import train_on_chats
 from nlp_common.train.stage import Stage
 from start import fill_in, load_start, names
-from tasks import NEW_TASKS, OWN, TASKS, score, score_name, task_chats, use_own
+from tasks import BUILT_IN, NEW_TASKS, OWN, OWN_THIRD, score, score_name, task_chats, task_title, use_own
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B"
@@ -56,7 +56,6 @@ PRESETS = {
 }
 SMALL = {"learning_rate": 1e-2, "full_learning_rate": 2e-3}  # 小世界的模型
 REAL = {"learning_rate": 2e-4, "full_learning_rate": 2e-5}  # 真的模型
-OWN_THIRD = "mine_third"  # --third_dataset 的那一样叫什么
 KNOWS = 0.9  # 给的模型第一样（问答）的正确率不到它，就先教
 SCALES = (0.25, 0.5, 0.75, 1.0)  # 学到的乘上几成
 
@@ -342,9 +341,6 @@ def learn(stage: Stage, path: str, before_path: str | None) -> dict:
         if name == "lora_r16":
             rows |= separate(stage, start, after, tokenizer, questions, begin)
     what = score_name(tasks[0])
-    show_rows(rows, [TASKS[task].title.split("|")[0] for task in ("qa", *tasks)])
-    if any(TASKS[task].own for task in tasks):
-        print("自己的对话没有程序判对错：表里是 exp(−留出损失)，每个 token 平均给对的几成概率。")
     return stage.save(rows, data, partial(draw_learned_forgotten, rows=rows, what=what))
 
 
@@ -370,7 +366,13 @@ def main(argv: list[str] | None = None) -> dict:
     found = chain_model("sft", settings.model, settings.source)
     before_path = chain_model("pretrain")["path"] if settings.model is None else None
     learn_it = partial(learn, path=found["path"], before_path=before_path)
-    return run_lesson("incremental_lora", HOME, settings, learn_it, start=f"{found['stage']}:{found['id']}")
+    start = f"{found['stage']}:{found['id']}"
+    record = run_lesson("incremental_lora", HOME, settings, learn_it, start=start)
+    tasks = names(settings.tasks)
+    show_rows(record["metrics"], [task_title(task, settings) for task in ("qa", *tasks)])
+    if any(task not in BUILT_IN for task in tasks):
+        print("自己的对话没有程序判对错：表里是 exp(−留出损失)，每个 token 平均给对的几成概率。")
+    return record
 
 
 if __name__ == "__main__":

@@ -331,7 +331,6 @@ def learn(stage: Stage, path: str) -> dict:
         metrics["max_difference_to_peft"] = difference_to_peft(
             start, tokenizer, chats[:8], settings, new_tokens
         )
-    show(metrics, score)
     return stage.save(metrics, data, partial(draw, metrics=metrics, score=score))
 
 
@@ -340,7 +339,8 @@ def best_rate(sweep: dict[float, dict]) -> float:
     return max(sweep, key=lambda rate: sweep[rate].get("qa_accuracy", -sweep[rate]["heldout_loss"]))
 
 
-def show(metrics: dict, score: str) -> None:
+def show(metrics: dict) -> None:
+    score = "qa_accuracy" if "qa_accuracy_full" in metrics else "heldout_loss"
     for name, label in (("sweep_full", "全参数"), ("sweep_lora", "LoRA")):
         print(
             f"{label}，学习率 → {score}："
@@ -383,7 +383,9 @@ def main(argv: list[str] | None = None) -> dict:
         settings.model = FULL_MODEL
     found = chain_model("pretrain", settings.model, settings.source)
     learn_it = partial(learn, path=found["path"])
-    return run_lesson("lora_by_hand", HOME, settings, learn_it, start=f"{found['stage']}:{found['id']}")
+    record = run_lesson("lora_by_hand", HOME, settings, learn_it, start=f"{found['stage']}:{found['id']}")
+    show(record["metrics"])
+    return record
 
 
 if __name__ == "__main__":

@@ -239,11 +239,11 @@ def learn(stage: Stage, path: str) -> dict:
     parts = decompose(full)
     metrics[f"{key}_kept"] = {str(k): measure(keep_directions(start, model, parts, k)) for k in (0, *KEPT)}
     metrics["modules"] = rows
-    show(metrics, key, score_name(settings.task).split("|")[0])
     return stage.save(metrics, {"train": source}, partial(draw, rows=rows, full=full, lora=lora))
 
 
-def show(metrics: dict, key: str, what: str) -> None:
+def show(metrics: dict, task: str) -> None:
+    key, what = score_key(task), score_name(task).split("|")[0]
     print(f"在学的参数 {metrics['trainable']:,d}（{metrics['trainable_share']:.1%}）＝ Σ r(d_in + d_out)")
     print(f"刚装上（B = 0），logits 最多差 {metrics['start_logit_difference']:g}")
     print("矩阵                                有效秩：W   全参数 ΔW   LoRA ΔW    ‖ΔW‖/‖W‖：全参数   LoRA")
@@ -358,7 +358,11 @@ def main(argv: list[str] | None = None) -> dict:
         settings.model = FULL_MODEL
     found = chain_model("sft", settings.model, settings.source)
     learn_it = partial(learn, path=found["path"])
-    return run_lesson("lora_parameter_viz", HOME, settings, learn_it, start=f"{found['stage']}:{found['id']}")
+    record = run_lesson(
+        "lora_parameter_viz", HOME, settings, learn_it, start=f"{found['stage']}:{found['id']}"
+    )
+    show(record["metrics"], settings.task)
+    return record
 
 
 if __name__ == "__main__":

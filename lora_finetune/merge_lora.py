@@ -251,7 +251,6 @@ def learn(stage: Stage, path: str) -> dict:
     merge_into(merged, adapters[first])
     metrics["tied_after"] = float(is_tied(merged))
     metrics |= {"styles": rows, "four_bit": four_bit}
-    show(metrics)
 
     def write(result: Path) -> None:
         for style, each in trained.items():
@@ -339,7 +338,9 @@ def main(argv: list[str] | None = None) -> dict:
         settings.model = FULL_MODEL
     found = chain_model("sft", settings.model, settings.source)
     start = f"{found['stage']}:{found['id']}"
-    return run_lesson("merge_lora", HOME, settings, partial(learn, path=found["path"]), start=start)
+    record = run_lesson("merge_lora", HOME, settings, partial(learn, path=found["path"]), start=start)
+    show(record["metrics"])
+    return record
 
 
 if __name__ == "__main__":

@@ -56,6 +56,14 @@ from nlp_common.train.stage import Stage
 HOME = Path(__file__).resolve().parent
 PRESETS: dict = {"tiny": {}, "full": {}}
 NAMES = {"full": "全参数|full", "lora": "LoRA", "qlora": "QLoRA"}
+PARTS = {
+    "weights": "权重",
+    "half_copy": "半精度副本",
+    "adapters": "适配器",
+    "gradients": "梯度",
+    "optimizer": "优化器",
+    "activations": "激活",
+}
 MANY_ROWS = 100_000  # 数据这么多，LoRA 的那点参数开始装不下（Biderman et al. 2024）
 BATCH = 16  # 一步多少行，够不着就累积
 SPARE = 0.9  # 显存留一成：CUDA 自己的、碎片
@@ -263,7 +271,7 @@ def show(advice: dict, settings) -> None:
     )
     print(
         "至少要几 GB（一次一行、重算激活）："
-        + "，".join(f"{m} {g:.1f}" for m, g in advice["least_gb"].items())
+        + "，".join(f"{NAMES[m].split('|')[0]} {g:.1f}" for m, g in advice["least_gb"].items())
     )
     title = NAMES[advice["method"]].split("|")[0] if advice["method"] else "没有一种装得下"
     print(f"选：{title}")
@@ -272,7 +280,7 @@ def show(advice: dict, settings) -> None:
     if advice["method"]:
         print(
             f"预计 {advice['expected_gb']:.1f} GB："
-            + "，".join(f"{n} {g:.2f}" for n, g in advice["parts_gb"].items())
+            + "，".join(f"{PARTS[n]} {g:.2f}" for n, g in advice["parts_gb"].items() if g)
         )
         script = (
             "../qwen_chinese_finetune/sft_chinese_qwen.py"

@@ -38,7 +38,7 @@ from nlp_common.train.sft import train_on_chats
 from nlp_common.train.stage import Stage
 from prompts import PrefixTuned, PromptTuned, PTuned
 from start import fill_in, load_start
-from tasks import NEW_TASKS, OWN, TASKS, score, score_key, score_name, task_chats, use_own
+from tasks import NEW_TASKS, OWN, score, score_key, score_name, task_chats, task_title, use_own
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B-Chat"
@@ -204,13 +204,12 @@ def learn(stage: Stage, path: str) -> dict:
     metrics |= {"by_rate": by_rate, "by_width": by_width}
     for kind, trial in new.items():
         metrics[f"new_skill_{kind}"] = run(trial)["score"]
-    show(metrics, settings)
     return stage.save(metrics, {"train": source}, partial(draw, metrics=metrics, task=task))
 
 
 def show(metrics: dict, settings: PromptSettings) -> None:
     key, what = score_key(settings.task), score_name(settings.task).split("|")[0]
-    print(f"\n{TASKS[settings.task].title.split('|')[0]}（学之前 {metrics[f'{key}_before']:.3f}）")
+    print(f"\n{task_title(settings.task, settings)}（学之前 {metrics[f'{key}_before']:.3f}）")
     print(f"                  参数      {what}")
     for kind in (*KINDS, "lora"):
         title = NAMES[kind].split("|")[0]
@@ -224,7 +223,7 @@ def show(metrics: dict, settings: PromptSettings) -> None:
         for kind, points in metrics[name].items():
             line = "  ".join(f"{x}：{y:.3f}" for x, y in points.items())
             print(f"{NAMES[kind].split('|')[0]}，{title}  {line}")
-    new = TASKS[settings.new_skill].title.split("|")[0]
+    new = task_title(settings.new_skill, settings)
     print(f"新的一样（{new}）：前缀 {metrics['new_skill_prefix']:.3f}，LoRA {metrics['new_skill_lora']:.3f}")
 
 
@@ -250,7 +249,9 @@ def main(argv: list[str] | None = None) -> dict:
         settings.model = FULL_MODEL
     found = chain_model("sft", settings.model, settings.source)
     learn_it = partial(learn, path=found["path"])
-    return run_lesson("ptuning_v2_demo", HOME, settings, learn_it, start=f"{found['stage']}:{found['id']}")
+    record = run_lesson("ptuning_v2_demo", HOME, settings, learn_it, start=f"{found['stage']}:{found['id']}")
+    show(record["metrics"], settings)
+    return record
 
 
 if __name__ == "__main__":

@@ -302,7 +302,6 @@ def learn(stage: Stage, path: str, is_tiny: bool) -> dict:
         for base, each in run_part(stage, "step_times", work).items():
             results[base]["step_ms"] = each
     metrics |= {"bases": results, **summary(results)}
-    show(results, metrics)
 
     def save(folder: Path) -> None:
         for base, tensors in adapters.items():
@@ -330,9 +329,9 @@ def summary(results: dict[str, dict]) -> dict:
     return found
 
 
-def show(results: dict[str, dict], metrics: dict) -> None:
+def show(metrics: dict) -> None:
     print("\n底座      线性层字节  正确率  留出损失  一步毫秒")
-    for base, row in results.items():  # 自己的数据没有正确率，只训练一种底座不量时间
+    for base, row in metrics["bases"].items():  # 自己的数据没有正确率，只训练一种底座不量时间
         right = f"{row['qa_accuracy']:8.3f}" if "qa_accuracy" in row else f"{'—':>8}"
         step = f"{row['step_ms']:10.1f}" if "step_ms" in row else f"{'—':>10}"
         print(f"{base:<8}{row['linear_bytes']:>12,d}{right}{row['heldout_loss']:10.4f}{step}")
@@ -371,7 +370,9 @@ def main(argv: list[str] | None = None) -> dict:
     found = chain_model("pretrain", settings.model, settings.source)
     is_tiny = found["stage"] == "pretrain"
     learn_it = partial(learn, path=found["path"], is_tiny=is_tiny)
-    return run_lesson("qlora_trainer", HOME, settings, learn_it, start=f"{found['stage']}:{found['id']}")
+    record = run_lesson("qlora_trainer", HOME, settings, learn_it, start=f"{found['stage']}:{found['id']}")
+    show(record["metrics"])
+    return record
 
 
 if __name__ == "__main__":

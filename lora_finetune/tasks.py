@@ -81,8 +81,9 @@ TASKS = {
     "reverse": Task("倒着说|reversal", reversal, 5),
     "courteous": Task("换口气|courteous", courteous, 32),
 }
-NEW_TASKS = tuple(TASKS)[1:]  # 模型还不会的：--task 可以是这些
-OWN = "mine"  # --dataset 给的那一样叫什么
+BUILT_IN = tuple(TASKS)
+NEW_TASKS = BUILT_IN[1:]  # 模型还不会的：--task 可以是这些
+OWN, OWN_THIRD = "mine", "mine_third"  # --dataset、--third_dataset 给的那一样叫什么
 
 
 def use_own(settings, dataset: str | None, name: str = OWN) -> dict:
@@ -90,8 +91,7 @@ def use_own(settings, dataset: str | None, name: str = OWN) -> dict:
     if dataset in (None, "tiny_world"):
         return {"name": "tiny_world", "kind": "builtin", "rows": settings.max_train_samples}
     train, heldout, source = own_chats(dataset, settings.max_train_samples, settings.source)
-    title = Path(dataset).name
-    TASKS[name] = Task(f"{title}|{title}", None, settings.max_length, (train, heldout))
+    TASKS[name] = Task(f"{Path(dataset).name}|own chats", None, settings.max_length, (train, heldout))
     return source
 
 
@@ -118,14 +118,21 @@ def score(model, tokenizer, task: str, questions: list[dict]) -> float:
     return math.exp(-heldout_loss(model, tokenizer, questions, TASKS[task].longest))
 
 
+def task_title(task: str, settings) -> str:
+    """给人看的名字；自己的对话是文件名（直接用已有的结果时，文件没有读）。"""
+    if task in BUILT_IN:
+        return TASKS[task].title.split("|")[0]
+    return Path(settings.dataset if task == OWN else settings.third_dataset).name
+
+
 def score_key(task: str) -> str:
     """score 在 run.json 里叫什么。"""
-    return "accuracy" if TASKS[task].own is None else "token_probability"
+    return "accuracy" if task in BUILT_IN else "token_probability"
 
 
 def score_name(task: str) -> str:
     """score 是什么，给人看的，"中文|English"。"""
-    return "正确率|accuracy" if TASKS[task].own is None else "exp(−留出损失)|exp(-held-out loss)"
+    return "正确率|accuracy" if task in BUILT_IN else "exp(−留出损失)|exp(-held-out loss)"
 
 
 def accuracy(model, tokenizer, task: str, questions: list[dict]) -> float:

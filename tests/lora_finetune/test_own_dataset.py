@@ -103,7 +103,10 @@ def test_incremental_learns_two_files(tmp_path, mine, chat_folder, capsys):
     assert record["metrics"]["lora_r16"]["task2_after"] > 0
     assert record["metrics"]["switch"]["backward_transfer"] == pytest.approx(0, abs=1e-9)
     assert record["data"]["third"]["path"] == other
-    assert "第二样 mine.jsonl，第三样 other.jsonl" in capsys.readouterr().out
+    for _ in range(2):  # 第二次直接用，表照样印
+        assert "第二样 mine.jsonl，第三样 other.jsonl" in capsys.readouterr().out
+        tasks.TASKS.pop("mine", None)
+        incremental_lora.main([*flags, "--output_dir", str(tmp_path / "out")])
     write_chats(tmp_path / "other.jsonl", 25, "小")  # 内容变了，旧的结果不能冒充
     with pytest.raises(UserError, match="third_dataset"):
         incremental_lora.main([*flags, "--output_dir", str(tmp_path / "out")])
