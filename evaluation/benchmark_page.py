@@ -21,7 +21,7 @@ def page(
     """整页的 HTML；各参数见 benchmark_report.py 的 main。"""
     parts = {
         "changes": changes_section(changes),
-        "table": score_section(rows, baseline, list(dict.fromkeys(result["model"] for result in results))),
+        "table": score_section(rows, baseline, in_order(results, baseline)),
         "radar": radar_section(rows),
         "wins": "".join(win_table(name, matrix) for name, matrix in wins.items())
         or "<p>只有一个模型，没有胜负。</p>",
@@ -29,6 +29,12 @@ def page(
         "sources": sources_table(results),
     }
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(parts)
+
+
+def in_order(results: list[dict], baseline: str) -> list[str]:
+    """表里各模型的次序：baseline，再是结果多的。"""
+    models = [result["model"] for result in results]
+    return sorted(dict.fromkeys(models), key=lambda model: (model != baseline, -models.count(model)))
 
 
 def table(head: list[str], rows: list[list[str]], css: str = "") -> str:
@@ -46,6 +52,13 @@ def td(content: str, css: str = "") -> str:
 
 
 def score_section(rows: list[dict], baseline: str, models: list[str]) -> str:
+    """每套题主要的分一行；全部的分收起来，点开才看。"""
+    note = f"▲▼：与 {escape(baseline)} 在同样的题上成对比，差的 95 % 区间不含 0；没有记号的，差多少都可能是碰巧，或不分好坏。"
+    main = score_table([row for row in rows if row["main"]], models)
+    return f'<p class="faint">{note}</p>{main}<details><summary>全部的分</summary>{score_table(rows, models)}</details>'
+
+
+def score_table(rows: list[dict], models: list[str]) -> str:
     lines = []
     for row in rows:
         better = "，越小越好" if lower_is_better(row["score"]) else ""
@@ -56,8 +69,7 @@ def score_section(rows: list[dict], baseline: str, models: list[str]) -> str:
         for model in models:
             line.append(score_cell(row["models"].get(model)))
         lines.append(line)
-    note = f"▲▼：与 {escape(baseline)} 在同样的题上成对比，差的 95 % 区间不含 0；没有记号的，差多少都可能是碰巧。"
-    return f'<p class="faint">{note}</p>' + table(["题", "分", *map(escape, models)], lines, "numbers")
+    return table(["题", "分", *map(escape, models)], lines, "numbers")
 
 
 def score_cell(cell: dict | None) -> str:

@@ -32,7 +32,7 @@ from intervals import Interval, paired_difference
 from nlp_common.base.arguments import COUNT, option, parse_arguments
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import write_json, write_text
-from results import FORMAT, find_results, lower_is_better, same_questions
+from results import FORMAT, find_results, is_neutral, lower_is_better, same_questions
 
 HOME = Path(__file__).resolve().parent
 FIRST = "benchmarks_mc.py"  # 一个结果也没有时，先跑这一个
@@ -165,7 +165,8 @@ def score_table(results: list[dict], baseline: str, seed: int) -> list[dict]:
                 if base is not None and result is not base:
                     cell |= compare_pair(result, base, score, seed)
                 cells[result["model"]] = cell
-            rows.append({"benchmark": benchmark, "score": score, "models": cells})
+            is_main = score == main_score(group[0])
+            rows.append({"benchmark": benchmark, "score": score, "main": is_main, "models": cells})
     return rows
 
 
@@ -182,8 +183,8 @@ def compare_pair(ours: dict, theirs: dict, score: str, seed: int) -> dict:
 
 
 def verdict(gap: Interval, score: str) -> str:
-    """差的区间含 0：不知道，是空的。"""
-    if not gap.is_sure:
+    """差的区间含 0（不知道），或这个分不分好坏：是空的。"""
+    if not gap.is_sure or is_neutral(score):
         return ""
     return "better" if (gap.value > 0) != lower_is_better(score) else "worse"
 

@@ -30,12 +30,14 @@ LOWER_IS_BETTER = {
     "perplexity",
     "bits_per_char",
     "loss",
-    "self_bleu",
     "violations",
     "bias",
     "over_refusal",
     "contaminated",
 }
+# 不分好坏的分：多了少了要看别的（多样性要和对错一起看，选 A 的比例只说偏不偏）
+NEUTRAL = {"different", "distinct_1", "distinct_2", "self_bleu", "entropy", "unread", "letter_same"}
+NEUTRAL_PREFIXES = ("picks_",)
 NEEDED = ("benchmark", "model", "scores", "items")
 
 
@@ -141,6 +143,11 @@ def _is_unfinished(path: Path) -> bool:
 
 def lower_is_better(name: str) -> bool:
     return name.rsplit(".", 1)[-1] in LOWER_IS_BETTER
+
+
+def is_neutral(name: str) -> bool:
+    last = name.rsplit(".", 1)[-1]
+    return last in NEUTRAL or last.startswith(NEUTRAL_PREFIXES)
 
 
 def same_questions(ours: dict, theirs: dict, score: str) -> tuple[list[float], list[float]]:

@@ -31,8 +31,8 @@ def folder(tmp_path):
     same = [float(rng.random() > 0.5) for _ in range(60)]
     write(tmp_path / "r", "style", "sft", same)
     write(tmp_path / "r", "style", "dpo", same)
-    write(tmp_path / "r", "variety", "sft", [0.2 + 0.1 * rng.random() for _ in range(50)], "self_bleu")
-    write(tmp_path / "r", "variety", "dpo", [0.6 + 0.1 * rng.random() for _ in range(50)], "self_bleu")
+    write(tmp_path / "r", "variety", "sft", [0.2 + 0.1 * rng.random() for _ in range(50)], "violations")
+    write(tmp_path / "r", "variety", "dpo", [0.6 + 0.1 * rng.random() for _ in range(50)], "violations")
     return tmp_path
 
 
@@ -55,7 +55,7 @@ def test_table_compares_on_the_same_questions(folder, capsys):
         cell["value"] - rows["knowledge", "accuracy"]["sft"]["value"]
     )
     assert rows["style", "accuracy"]["dpo"]["verdict"] == ""
-    assert rows["variety", "self_bleu"]["dpo"]["verdict"] == "worse"  # 越小越好
+    assert rows["variety", "violations"]["dpo"]["verdict"] == "worse"  # 越小越好
     said = capsys.readouterr().out
     assert "▲ dpo" in said and "▼ dpo" in said and "没有上次可比" in said
 
@@ -74,7 +74,7 @@ def test_a_regression_is_named_and_stays_named(folder, capsys):
     assert run(folder)["changes"] == []  # 一样的结果，没有变化
     rng = random.Random(1)
     write(folder / "r", "knowledge", "dpo", [float(rng.random() > 0.7) for _ in range(120)], model_id="dpo:2")
-    write(folder / "r", "variety", "dpo", [0.1] * 50, "self_bleu")
+    write(folder / "r", "variety", "dpo", [0.1] * 50, "violations")
     write(folder / "r", "extra", "dpo", [1.0, 0.0])
     (folder / "r" / "results" / "style--sft.json").unlink()
     for _ in range(2):  # 再运行一遍，变化还在
@@ -163,12 +163,12 @@ def test_radar_reverses_what_is_better_low_and_does_not_draw_what_is_missing():
     rows = [
         row("a", "accuracy", sft=0.4, dpo=0.9),
         row("a", "second", sft=0.1, dpo=0.1),  # 一套题只取第一个
-        row("b", "self_bleu", sft=0.2, dpo=0.7),
+        row("b", "violations", sft=0.2, dpo=0.7),
         row("c", "bleu", sft=45.0, dpo=50.0),  # 不在 0 到 1 之间
         row("d", "accuracy", sft=1.0),
     ]
     axes = bp.radar_axes(rows)
-    assert [axis["name"] for axis in axes] == ["a · accuracy", "b · self_bleu", "d · accuracy"]
+    assert [axis["name"] for axis in axes] == ["a · accuracy", "b · violations", "d · accuracy"]
     assert axes[1]["values"] == pytest.approx({"sft": 0.8, "dpo": 0.3})
     svg = bp.radar_svg(axes, radius=100)
     assert len(re.findall("<circle", svg)) == 5  # dpo 没有 d 的分

@@ -78,4 +78,5 @@ def test_pairs_take_the_questions_both_have(tmp_path):
 
 
 def test_direction_is_read_from_the_last_part():
-    assert rs.lower_is_better("diversity.self_bleu") and not rs.lower_is_better("self_bleu.kept")
+    assert rs.lower_is_better("story.perplexity") and not rs.lower_is_better("perplexity.kept")
+    assert rs.is_neutral("diversity.entropy") and rs.is_neutral("picks_A") and not rs.is_neutral("right")
