@@ -30,14 +30,15 @@ def kmeans(x: np.ndarray, start: np.ndarray, steps: int) -> np.ndarray:
         nearest = squared_distances(x, centroids).argmin(1)  # (N,)
         for number in range(len(centroids)):
             members = x[nearest == number]
-            if len(members):  # 一个点也没有的中心留在原处
+            if len(members):  # 一个点也没有的中心留在原处（FAISS 会从最大的一堆里分一半给它）
                 centroids[number] = members.mean(0)
     return centroids
 
 
 def starting_points(x: np.ndarray, k: int, seed: int) -> np.ndarray:
-    """随便挑 k 个点做起点。"""
-    return x[np.random.default_rng(seed).choice(len(x), k, replace=False)]
+    """随便挑 k 个不同的点做起点：两个起点相同，后一个一个点也分不到。"""
+    _, first = np.unique(x, axis=0, return_index=True)  # 相同的文字，向量也相同
+    return x[np.random.default_rng(seed).choice(np.sort(first), k, replace=False)]
 
 
 # ---------------------------------------------------------------- IVF：先找最近的几个桶，只在桶里找
