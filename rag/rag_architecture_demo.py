@@ -50,17 +50,19 @@ from rag_common.rerank import RandomHead, Reranker, load_reranker, rank
 
 HOME = Path(__file__).resolve().parent
 PRESETS = {
-    "tiny": {"stories": 120, "questions": 300, "documents": 200, "asked": 100, "steps": 300, "layers": 4},
+    "tiny": {"stories": 120, "questions": 200, "documents": 200, "asked": 80, "compared": 40, "layers": 4},
     "full": {
         "stories": 1000,
         "questions": 2000,
         "documents": 3000,
         "asked": 1000,
-        "steps": 3000,
+        "compared": 500,
         "layers": 12,
     },
 }
-NEGATIVES, BATCH = 4, 4  # 一题配几个难的反例，一步几题
+# 没有给的时候：从哪一种开始 → 学习率、tiny 训练几步、full 训练几步。编码器懂得多，几十步就够；aligner 从零学，也便宜
+RECIPES = {"aligner": (1e-2, 400, 3000), "encoder": (1e-4, 60, 1000)}
+NEGATIVES, BATCH = 4, (3, 1)  # 一题配几个难的反例；一步几道小世界的、几道真的段落的
 STEPS = {"without": "不检索", "retrieve": "检索", "rerank": "重排", "oracle": "递上对的"}
 COSTS = {
     "none": "不重排",
@@ -88,6 +90,7 @@ class ArchitectureSettings(LessonSettings):
     reranker: str = option("重排从什么开始：auto（有 e5 用 e5）、e5、aligner（不要模型），或 hub 名", "auto")
     layers: int | None = option("重排用编码器的前几层", limits=COUNT)
     steps: int | None = option("重排训练几步", limits=COUNT)
+    compared: int | None = option("比较几种重排，各用前多少题", limits=COUNT)
     learning_rate: float | None = option("重排的学习率；默认编码器 1e-4，aligner 1e-2")
     depth: int = option("重排前几名", 6, limits=COUNT)
     threads: int = option("用几个线程", 1, limits=COUNT)
@@ -104,7 +107,7 @@ def learn(stage: Stage) -> dict:
 
     reranker = load_reranker(settings.reranker, settings.layers, settings.seed)
     print(f"重排：{reranker.name}；训练 {settings.steps} 步，反例是 BM25 找错的", flush=True)
-    examples = [example for bench in (world_train, news_train) for example in hard_examples(bench)]
+    examples = [hard_examples(world_train), hard_examples(news_train)]
     with torch_threads(settings.threads):
         train = partial(train_reranker, model=reranker, examples=examples, settings=settings)
         trained = run_part(stage, "reranker", train, reranker.learned())
@@ -113,9 +116,8 @@ def learn(stage: Stage) -> dict:
         right, first = four_ways(world, reranker, generator)
         identity = check_identity(right, first, world.corpus.questions, reading(generator, spare))
         benches = {"tiny_world": world, "news": news}
-        real, firsts = {}, {}
-        for name, bench in (("bm25", news), ("dense", dense)):
-            real[name], firsts[name] = four_ways(bench, reranker, reader)
+        real = {"bm25": four_ways(news, reranker, reader)[0]}
+        real["dense"] = real["bm25"] | four_ways(dense, reranker, reader, ("retrieve", "rerank"))[0]
         costs = {name: compare_rerankers(bench, reranker, settings) for name, bench in benches.items()}
         citations = check_citations(news, reader, settings.seed)
         show_one(world, reranker, generator)
@@ -152,7 +154,13 @@ def hard_examples(bench: Bench) -> list[tuple[str, list[str]]]:
     return examples
 
 
-def train_reranker(part: Stage, model: Reranker, examples: list, settings: ArchitectureSettings) -> dict:
+def some(pool: list, size: int, rng: random.Random) -> list:
+    return rng.sample(pool, min(size, len(pool)))
+
+
+def train_reranker(
+    part: Stage, model: Reranker, examples: list[list], settings: ArchitectureSettings
+) -> dict:
     """每题的几段打分，softmax 之后，对的那一段的概率越大越好（listwise 交叉熵）。"""
     rng = random.Random(f"rerank-{settings.seed}")
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -162,7 +170,7 @@ def train_reranker(part: Stage, model: Reranker, examples: list, settings: Archi
     for step in tqdm(range(settings.steps), desc="训练重排", leave=False, disable=None):
         for group in optimizer.param_groups:  # 预热十步，再线性降到 0
             group["lr"] = settings.learning_rate * min(1, (step + 1) / 10) * (1 - step / settings.steps)
-        batch = rng.sample(examples, min(BATCH, len(examples)))
+        batch = [each for size, pool in zip(BATCH, examples, strict=True) for each in some(pool, size, rng)]
         questions = [question for question, passages in batch for _ in passages]
         scores = model(questions, [text for _, passages in batch for text in passages])
         lists = scores.split([len(passages) for _, passages in batch])  # 每题一列，第 0 个是对的
@@ -175,13 +183,15 @@ def train_reranker(part: Stage, model: Reranker, examples: list, settings: Archi
     model.eval()
     size = max(1, settings.steps // 20)
     curve = {str(start + size): mean(losses[start : start + size]) for start in range(0, len(losses), size)}
-    return {"examples": len(examples), "loss": mean(losses[-size:]), "curve": curve}
+    return {"examples": sum(map(len, examples)), "loss": mean(losses[-size:]), "curve": curve}
 
 
 # ---------------------------------------------------------------- 3. 四步，各答对几成
 
 
-def four_ways(bench: Bench, reranker: torch.nn.Module, generator: Generator) -> tuple[dict, dict]:
+def four_ways(
+    bench: Bench, reranker: torch.nn.Module, generator: Generator, steps=tuple(STEPS)
+) -> tuple[dict, dict]:
     """→ (每一步每一题答对没有, 每一步递上去的是哪一篇)。递给模型的只有一段。"""
     questions = bench.corpus.questions
     first = {
@@ -192,7 +202,7 @@ def four_ways(bench: Bench, reranker: torch.nn.Module, generator: Generator) -> 
         ],
         "oracle": [min(each.gold) for each in questions],
     }
-    right = {step: answered_right(bench, generator, names) for step, names in first.items()}
+    right = {step: answered_right(bench, generator, first[step]) for step in steps}
     return right, first
 
 
@@ -262,12 +272,13 @@ def compare_rerankers(bench: Bench, trained: Reranker, settings: ArchitectureSet
         "random_head": RandomHead(fresh, settings.seed),
         "blind": trained,
     }
-    rows = {"none": mean([found[:1] != [] and found[0] in q.gold for q, found in bench.pairs()])}
+    pairs = bench.pairs()[: settings.compared]
+    rows = {"none": mean([found[:1] != [] and found[0] in q.gold for q, found in pairs])}
     for name, model in models.items():
         see = blind if name == "blind" else str
         rows[name] = mean([
             first_right(model, see(q.text), [see(bench.texts[each]) for each in found], found, q)
-            for q, found in bench.pairs()
+            for q, found in pairs
         ])  # fmt: skip
     return rows
 
@@ -362,8 +373,9 @@ def main(argv: list[str] | None = None) -> dict:
     settings.embedder = choose_embedder(settings.embedder)
     if settings.reranker == "auto":
         settings.reranker = "e5" if settings.embedder == "e5" else "aligner"
-    if settings.learning_rate is None:
-        settings.learning_rate = 1e-2 if settings.reranker == "aligner" else 1e-4
+    rate, tiny, full = RECIPES["aligner" if settings.reranker == "aligner" else "encoder"]
+    settings.learning_rate = settings.learning_rate or rate
+    settings.steps = settings.steps or (full if settings.preset == "full" else tiny)
     chain = chain_model("sft") if settings.generator == "chain" else None
     return run_lesson(
         "rag_architecture_demo",
