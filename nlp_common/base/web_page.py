@@ -47,11 +47,11 @@ def launch(page: Any, port: int | None, **more: Any) -> str:
     return url
 
 
-def serve(page: Any, port: int | None) -> None:
+def serve(page: Any, port: int | None, **more: Any) -> None:
     """开网页，直到 Ctrl-C。"""
     # 没有桌面的服务器上不去找浏览器：找到的会是 lynx，把终端占住
     desktop = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY")
-    url = launch(page, port, inbrowser=bool(desktop))
+    url = launch(page, port, inbrowser=bool(desktop), **more)
     number = url.rstrip("/").rpartition(":")[2]
     print(f"网页开好了：{url} （只有这台机器打得开）。按 Ctrl-C 关掉。")
     print(
