@@ -16,7 +16,6 @@ N 段文字里有 df 段有词 t；tf 是 t 在这一段里出现几次。tf 越
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from rag_common.tokenizers import Tokenizer, characters_and_bigrams
 K1, B = 1.5, 0.75
 BLOCK = 65_536  # 一次添得多时，每这么多段建一节，排序用的内存有限
 SMALL = 8  # 不止这么多节，就把小的并起来
-DENSE = 0.1  # 过一成的段里都有的词，加分写成一整行
+DENSE = 0.2  # 过两成的段里都有的词，加分写成一整行
 KNOWN = 20_000  # 最多记住多少个词的加分
 GONE = 0.5  # 一节里过半不在了，就重写它
 
@@ -112,7 +111,8 @@ class BM25:
         if allowed is not None:
             scores = np.where(self.mask(allowed), scores, np.float32(0))
         best = top(scores, k)
-        return [(self._name_of[i], float(scores[i])) for i in best if scores[i] > 0]
+        pairs = zip(best.tolist(), scores[best].tolist(), strict=True)
+        return [(self._name_of[place], score) for place, score in pairs if score > 0]
 
     def scores(self, query: str) -> np.ndarray:
         """每段的分 (D,)，次序是添进来的次序（不在了的是 0）。"""
@@ -152,24 +152,30 @@ class BM25:
         """
         if len(self._known) > KNOWN:
             self._known.clear()
+        if not words or not self.segments:
+            self._known.update((word, (np.zeros(0, np.int64), np.zeros(0, np.float32))) for word in words)
+            return
         columns = [segment.postings(words) for segment in self.segments]
-        for number, word in enumerate(words):
-            parts = [column[number] for column in columns]
-            if len(parts) == 1:
-                docs, counts = parts[0]
-            else:
-                shifted = [docs + start for (docs, _), start in zip(parts, self._starts, strict=True)]
-                docs = np.concatenate(shifted) if parts else np.zeros(0, dtype=np.int64)
-                counts = np.concatenate([c for _, c in parts]) if parts else np.zeros(0, dtype=np.float32)
-            docs, df = docs.astype(np.int64), len(docs)
-            idf = np.float32(math.log(1 + (len(self.places) - df + 0.5) / (df + 0.5)))
-            impact = counts / (counts + self._norm[docs]) * idf
+        parts = []  # 一个词接一个词，每个词里一节接一节
+        sizes = np.zeros(len(words), dtype=np.int64)  # 每个词的 df
+        for number in range(len(words)):
+            for column, start in zip(columns, self._starts, strict=True):
+                docs, counts = column[number]
+                parts.append((docs + start if start else docs, counts))
+                sizes[number] += len(docs)
+        docs = np.concatenate([docs for docs, _ in parts]).astype(np.int64)
+        counts = np.concatenate([counts for _, counts in parts])
+        idf = np.log(1 + (len(self.places) - sizes + 0.5) / (sizes + 0.5)).astype(np.float32)
+        impacts = counts / (counts + self._norm[docs]) * np.repeat(idf, sizes)
+        end = 0
+        for word, df in zip(words, sizes.tolist(), strict=True):
+            start, end = end, end + df
             if df > self._size * DENSE:
                 row = np.zeros(self._size, dtype=np.float32)
-                row[docs] = impact
+                row[docs[start:end]] = impacts[start:end]
                 self._known[word] = (None, row)
             else:
-                self._known[word] = (docs, impact)
+                self._known[word] = (docs[start:end].copy(), impacts[start:end].copy())
 
     # ------------------------------------------------------------ 添、改、删
 
