@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,10 +49,19 @@ def embed_in_order(
 
 
 def _on_ray(jobs: list[dict], workers: int) -> Iterator[np.ndarray]:
-    """Ray Data：一批是数据集的一行，map 在各台机器上跑 embed_batch，按次序取回来。连集群先设 RAY_ADDRESS。"""
+    """Ray Data：一批是数据集的一行，map 在各台机器上跑 embed_batch，按次序取回来。
+
+    已有集群就设好环境变量 RAY_ADDRESS（各台机器上同样的路径要有这个仓库）；没有就在本机开一个。
+    """
     import ray
 
-    ray.init(num_cpus=workers if not _cluster() else None, include_dashboard=False, ignore_reinit_error=True)
+    paths = os.pathsep.join(path for path in sys.path if path)  # 工作的进程要找得到这个文件
+    ray.init(
+        num_cpus=None if os.environ.get("RAY_ADDRESS") else workers,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": paths}},
+    )
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     ray.data.DataContext.get_current().enable_progress_bars = False
     numbered = [{**job, "number": number} for number, job in enumerate(jobs)]
@@ -59,12 +70,6 @@ def _on_ray(jobs: list[dict], workers: int) -> Iterator[np.ndarray]:
             yield np.ascontiguousarray(row["vectors"], dtype=np.float32)
     finally:
         ray.shutdown()
-
-
-def _cluster() -> bool:
-    import os
-
-    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def check_engine(engine: str, workers: int) -> None:

@@ -118,6 +118,8 @@ def learn(stage: Stage) -> dict:
     later = embed([chunk.text for chunk in new], embedder)
     store.close()
     vectors, later = without_zeros(vectors), without_zeros(later)
+    if settings.lists > len(vectors) // 4:
+        raise UserError(f"只有 {len(vectors)} 个向量，--lists {settings.lists} 太多：一个桶里平均不到 4 条。")
     rng = np.random.default_rng(settings.seed)
     asked = vectors[rng.choice(len(vectors), min(QUERIES, len(vectors)), replace=False)]
 

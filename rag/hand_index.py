@@ -38,7 +38,8 @@ def kmeans(x: np.ndarray, start: np.ndarray, steps: int) -> np.ndarray:
 def starting_points(x: np.ndarray, k: int, seed: int) -> np.ndarray:
     """随便挑 k 个不同的点做起点：两个起点相同，后一个一个点也分不到。"""
     _, first = np.unique(x, axis=0, return_index=True)  # 相同的文字，向量也相同
-    return x[np.random.default_rng(seed).choice(np.sort(first), k, replace=False)]
+    pool = np.sort(first) if len(first) >= k else np.arange(len(x))  # 不同的不够，只好有相同的
+    return x[np.random.default_rng(seed).choice(pool, k, replace=False)]
 
 
 # ---------------------------------------------------------------- IVF：先找最近的几个桶，只在桶里找
