@@ -20,6 +20,7 @@
 
 from nlp_common.base.cli import run_main
 
+import math
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -37,8 +38,8 @@ from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
+from rag_common.corpus import ASKED
 from rag_common.generate import FromModel
-from rag_common.tokenizers import characters_and_bigrams
 
 HOME = Path(__file__).resolve().parent
 PRESETS = {
@@ -50,6 +51,7 @@ SYSTEMS = {"model": "模型自己", "rag": "只用 RAG", "both": "两样都用"}
 WAYS = {"bare": "不设防", "timeouts": "超时加退路", "breaker": "再加断路器"}
 PATIENCE = 3.0  # 等过这么多秒，人就走了
 TIMEOUT = {"retriever": 0.3, "generator": 1.5}
+QUESTION_WORDS = set("".join(ASKED.values()))  # 问法里的字，不是问的东西
 DECLINED = "资料里没有，我也不知道。"
 LATER = "现在查不了，已经记下，好了再答您。"
 
@@ -69,7 +71,7 @@ class HybridSettings(LessonSettings):
 class Gates:
     """两道门的门槛与要用的东西，都在另一半题上定的。"""
 
-    vocabulary: set[str]  # 资料里有的字与字对
+    weights: dict[str, float]  # 资料里的每个字 → ln(段数 / 有它的段数)：到处都有的近 0
     rare: set[str]  # 资料里少见的字：人名、东西
     furniture: set[str]  # 照着资料答的时候，资料之外还用的字（"的""是"…）
     support: float = 0.0
@@ -126,12 +128,14 @@ def set_gates(rows: list[Table], texts: list[str]) -> Gates:
     """门槛定在校准的题上：不该过的最高的一题，与该过的（去掉最低的百分之二）的中间。"""
     counts = Counter(char for text in texts for char in set(text))
     gates = Gates(
-        vocabulary={word for text in texts for word in characters_and_bigrams(text)},
+        weights={char: math.log(len(texts) / count) for char, count in counts.items()},
         rare={char for char, count in counts.items() if count < 0.4 * len(texts)},
         furniture=set(),
     )
     inside = [row for row in rows if row.kind == "inside"]
-    used = Counter(char for row in inside for char in set(row.replies[row.found]) - set(row.found))
+    used = Counter(
+        char for row in inside for passage, text in row.replies.items() for char in set(text) - set(passage)
+    )
     gates.furniture = {char for char, count in used.items() if count >= 2} - gates.rare
     supports = {kind: [support(row, row.found, gates) for row in rows if row.kind == kind] for kind in KINDS}
     gates.support = between(supports["unknown"] + supports["chat"], supports["inside"])
@@ -145,11 +149,12 @@ def between(below: list[float], above: list[float]) -> float:
 
 
 def support(row: Table, passage: str | None, gates: Gates) -> float:
-    """问题里、资料也用的字与字对，有几成在这一段里；一个也没有（寒暄）是 0。"""
-    asked = set(characters_and_bigrams(row.question.text)) & gates.vocabulary
-    if not passage or len(asked) < 4:
+    """问题里资料也用的字（问法不算），有几成（少见的算得重）在这一段里；一个少见的字也没有（寒暄）是 0。"""
+    asked = (set(row.question.text) - QUESTION_WORDS) & set(gates.weights)
+    total = sum(gates.weights[char] for char in asked)
+    if not passage or not asked & gates.rare:
         return 0.0
-    return len(asked & set(characters_and_bigrams(passage))) / len(asked)
+    return sum(gates.weights[char] for char in asked & set(passage)) / total
 
 
 def is_supported(text: str, row: Table, passage: str, gates: Gates) -> bool:
