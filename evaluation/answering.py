@@ -1,4 +1,4 @@
-"""被评的是谁：Qwen 链的一个阶段、一个本地文件夹、hub 名、smollm2，或任何会说 OpenAI 接口的服务器。"""
+"""被评的是谁：Qwen 链的一个阶段、一个本地文件夹、hub 名、或 smollm2。会说 OpenAI 接口的服务器在 nlp_common/hub/chat_server.py。"""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from nlp_common.base.device import pick_device
 from nlp_common.base.errors import UserError
-from nlp_common.hub.chat_server import ChatServer
 from nlp_common.lm.loading import load_chat_lm
 from nlp_common.lm.replies import reply_to
 from nlp_common.train.chain import QWEN_SCRIPTS, chain_model
@@ -17,9 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SPEAKING = tuple(stage for stage in QWEN_SCRIPTS if stage != "reward")  # 奖励模型只打分，不说话
-
-
-# ---------------------------------------------------------------- 在这台机器上的模型
 
 
 @dataclass
@@ -85,8 +81,3 @@ def as_text(messages: list[dict]) -> str:
         return messages[0]["content"]
     names = {"user": "问", "assistant": "答", "system": "系统"}
     return "\n".join(f"{names.get(each['role'], each['role'])}：{each['content']}" for each in messages)
-
-
-# ---------------------------------------------------------------- 服务器
-
-ServerAnswerer = ChatServer

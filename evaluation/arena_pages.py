@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from intervals import Interval
 from judges import points_of
 from matches import Match, turn_quality
+from nlp_common.base.console import padded
 from nlp_common.base.runs import write_text
 from nlp_common.draw.plots import bar_chart, line_chart
 from results import item, write_result
@@ -26,11 +27,6 @@ def text(score: dict | None, digits: int = 3) -> str:
         return "没有结论"
     value, low, high = (f"{score[key]:.{digits}f}" for key in ("value", "low", "high"))
     return f"{value}（{low}–{high}）"
-
-
-def padded(word: str, width: int) -> str:
-    """补空格到 width 格；汉字占两格。"""
-    return word + " " * max(1, width - sum(2 if ord(c) > 0x2E7F else 1 for c in word))
 
 
 def show(metrics: dict) -> None:

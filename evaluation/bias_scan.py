@@ -37,6 +37,7 @@ from bias_texts import sentence_pairs, skewed_chats, world_pairs
 from cbbq import bias_scores, read_cbbq
 from intervals import Interval, mean_interval, proportion_interval
 from nlp_common.base.arguments import COUNT, SHARE, option
+from nlp_common.base.console import padded
 from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import bar_chart, line_chart
 from nlp_common.lm.replies import reply_to
@@ -340,11 +341,10 @@ def show_rows(title: str, rows: list[dict]) -> None:
     print(title)
     print("  换谁                    差（95 % 区间）             大小     p        Holm     ")
     for row in rows:
-        wide = sum(ord(c) > 127 for c in row["name"])
         cell = row["difference"]
         told = "偏" if row["matters"] else "看得出，很小" if row["seen"] else ""
         print(
-            f"  {row['name']:<{24 - wide}}{cell.value:+.3f}（{cell.low:+.3f}，{cell.high:+.3f}）   "
+            f"  {padded(row['name'], 24)}{cell.value:+.3f}（{cell.low:+.3f}，{cell.high:+.3f}）   "
             f"{row['size']:+.3f}   {row['p']:.4f}   {row['p_holm']:.4f}   {told}"
         )
 

@@ -28,6 +28,7 @@ from code_answers import ABILITY, answers_of_all, code_of, load_tasks
 from contamination import check_questions
 from intervals import Interval, mean_interval
 from nlp_common.base.arguments import COUNT, POSITIVE, option
+from nlp_common.base.console import padded
 from nlp_common.base.errors import UserError
 from nlp_common.data.rows import check_path, data_sha256
 from nlp_common.draw.plots import line_chart
@@ -237,7 +238,7 @@ def show_dangerous(limits: Limits) -> float:
     for name, answer in DANGEROUS.items():
         verdict = run_answer(answer, ADD, "add", limits=Limits(min(1.0, limits.seconds), limits.memory_mb))
         stopped += not verdict.passed
-        print(f"  {name:<{20 - sum(ord(c) > 127 for c in name)}}{verdict.text()}")
+        print(f"  {padded(name, 20)}{verdict.text()}")
     return stopped / len(DANGEROUS)
 
 

@@ -33,6 +33,7 @@ import torch
 from answering import Answerer, as_text, find_answerer, load_answerer, replies, split_names
 from intervals import mean_interval, paired_difference
 from nlp_common.base.arguments import COUNT, option
+from nlp_common.base.console import padded, width
 from nlp_common.base.errors import UserError
 from nlp_common.draw.figures import render
 from nlp_common.draw.plots import COLORS
@@ -326,15 +327,10 @@ def as_items(questions: list[dict], groups: list[list[dict]], scores: list[dict]
 
 def print_grid(name: str, grid: dict[str, dict]) -> None:
     columns = [key for key in NAMES if key in next(iter(grid.values()))]
-    print(f"\n{name}\n  {'采样':<10}" + "  ".join(NAMES[key] for key in columns))
+    print(f"\n{name}\n  {padded('采样', 12)}" + "  ".join(NAMES[key] for key in columns))
     for key, row in grid.items():
         label = f"温度 {key[1:]}" if key.startswith("t") else f"top_p {key[1:]}"
-        print(f"  {label:<10}" + "  ".join(f"{row[c]:>{_width(NAMES[c])}.3f}" for c in columns))
-
-
-def _width(text: str) -> int:
-    """在终端里占几格：汉字两格。"""
-    return sum(2 if ord(char) > 0x2E7F else 1 for char in text)
+        print(f"  {padded(label, 12)}" + "  ".join(f"{row[c]:>{width(NAMES[c])}.3f}" for c in columns))
 
 
 def print_examples(question: dict, tables: dict[str, dict]) -> None:

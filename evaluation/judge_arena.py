@@ -32,7 +32,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from answer_files import read_answers
-from answering import ServerAnswerer, find_answerer, load_answerer, split_names
+from answering import find_answerer, load_answerer, split_names
 from arena_pages import show, write_all
 from intervals import mean_interval
 from judge_bias import (
@@ -61,6 +61,7 @@ from nlp_common.base.device import pick_device
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import file_sha256
 from nlp_common.data.rows import check_path, data_sha256
+from nlp_common.hub.chat_server import ChatServer
 from nlp_common.lm.loading import load_reward_model, load_tokenizer
 from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson
@@ -153,7 +154,7 @@ def contestants(settings: ArenaSettings) -> tuple[list[dict], dict[str, list[lis
 def choose_judge(settings: ArenaSettings, stage: Stage):
     """→ (评判的名字，评判)。评判是一个函数：[Ask] → [A、B、平或 None]。"""
     if settings.judge_url:
-        server = ServerAnswerer(
+        server = ChatServer(
             settings.judge_url,
             settings.judge_model,
             settings.api_key_env,

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from answering import Answerer, ServerAnswerer
+from answering import Answerer
 from nlp_common.base.errors import UserError
+from nlp_common.hub.chat_server import ChatServer
 from nlp_common.lm.chatml import answer_ids, prompt_ids
 from nlp_common.lm.generation import batches_by_length, pad_left, padded_positions
 from nlp_common.lm.replies import score_replies
@@ -226,7 +227,7 @@ def model_judge(asks: list[Ask], answerer: Answerer, batch_size: int = 8) -> lis
 
 
 def server_judge(
-    asks: list[Ask], server: ServerAnswerer, kept: Path, workers: int = 4, max_tokens: int = 1024
+    asks: list[Ask], server: ChatServer, kept: Path, workers: int = 4, max_tokens: int = 1024
 ) -> list[Verdict]:
     """问服务器。问到的话一条条记在 kept 里：中断了再来，问过的不再问（也不再花钱）。
 
@@ -257,7 +258,7 @@ def server_judge(
     return [read_verdict(said.get(_key(server, prompt))) for prompt in prompts]
 
 
-def ask_server(prompt: str, server: ServerAnswerer, max_tokens: int) -> str | None:
+def ask_server(prompt: str, server: ChatServer, max_tokens: int) -> str | None:
     """问一次；说了话却没有结论的，请它只写结论，再问一次。还是没有，就是没有结论。"""
     messages = [{"role": "user", "content": prompt}]
     text = server.chat(messages, temperature=0.0, max_tokens=max_tokens)
@@ -268,7 +269,7 @@ def ask_server(prompt: str, server: ServerAnswerer, max_tokens: int) -> str | No
     return text if again is None else again
 
 
-def _key(server: ServerAnswerer, prompt: str) -> str:
+def _key(server: ChatServer, prompt: str) -> str:
     return hashlib.sha256(f"{server.url}\n{server.model}\n{prompt}".encode()).hexdigest()[:24]
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from pathlib import Path
 
 from intervals import Interval, mean_interval, paired_difference
+from nlp_common.base.console import padded, width
 from nlp_common.draw.plots import bar_chart
 
 METHODS = {"letter": "按字母", "text": "按全文", "generate": "生成"}
@@ -83,13 +83,8 @@ def print_table(tables: dict[str, dict[str, Interval]], columns: dict[str, str],
         rows.append([model, *(write(table[key]) if key in table else "" for key in keys)])
     widths = [max(width(row[i]) for row in rows) for i in range(len(keys) + 1)]
     for row in rows:
-        cells = (text + " " * (w - width(text)) for text, w in zip(row, widths, strict=True))
-        print("  " + "  ".join(cells).rstrip())
-
-
-def width(text: str) -> int:
-    """终端里占几格：汉字与全角标点两格。"""
-    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+        cells = (padded(text, w + 2) for text, w in zip(row, widths, strict=True))
+        print("  " + "".join(cells).rstrip())
 
 
 # ---------------------------------------------------------------- 2. 两个模型成对地比

@@ -8,6 +8,7 @@ from typing import Any
 
 from answer_scores import NAMES
 from intervals import Interval
+from nlp_common.base.console import padded
 from nlp_common.draw.plots import bar_chart, line_chart
 from rating_tables import paradox_table
 
@@ -44,14 +45,8 @@ def plain(value: Any) -> Any:
     return value
 
 
-def width(text: str) -> int:
-    """在终端里占几格：汉字两格。"""
-    return sum(2 if ord(char) > 0x2E7F else 1 for char in text)
-
-
 def row(name: str, cells: list[str], first: int = 20, each: int = 12) -> str:
-    line = "  " + name + " " * max(1, first - width(name))
-    return line + "".join(cell + " " * max(1, each - width(cell)) for cell in cells).rstrip()
+    return ("  " + padded(name, first) + "".join(padded(cell, each) for cell in cells)).rstrip()
 
 
 # ---------------------------------------------------------------- 1. 印

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 import judge_bias as jb
 import judges as jd
 import matches as mt
-from answering import Answerer, ServerAnswerer
+from answering import Answerer
 from nlp_common.base.errors import UserError
+from nlp_common.hub.chat_server import ChatServer
 from nlp_common.lm.chatml import answer_ids, prompt_ids
 from two_turns import conversation, two_turn_questions
 
@@ -191,9 +192,7 @@ def server():
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=lambda: httpd.serve_forever(0.02), daemon=True).start()
     httpd.handler = Handler
-    httpd.judge = ServerAnswerer(
-        f"http://127.0.0.1:{httpd.server_port}/v1", "m", timeout=0.4, retries=1, wait=0
-    )
+    httpd.judge = ChatServer(f"http://127.0.0.1:{httpd.server_port}/v1", "m", timeout=0.4, retries=1, wait=0)
     yield httpd
     httpd.shutdown()
     httpd.server_close()
@@ -243,7 +242,7 @@ def test_what_was_answered_is_not_asked_again(server, tmp_path):
         file.write('["写到一半')
     assert jd.server_judge(asks, server.judge, kept) == ["B"] * 3
     assert len(server.handler.asked) == 2
-    other = ServerAnswerer(server.judge.url, "m2", timeout=1, retries=0)
+    other = ChatServer(server.judge.url, "m2", timeout=1, retries=0)
     jd.server_judge(asks[:1], other, kept)
     assert len(server.handler.asked) == 3  # 另一个模型，另问
 
