@@ -41,10 +41,10 @@ from nlp_common.base.errors import UserError
 from nlp_common.data.rows import data_sha256
 from nlp_common.lm.generation import generate
 from nlp_common.lm.replies import reply_of
-from nlp_common.train.lesson import run_lesson, run_part
+from nlp_common.train.lesson import run_part
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
-from results import item, write_result
+from results import item, run_evaluation, write_result
 
 HOME = Path(__file__).resolve().parent
 PRESETS = {
@@ -326,7 +326,7 @@ def main(argv: list[str] | None = None) -> dict:
     ]
     more = {f"{name}_id": f"{each['stage']}:{each['id']}" for name, each in found.items()}
     more |= {f"{name}_sha256": mark for name in files if (mark := data_sha256(name))}
-    return run_lesson("benchmarks_mc", HOME, settings, learn, **more)
+    return run_evaluation("benchmarks_mc", HOME, settings, learn, **more)
 
 
 if __name__ == "__main__":

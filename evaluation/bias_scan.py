@@ -41,12 +41,12 @@ from nlp_common.base.console import padded
 from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import bar_chart, line_chart
 from nlp_common.lm.replies import reply_to
-from nlp_common.train.lesson import run_lesson, run_part
+from nlp_common.train.lesson import run_part
 from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.sft import train_on_chats
 from nlp_common.train.stage import Stage
 from refusals import LABELLED, SAFE, UNSAFE, measure_detector, refuses
-from results import item, write_result
+from results import item, run_evaluation, write_result
 
 HOME = Path(__file__).resolve().parent
 PRESETS = {
@@ -381,7 +381,7 @@ def main(argv: list[str] | None = None) -> dict:
                 "CBBQ 要会写字的模型来选，--models 里只有打分的：加上 sft、smollm2 或一个文件夹。"
             )
     ids = {name: find_scorer_id(name) for name in dict.fromkeys([*["sft"] * settings.calibrate, *names])}
-    return run_lesson("bias_scan", HOME, settings, scan, model_ids=ids)
+    return run_evaluation("bias_scan", HOME, settings, scan, model_ids=ids)
 
 
 if __name__ == "__main__":

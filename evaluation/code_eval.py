@@ -32,12 +32,11 @@ from nlp_common.base.console import padded
 from nlp_common.base.errors import UserError
 from nlp_common.data.rows import check_path, data_sha256
 from nlp_common.draw.plots import line_chart
-from nlp_common.train.lesson import run_lesson
 from nlp_common.train.progress import progress_bar
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from pass_at_k import bias_table, coverage, pass_at_k, same_tasks_interval, true_pass_at_k
-from results import item, write_result
+from results import item, run_evaluation, write_result
 from sandbox import KINDS, Limits, Verdict, layers, run_answer
 
 HOME = Path(__file__).resolve().parent
@@ -278,7 +277,7 @@ def main(argv: list[str] | None = None) -> dict:
     if not settings.samples:
         names = [name for name in split_names(settings.models) if name != "simulated"]
         ids["model_ids"] = [find_answerer(name)["id"] for name in names]
-    return run_lesson("code_eval", HOME, settings, evaluate, **ids)
+    return run_evaluation("code_eval", HOME, settings, evaluate, **ids)
 
 
 if __name__ == "__main__":

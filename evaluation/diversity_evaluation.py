@@ -42,11 +42,11 @@ from nlp_common.lm.generation import batches_by_length, pad_left, padded_positio
 from nlp_common.lm.replies import MAX_REPLY, distinct_n
 from nlp_common.tiny import world
 from nlp_common.tiny.judge import judge
-from nlp_common.train.lesson import run_lesson, run_part
+from nlp_common.train.lesson import run_part
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from question_files import read_questions
-from results import file_name, item, write_result
+from results import file_name, item, run_evaluation, write_result
 from text_metrics import bleu, bleu_counts, split_char
 
 HOME = Path(__file__).resolve().parent
@@ -95,7 +95,7 @@ class DiversitySettings(LessonSettings):
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(DiversitySettings, PRESETS, argv)
     ids = {name: find_answerer(name, settings.source)["id"] for name in split_names(settings.models)}
-    return run_lesson("diversity_evaluation", HOME, settings, measure_models, ids=ids)
+    return run_evaluation("diversity_evaluation", HOME, settings, measure_models, ids=ids)
 
 
 def measure_models(stage: Stage) -> dict:

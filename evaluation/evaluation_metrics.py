@@ -49,12 +49,11 @@ from nlp_common.data.rows import data_sha256, sha256_of_rows
 from nlp_common.lm.chatml import encode_texts
 from nlp_common.tiny.judge import judge
 from nlp_common.tiny.world import OPENINGS, WORLD, documents, heldout_questions
-from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from own_texts import score_text
 from rating_tables import agreement_table, example_ratings, paradox_table, read_ratings
-from results import item, write_result
+from results import item, run_evaluation, write_result
 from scored_files import score_file
 
 HOME = Path(__file__).resolve().parent
@@ -377,9 +376,9 @@ def main(argv: list[str] | None = None) -> dict:
             # 自己的文件每次都重新算（几秒），换一个不必加 --retrain
             settings.retrain = settings.retrain or not settings.output_dir
             contents = {f"{name}_sha256": data_sha256(getattr(settings, name)) for name in FILES}
-            return run_lesson(f"evaluation_metrics-{flag}", HOME, settings, work, **contents)
+            return run_evaluation(f"evaluation_metrics-{flag}", HOME, settings, work, **contents)
     ids = [find_answerer(name, settings.source)["id"] for name in split_names(settings.models)]
-    return run_lesson("evaluation_metrics", HOME, settings, learn, model_ids=ids)
+    return run_evaluation("evaluation_metrics", HOME, settings, learn, model_ids=ids)
 
 
 if __name__ == "__main__":

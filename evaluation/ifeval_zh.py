@@ -36,10 +36,10 @@ from nlp_common.base.errors import UserError
 from nlp_common.data.rows import data_sha256
 from nlp_common.hub.chat_server import ChatServer
 from nlp_common.lm.replies import MAX_REPLY
-from nlp_common.train.lesson import run_lesson, run_part
+from nlp_common.train.lesson import run_part
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
-from results import file_name, item, write_result
+from results import file_name, item, run_evaluation, write_result
 from reward_gaming import REWARDS, draw_gaming, is_right, train_on_reward
 
 HOME = Path(__file__).resolve().parent
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> dict:
         }
     if settings.check_contamination:
         more["check_contamination_sha256"] = data_sha256(settings.check_contamination)
-    return run_lesson("ifeval_zh", HOME, settings, partial(evaluate, rows=rows, given=given), **more)
+    return run_evaluation("ifeval_zh", HOME, settings, partial(evaluate, rows=rows, given=given), **more)
 
 
 def evaluate(stage: Stage, rows: list[dict], given: dict) -> dict:

@@ -64,7 +64,6 @@ from nlp_common.data.rows import check_path, data_sha256
 from nlp_common.hub.chat_server import ChatServer
 from nlp_common.lm.loading import load_reward_model, load_tokenizer
 from nlp_common.train.chain import chain_model
-from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from ratings import (
@@ -77,6 +76,7 @@ from ratings import (
     ratings,
     win_table,
 )
+from results import run_evaluation
 from two_turns import answer_both_turns, two_turn_questions
 
 HOME = Path(__file__).resolve().parent
@@ -383,7 +383,7 @@ def main(argv: list[str] | None = None) -> dict:
     if not settings.answers:
         more |= {name: find_answerer(name, settings.source)["id"] for name in split_names(settings.models)}
     name = "judge_arena" + ("-answers" if settings.answers else "")
-    return run_lesson(name, HOME, settings, learn, **more)
+    return run_evaluation(name, HOME, settings, learn, **more)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,18 @@ import json
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from intervals import Interval, mean_interval
+from nlp_common.base.console import padded, width
 from nlp_common.base.errors import UserError
-from nlp_common.base.runs import write_json
+from nlp_common.base.runs import RUN_FILE, write_json
+
+if TYPE_CHECKING:
+    from nlp_common.train.settings import LessonSettings
+    from nlp_common.train.stage import Stage
 
 FORMAT = "nlp-learning-eval-1"
 # 越小越好的分：名字的最后一段是这些
@@ -39,6 +45,43 @@ LOWER_IS_BETTER = {
 NEUTRAL = {"different", "distinct_1", "distinct_2", "self_bleu", "entropy", "unread", "letter_same"}
 NEUTRAL_PREFIXES = ("picks_",)
 NEEDED = ("benchmark", "model", "scores", "items")
+SHOWN = 4  # 一张表里最多几种分
+
+
+def run_evaluation(
+    name: str, home: Path, settings: LessonSettings, learn: Callable[[Stage], dict], **more: Any
+) -> dict:
+    """run_lesson；直接用已有的结果时（learn 不运行，它那些表也就不印），印出结果文件里的分。"""
+    from nlp_common.train.lesson import result_folder, run_lesson  # 要 torch；只读结果文件的脚本用不着
+
+    folder = result_folder(name, home, settings)
+    loaded = (folder / RUN_FILE).exists() and not settings.retrain
+    record = run_lesson(name, home, settings, learn, **more)
+    if loaded:
+        show_saved(folder)
+    return record
+
+
+def show_saved(folder: Path) -> None:
+    """结果文件夹里的分：一套题一张表，一个模型一行，头几种分带 95 % 区间。"""
+    by_benchmark: dict[str, list[dict]] = {}
+    for result in find_results([folder]):
+        by_benchmark.setdefault(result["benchmark"], []).append(result)
+    for benchmark, results in by_benchmark.items():
+        names = dict.fromkeys(name for result in results for name in result["scores"] if not is_neutral(name))
+        names = list(names)[:SHOWN]
+        rows = [["", *names]]
+        for result in results:
+            cells = [result["scores"].get(name) for name in names]
+            rows.append(
+                [result["model"], *("—" if cell is None else Interval(**cell).text() for cell in cells)]
+            )
+        widths = [max(map(width, column)) + 2 for column in zip(*rows, strict=True)]
+        print(f"\n{benchmark}（括号里是 95 % 区间与题数）")
+        for row in rows:
+            print(("  " + "".join(map(padded, row, widths))).rstrip())
+    if by_benchmark:
+        print(f"\n每道题的分：{folder / 'results'}；合成一页：python benchmark_report.py")
 
 
 def item(

@@ -80,3 +80,19 @@ def test_pairs_take_the_questions_both_have(tmp_path):
 def test_direction_is_read_from_the_last_part():
     assert rs.lower_is_better("story.perplexity") and not rs.lower_is_better("perplexity.kept")
     assert rs.is_neutral("diversity.entropy") and rs.is_neutral("picks_A") and not rs.is_neutral("right")
+
+
+def test_saved_scores_are_shown_as_one_table_a_benchmark(tmp_path, capsys):
+    rs.write_result(tmp_path, "题一", "sft", items([1, 0, 1, 1]))
+    rs.write_result(tmp_path, "题一", "dpo", items([1, 1, 1, 1]), scores={"entropy": Interval(1, 0, 2, 1, 4)})
+    rs.write_result(tmp_path, "题二", "sft", [rs.item("a", {"loss": 0.5})])
+    rs.show_saved(tmp_path)
+    said = capsys.readouterr().out
+    assert "entropy" not in said  # 不分好坏的分不印
+    assert said.index("题一") < said.index("dpo  1.000（1.000–1.000，n=4）") < said.index("sft  0.750（")
+    assert said.index("题二") < said.index("sft  0.500（0.500–0.500，n=1）")
+
+
+def test_nothing_is_shown_where_no_result_was_written(tmp_path, capsys):
+    rs.show_saved(tmp_path)
+    assert not capsys.readouterr().out
