@@ -9,6 +9,7 @@ from rag_common.generate import MARK, Answer
 from rag_common.tokenizers import characters_and_bigrams
 
 AT_LEAST = 0.8  # 回答的字对至少几成在引的那几段里：照抄的是 1，换几个虚词的也够
+FAULTS = {"other_passage": "引了另一段", "no_such_passage": "没有的一段", "changed_number": "改过的数"}
 NUMBER = re.compile(r"\d+(?:\.\d+)?")  # \d 也认全角数字
 
 
@@ -34,16 +35,16 @@ def plant_faults(
     honest: list[tuple[Answer, list[str]]], rng: random.Random
 ) -> dict[str, list[tuple[str, list[str]]]]:
     """对的回答 → 三种毛病各一份 [(回答, 段落)]：引了另一段，引了没有的一段，里面一个数被改过。"""
-    faults: dict[str, list[tuple[str, list[str]]]] = {"引了另一段": [], "没有的一段": [], "改过的数": []}
+    faults: dict[str, list[tuple[str, list[str]]]] = {kind: [] for kind in FAULTS}
     for answer, passages in honest:
         others = [n for n in range(len(passages)) if n not in answer.cited]
         if others:
-            faults["引了另一段"].append((MARK.sub(f"[{rng.choice(others) + 1}]", answer.text), passages))
-        faults["没有的一段"].append(
+            faults["other_passage"].append((MARK.sub(f"[{rng.choice(others) + 1}]", answer.text), passages))
+        faults["no_such_passage"].append(
             (MARK.sub(f"[{len(passages) + 1 + rng.randrange(5)}]", answer.text), passages)
         )
         claim = MARK.sub("", answer.text)
         if found := NUMBER.search(claim):
             changed = claim[: found.start()] + str(rng.randrange(100_000, 999_999)) + claim[found.end() :]
-            faults["改过的数"].append((changed + f"[{answer.cited[0] + 1}]", passages))
+            faults["changed_number"].append((changed + f"[{answer.cited[0] + 1}]", passages))
     return faults

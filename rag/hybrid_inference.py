@@ -32,6 +32,7 @@ import numpy as np
 from circuit_breaker import CircuitBreaker, Clock
 from hybrid_services import LABELS, RUBBISH, WINDOWS, Down, Services, Table, make_tables
 from nlp_common.base.arguments import COUNT, POSITIVE, option
+from nlp_common.base.console import print_table
 from nlp_common.draw.plots import bar_chart, line_chart
 from nlp_common.tiny.world import UNHELPFUL
 from nlp_common.train.chain import chain_model
@@ -49,6 +50,12 @@ PRESETS = {
 KINDS = {"inside": "资料里有", "chat": "模型会的", "unknown": "都不知道"}
 SYSTEMS = {"model": "模型自己", "rag": "只用 RAG", "both": "两样都用"}
 WAYS = {"bare": "不设防", "timeouts": "超时加退路", "breaker": "再加断路器"}
+CAUGHT = {
+    "rubbish": "乱码、空话",
+    "other_passage": "照着别的段答的",
+    "other_question": "别的题的回答",
+    "false_alarms": "对的回答，误拦",
+}
 PATIENCE = 3.0  # 等过这么多秒，人就走了
 TIMEOUT = {"retriever": 0.3, "generator": 1.5}
 QUESTION_WORDS = set("".join(ASKED.values()))  # 问法里的字，不是问的东西
@@ -273,7 +280,7 @@ def summary(served: list[tuple[Table, Served, int]], services: Services) -> dict
             if each == place and window
         ]
         if here:
-            windows[window_name(window)] = {
+            windows[window_key(window)] = {
                 "availability": sum(ok for _, _, ok in here) / len(here),
                 "right": sum(ok and is_right(row, reply) for row, reply, ok in here) / len(here),
                 "wrong_sourced": sum(r.kind == "sourced" and not is_right(row, r) for row, r, _ in here),
@@ -298,6 +305,10 @@ def timeline(fine: list[bool], size: int = 50) -> tuple[list[float], list[float]
     return [float(each) for each in places], [sum(fine[each - size : each]) / size for each in places]
 
 
+def window_key(window: dict[str, str]) -> str:
+    return "_and_".join(f"{part}_{fault}" for part, fault in window.items())
+
+
 def window_name(window: dict[str, str]) -> str:
     return "、".join(f"{LABELS[part]}{LABELS[fault]}" for part, fault in window.items())
 
@@ -308,16 +319,16 @@ def caught_rubbish(rows: list[Table], gates: Gates, seed: int) -> dict[str, floa
     rng = random.Random(f"rubbish-{seed}")
     others = [rng.choice([each for each in inside if each is not row]) for row in inside]
     said = {
-        "乱码、空话": [rng.choice(RUBBISH) for _ in inside],
-        "照着别的段答的": [row.replies[row.wrong] for row in inside],
-        "别的题的回答": [each.replies[each.found] for each in others],
+        "rubbish": [rng.choice(RUBBISH) for _ in inside],
+        "other_passage": [row.replies[row.wrong] for row in inside],
+        "other_question": [each.replies[each.found] for each in others],
     }
     caught = {}
     for name, texts in said.items():
         wrong = [(r, t) for r, t in zip(inside, texts, strict=True) if r.question.answer not in t]
         caught[name] = sum(not is_supported(t, r, r.found, gates) for r, t in wrong) / max(1, len(wrong))
     honest = [is_supported(row.replies[row.found], row, row.found, gates) for row in inside]
-    caught["对的回答，误拦"] = 1 - sum(honest) / max(1, len(honest))
+    caught["false_alarms"] = 1 - sum(honest) / max(1, len(honest))
     return caught
 
 
@@ -325,27 +336,25 @@ def caught_rubbish(rows: list[Table], gates: Gates, seed: int) -> dict[str, floa
 
 
 def report(metrics: dict) -> None:
-    print("\n答对几成        " + "".join(f"{name:>8}" for name in KINDS.values()) + "　错的说成有出处")
-    for name, row in metrics["accuracy"].items():
-        shares = "".join(f"{row[kind]:>11.3f}" for kind in KINDS)
-        print(f"  {SYSTEMS[name]:<10}{shares}{row['wrong_sourced']:>12}")
-    print("\n出毛病的一天      可用率   答对   错的说成有出处   p50 秒  p99 秒  检索被问  生成被问")
-    for way, row in metrics["day"].items():
-        calls = "".join(f"{row['calls'][part]:>9}" for part in ("retriever", "generator"))
-        print(
-            f"  {WAYS[way]:<12}{row['availability']:>8.4f}{row['right']:>7.3f}{row['wrong_sourced']:>12}{row['p50']:>14.2f}{row['p99']:>8.2f}{calls}"
-        )
-    print("\n每种毛病（可用率 / 答对）" + "　".join(WAYS.values()))
-    for name in metrics["day"]["bare"]["windows"]:
-        cells = [metrics["day"][way]["windows"][name] for way in WAYS]
-        print(
-            f"  {name:<14}" + "　".join(f"{each['availability']:.3f} / {each['right']:.3f}" for each in cells)
-        )
-    print(
-        "第二道门拦下："
-        + "，".join(f"{name} {share:.3f}" for name, share in metrics["caught"].items())
-        + "\n"
-    )
+    print_table([
+        ["答对几成", *KINDS.values(), "错的说成有出处"],
+        *([SYSTEMS[name], *(f"{row[kind]:.3f}" for kind in KINDS), row["wrong_sourced"]] for name, row in metrics["accuracy"].items()),
+    ])  # fmt: skip
+    head = ["出毛病的一天", "可用率", "答对", "错的说成有出处", "p50 秒", "p99 秒", "检索被问", "生成被问"]
+    rows = [
+        [WAYS[way], f"{row['availability']:.4f}", f"{row['right']:.3f}", row["wrong_sourced"], f"{row['p50']:.2f}",
+         f"{row['p99']:.2f}", row["calls"]["retriever"], row["calls"]["generator"]]
+        for way, row in metrics["day"].items()
+    ]  # fmt: skip
+    print_table([head, *rows])
+    rows = []
+    for window in filter(None, WINDOWS):
+        found = [metrics["day"][way]["windows"].get(window_key(window)) for way in WAYS]
+        cells = [f"{each['availability']:.3f} / {each['right']:.3f}" if each else "" for each in found]
+        rows.append([window_name(window), *cells])
+    print_table([["可用率 / 答对", *WAYS.values()], *rows])
+    shares = "，".join(f"{CAUGHT[name]} {share:.3f}" for name, share in metrics["caught"].items())
+    print(f"\n第二道门拦下：{shares}\n")
 
 
 def draw(folder: Path, metrics: dict, day: dict) -> None:

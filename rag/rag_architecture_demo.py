@@ -33,8 +33,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from citations import check_citation, plant_faults
+from citations import FAULTS, check_citation, plant_faults
 from nlp_common.base.arguments import COUNT, option
+from nlp_common.base.console import print_table
 from nlp_common.draw.plots import bar_chart, line_chart
 from nlp_common.tiny.world import WORLD
 from nlp_common.train.chain import chain_model
@@ -131,13 +132,14 @@ def learn(stage: Stage) -> dict:
     metrics["news_gain"] = {name: gain(each, settings.seed) for name, each in real.items()}
     metrics["costs"], metrics["citations"] = costs, citations
     metrics["n"] = {"tiny_world": len(world.corpus.questions), "news": len(news.corpus.questions)}
+    curve = [{"step": int(step), "loss": loss} for step, loss in trained.pop("curve").items()]
     metrics["reranker"] = {"name": reranker.name, **trained}
     report(metrics)
     data = {
         "tiny_world": world.corpus.describe(),
         "dataset": {**news.corpus.describe(), **data_of(settings.dataset)},
     }
-    return stage.save(metrics, data, lambda folder: draw(folder, metrics))
+    return stage.save(metrics, data, lambda folder: draw(folder, metrics, curve), curve)
 
 
 # ---------------------------------------------------------------- 2. 训练重排
@@ -333,25 +335,25 @@ def show_one(bench: Bench, reranker: torch.nn.Module, generator: Generator) -> N
 
 
 def report(metrics: dict) -> None:
-    print("\n答对几成            " + "".join(f"{name:>8}" for name in STEPS.values()))
     rows = {"小世界（换了说法）": {step: metrics[f"accuracy_{step}"] for step in STEPS}}
     rows |= {"真的段落，BM25": metrics["news"]["bm25"], "真的段落，向量": metrics["news"]["dense"]}
-    for name, row in rows.items():
-        print(f"  {name:<14}" + "".join(f"{row[step]:>10.3f}" for step in STEPS))
+    table = [[name, *(f"{row[step]:.3f}" for step in STEPS)] for name, row in rows.items()]
+    print_table([["答对几成", *STEPS.values()], *table])
+    print()
     for step, row in metrics["identity"].items():
         print(
-            f"{STEPS[step]}：找对 {row['hit']:.3f} × 会读 {row['reader']:.3f} + 没找对 {1 - row['hit']:.3f} × 碰巧 {row['coincidence']:.3f}"
+            f"  {STEPS[step]}：找对 {row['hit']:.3f} × 会读 {row['reader']:.3f} + 没找对 {1 - row['hit']:.3f} × 碰巧 {row['coincidence']:.3f}"
             f" = {row['predicted']:.3f}，量到 {row['measured']:.3f}，差 {row['gap']:.3f}（两个标准误 {row['two_se']:.3f}）"
         )
-    print("第一名对几成        " + "　".join(COSTS.values()))
-    for name, row in metrics["costs"].items():
-        print(f"  {name:<14}" + "　".join(f"{row[kind]:.3f}" for kind in COSTS))
+    names = {"tiny_world": "小世界", "news": "真的段落"}
+    table = [[names[name], *(f"{row[kind]:.3f}" for kind in COSTS)] for name, row in metrics["costs"].items()]
+    print_table([["第一名对几成", *COSTS.values()], *table])
     cited = metrics["citations"]
-    caught = "，".join(f"{kind} {share:.3f}" for kind, share in cited["caught"].items())
-    print(f"引用：{cited['answers']} 个回答查过关 {cited['passed']:.3f}；编造的抓出：{caught}\n")
+    caught = "，".join(f"{FAULTS[kind]} {share:.3f}" for kind, share in cited["caught"].items())
+    print(f"\n  引用：{cited['answers']} 个回答，查过关的 {cited['passed']:.3f}；编造的抓出：{caught}\n")
 
 
-def draw(folder: Path, metrics: dict) -> None:
+def draw(folder: Path, metrics: dict, curve: list[dict]) -> None:
     english = {"without": "no retrieval", "retrieve": "retrieve", "rerank": "rerank", "oracle": "oracle"}
     rows = {
         "小世界|tiny world": {step: metrics[f"accuracy_{step}"] for step in STEPS},
@@ -363,8 +365,7 @@ def draw(folder: Path, metrics: dict) -> None:
     names = {"tiny_world": "小世界|tiny world", "news": "真的段落|real"}
     bars = {names[k]: {f"{COSTS[c]}|{c}": row[c] for c in COSTS} for k, row in metrics["costs"].items()}
     bar_chart(folder / "rerankers.svg", bars, "几种重排|Rerankers", "", "R@1")
-    curve = metrics["reranker"]["curve"]
-    line = {"loss": ([int(step) for step in curve], list(curve.values()))}
+    line = {"loss": ([row["step"] for row in curve], [row["loss"] for row in curve])}
     line_chart(folder / "training.svg", line, "训练重排|Training the reranker", "步|step", "loss")
 
 

@@ -139,7 +139,7 @@ def test_the_second_gate(made):
     assert not any(hi.is_supported(text, row, row.found, gates) for text in hs.RUBBISH)
     assert not hi.is_supported(row.question.meta["read"], row, row.found, gates)  # 只把问题说了一遍
     caught = hi.caught_rubbish(tables, gates, 0)
-    assert caught["乱码、空话"] == 1 and caught["照着别的段答的"] > 0.95 and caught["别的题的回答"] < 1
+    assert caught["rubbish"] == 1 and caught["other_passage"] > 0.95 and caught["other_question"] < 1
 
 
 # ---------------------------------------------------------------- 毛病
@@ -194,7 +194,7 @@ def test_a_day(made):
     assert day["breaker"]["p99"] < day["timeouts"]["p99"]
     assert sum(day["breaker"]["calls"].values()) < sum(day["timeouts"]["calls"].values())
     assert hi.one_day(tables, gates, "breaker", options) == day["breaker"]  # 同一种子，同样的一天
-    assert set(day["bare"]["windows"]) == {hi.window_name(each) for each in hs.WINDOWS if each}
+    assert set(day["bare"]["windows"]) == {hi.window_key(each) for each in hs.WINDOWS if each}
 
 
 def test_pictures_and_report(made, tmp_path, capsys):

@@ -180,9 +180,9 @@ def test_planted_faults_are_faults():
     assert check_citation(answer.text, passages) == ""
     planted = plant_faults([(answer, passages)], random.Random(0))
     assert {kind: len(rows) for kind, rows in planted.items()} == {
-        "引了另一段": 1,
-        "没有的一段": 1,
-        "改过的数": 1,
+        "other_passage": 1,
+        "no_such_passage": 1,
+        "changed_number": 1,
     }
     assert all(check_citation(*each) for rows in planted.values() for each in rows)
 
