@@ -37,7 +37,7 @@ from nlp_common.draw.plots import bar_chart, line_chart
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
-from planted_faults import DRIFTS, drifted, plant, read_back
+from planted_faults import DRIFTS, KINDS, drifted, plant, read_back
 from rag_common.bm25 import BM25
 from rag_common.chunking import (
     CHINESE_SEPARATORS,
@@ -335,11 +335,13 @@ def monitor(corpus: Corpus, settings: PreprocessSettings) -> tuple[dict, dict]:
             f"  {label:<8}\t{rows[fault]['precision']:>20.3f}{rows[fault]['recall']:>8.3f}{len(wrong):>6}"
             f"　（原来就有 {len(before[fault])} 篇）"
         )
+    shown = []
     for kind in dict.fromkeys(planted.values()):
         names = [name for name, each in planted.items() if each == kind]
         fault = kind.split(".")[0]
         rows["kinds"][kind.replace(".", "_")] = float(np.mean([name in found[fault] for name in names]))
-    print("  各种坏法的召回：" + "，".join(f"{kind} {value:.2f}" for kind, value in rows["kinds"].items()))
+        shown.append(f"{KINDS[kind]} {rows['kinds'][kind.replace('.', '_')]:.2f}")
+    print("  各种坏法的召回：" + "，".join(shown))
     if any(before.values()):
         print("  原来就有的几篇，看 not_planted.json 里是不是真的有毛病")
     examples = {fault: {name: texts[name][:200] for name in sorted(before[fault])[:5]} for fault in FAULTS}

@@ -32,10 +32,10 @@ from typing import Literal
 from filelock import FileLock
 from tqdm import tqdm
 
+from lab_picture import VERDICTS, draw_ledger
 from lab_pipeline import Config, Lab, Outcome, changed, difference
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
-from nlp_common.draw.plots import line_chart
 from nlp_common.train.lesson import result_folder, run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
@@ -131,7 +131,7 @@ def learn(stage: Stage) -> dict:
 
     def write(folder: Path) -> None:
         (folder / LEDGER).write_bytes(ledger.path.read_bytes())
-        draw(folder, ledger, stage.settings.decide)
+        draw_ledger(folder / "progress.svg", ledger.rows, stage.settings.decide)
 
     return stage.save(
         metrics, {"dataset": {**lab.corpus.describe(), **data_of(stage.settings.dataset)}}, write
@@ -334,14 +334,12 @@ def try_one(folder: Path, settings: LabSettings) -> dict:
         print_row(ledger.best())
         name = f"try_{sum(row['name'].startswith('try_') for row in ledger.rows) + 1}"
         row = experiment(lab, ledger, name, config, choosing, settings)
-        draw(folder, ledger, settings.decide)
+        draw_ledger(folder / "progress.svg", ledger.rows, settings.decide)
         print(f"\n记进 {folder / LEDGER}，图是 progress.svg")
         return row
 
 
 # ---------------------------------------------------------------- 5. 看
-
-VERDICTS = {"start": "开始", "better": "更好，留下", "worse": "更差", "unsure": "说不上，不留"}
 
 
 def print_head(n: int) -> None:
@@ -349,23 +347,12 @@ def print_head(n: int) -> None:
 
 
 def print_row(row: dict) -> None:
+    shown = "开始" if row["verdict"] == "start" else "（与目前最好的相同）"
     numbers = " ".join(f"{row['metrics'][name]:.3f}" for name in SHOWN)
     compared = (
         "" if row["verdict"] == "start" else f"{row['gain']:+.3f}（{row['low']:+.3f} 到 {row['high']:+.3f}）"
     )
-    tqdm.write(f"  {row['change'] or '开始':<32}\t{numbers}　{compared}{VERDICTS[row['verdict']]}")
-
-
-def draw(folder: Path, ledger: Ledger, decide: str) -> None:
-    """每次试的，和目前最好的，随着试的次数。"""
-    tried = [row["metrics"][decide] for row in ledger.rows]
-    best, level = [], 0.0
-    for row in ledger.rows:
-        level = row["metrics"][decide] if row["verdict"] in ("start", "better") else level
-        best.append(level)
-    steps = list(range(len(tried)))
-    lines = {"每次试的|each try": (steps, tried), "目前最好的|best so far": (steps, best)}
-    line_chart(folder / "progress.svg", lines, "账本|The ledger", "第几个实验|experiment", decide)
+    tqdm.write(f"  {row['change'] or shown:<32}\t{numbers}　{compared}{VERDICTS[row['verdict']]}")
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -26,12 +26,20 @@ SITES = (
     "知春",
     "半亩塘",
 )
-# 毛病 → 它的几种做法，由容易到难；名字是 毛病.做法
-KINDS = (
-    "empty.blank", "empty.punctuation", "duplicate.exact", "duplicate.few_changes", "duplicate.many_changes",
-    "garbled.utf8_as_gbk", "garbled.utf8_as_latin1", "garbled.half", "boilerplate.footer", "boilerplate.other_words", "overlong.no_stops",
-)  # fmt: skip
-
+# 毛病.做法，由容易到难
+KINDS = {
+    "empty.blank": "只有空白",
+    "empty.punctuation": "只有标点",
+    "duplicate.exact": "一字不差",
+    "duplicate.few_changes": "改了 2%",
+    "duplicate.many_changes": "改了 15%",
+    "garbled.utf8_as_gbk": "UTF-8 读成 GBK",
+    "garbled.utf8_as_latin1": "UTF-8 读成 Latin-1",
+    "garbled.half": "后半篇读成 GBK",
+    "boilerplate.footer": "页脚，页码不同",
+    "boilerplate.other_words": "页脚，站名不同",
+    "overlong.no_stops": "四百字没有标点",
+}
 # 一批怎样变了
 DRIFTS = {
     "traditional": "全是繁体",
@@ -50,7 +58,7 @@ def plant(texts: dict[str, str], share: float, seed: int) -> tuple[dict[str, str
     chosen = rng.sample(usable, min(len(KINDS) * each, len(usable)))
     spoiled, planted = dict(texts), {}
     for place, name in enumerate(chosen):
-        kind = KINDS[place % len(KINDS)]
+        kind = list(KINDS)[place % len(KINDS)]
         text = texts[name]
         if kind.startswith("duplicate"):
             name = f"{name}（又一份）"
