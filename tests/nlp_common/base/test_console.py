@@ -1,6 +1,6 @@
 """往终端里写字：汉字占两格，补空格到同样的格数。"""
 
-from nlp_common.base.console import padded, printable, width
+from nlp_common.base.console import padded, print_table, printable, width
 
 
 def test_width_counts_chinese_and_full_width_marks_twice():
@@ -17,3 +17,9 @@ def test_padded_cells_line_up():
 
 def test_printable_keeps_lines_and_hides_control_characters():
     assert printable("好\n\t\x1b[2J\x00") == "好\n\t�[2J�"
+
+
+def test_table_columns_line_up(capsys):
+    print_table([["名字", "对", "seconds"], ["一", 0.5, "1.25"], ["很长的名字", "", 10]])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len({width(line) for line in lines}) == 1 and lines[1].endswith("   1.25")
