@@ -1,4 +1,4 @@
-"""账本画成图：一行一个实验，从上到下；点是量到的，颜色是判断，虚线是那时目前最好的。"""
+"""账本画成图：一行一个实验，从上到下；点是量到的，颜色是判断，竖线是那时目前最好的，横线是 95% 区间。"""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ def draw_ledger(path: Path, rows: list[dict], decide: str) -> str:
     def draw(axes, text) -> None:
         axes.figure.set_figheight(1.2 + 0.24 * len(rows))
         best = [level_before(rows, place, decide) for place in range(len(rows))]
-        axes.plot(
-            best, range(len(rows)), color="#9aa3aa", linestyle="--", drawstyle="steps-pre", label=text(BEST)
-        )
+        axes.scatter(best, range(len(rows)), s=90, marker="|", color="#1f2a44", label=text(BEST), zorder=4)
         for verdict, label in VERDICTS.items():
             places = [place for place, row in enumerate(rows) if row["verdict"] == verdict]
             values = [rows[place]["metrics"][decide] for place in places]
