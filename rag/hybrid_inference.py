@@ -33,7 +33,7 @@ from circuit_breaker import CircuitBreaker, Clock
 from hybrid_services import LABELS, RUBBISH, WINDOWS, Down, Services, Table, make_tables
 from nlp_common.base.arguments import COUNT, POSITIVE, option
 from nlp_common.base.console import print_table
-from nlp_common.draw.plots import bar_chart, line_chart
+from nlp_common.draw.plots import bar_chart
 from nlp_common.tiny.world import UNHELPFUL
 from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson
@@ -119,13 +119,13 @@ def learn(stage: Stage, found: dict) -> dict:
         "availability_bare": day["bare"]["availability"],
         "wrong_sourced": day["breaker"]["wrong_sourced"],
         "wrong_sourced_bare": day["bare"]["wrong_sourced"],
-        "day": {way: {k: v for k, v in row.items() if k != "timeline"} for way, row in day.items()},
+        "day": day,
         "caught": caught,
         "gates": {"support": gates.support, "sure": gates.sure},
     }
     report(metrics)
     data = {"stories": len(texts), "questions": len(test)}
-    return stage.save(metrics, data, lambda folder: draw(folder, metrics, day))
+    return stage.save(metrics, data, lambda folder: draw(folder, metrics))
 
 
 # ---------------------------------------------------------------- 2. 两道门
@@ -296,13 +296,7 @@ def summary(served: list[tuple[Table, Served, int]], services: Services) -> dict
         "kinds": {kind: count / len(served) for kind, count in Counter(r.kind for _, r, _ in served).items()},
         "calls": dict(services.calls),
         "windows": windows,
-        "timeline": timeline(fine),
     }
-
-
-def timeline(fine: list[bool], size: int = 50) -> tuple[list[float], list[float]]:
-    places = range(size, len(fine) + 1, max(1, size // 5))
-    return [float(each) for each in places], [sum(fine[each - size : each]) / size for each in places]
 
 
 def window_key(window: dict[str, str]) -> str:
@@ -357,16 +351,24 @@ def report(metrics: dict) -> None:
     print(f"\n第二道门拦下：{shares}\n")
 
 
-def draw(folder: Path, metrics: dict, day: dict) -> None:
+def draw(folder: Path, metrics: dict) -> None:
     english = {"inside": "in documents", "chat": "model knows", "unknown": "nobody knows"}
     bars = {
         f"{SYSTEMS[name]}|{name}": {f"{KINDS[kind]}|{english[kind]}": row[kind] for kind in KINDS}
         for name, row in metrics["accuracy"].items()
     }
     bar_chart(folder / "systems.svg", bars, "三种问题，三种答法|Accuracy by system", "", "答对几成|accuracy")
-    lines = {f"{WAYS[way]}|{way}": day[way]["timeline"] for way in WAYS}
-    title, across = "出毛病的一天|A day of faults", "第几次请求|request"
-    line_chart(folder / "day.svg", lines, title, across, "最近五十次的可用率|availability of the last 50")
+    bars = {
+        f"{WAYS[way]}|{way}": {
+            f"{window_name(w)}|{window_key(w)}": metrics["day"][way]["windows"]
+            .get(window_key(w), {})
+            .get("right", 0.0)
+            for w in WINDOWS
+            if w
+        }
+        for way in ("bare", "breaker")
+    }
+    bar_chart(folder / "faults.svg", bars, "每种毛病下答对几成|Accuracy by fault", "", "答对几成|accuracy")
 
 
 def main(argv: list[str] | None = None) -> dict:

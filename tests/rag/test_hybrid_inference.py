@@ -209,8 +209,8 @@ def test_pictures_and_report(made, tmp_path, capsys):
     }
     hi.report(metrics)
     assert "检索断了、生成断了" in capsys.readouterr().out
-    hi.draw(tmp_path, metrics, day)
-    assert {each.name for each in tmp_path.iterdir()} == {"systems.svg", "day.svg"}
+    hi.draw(tmp_path, metrics)
+    assert {each.name for each in tmp_path.iterdir()} == {"systems.svg", "faults.svg"}
     assert json.dumps(metrics, ensure_ascii=False)
 
 
