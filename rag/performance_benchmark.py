@@ -51,6 +51,7 @@ PRESETS = {
 LOADS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.5)  # 到达率是一个一个算时最快的几倍
 KNEE = 10.0  # 没有给 --slo_ms 时，整个回答的 p95 要在单独问一题的几倍以内
 CLIENTS, STALL_S = 8, 1.0
+STAGES = ("wait", "embed", "search", "rerank", "generate", "first", "whole")
 CONFIGS = {  # 名字 → (一批最多几个, 记住几个答案)
     "one": (1, 0),
     "batch": (8, 0),
@@ -127,8 +128,12 @@ def learn(stage: Stage) -> dict:
         "lost": sum(row["lost"] + row["failed"] for row in rows),
         "mixed": sum(row["mixed"] for row in rows),
         "accuracy": 1 - sum(row["wrong"] for row in rows) / max(1, sum(row["ok"] for row in rows)),
-        "configs": configs,
-        "omission": omission,
+        "rates": {load: row["rate"] for load, row in configs["one"]["rates"].items()},
+        "configs": {name: in_short(config) for name, config in configs.items()},
+        "stages": {step: configs["one"]["rates"]["load1"][step] for step in STAGES},
+        "omission": {
+            way: {**row["whole"], "slow": row["slow"], "n": row["ok"]} for way, row in omission.items()
+        },
         "embedder": parts.embedder.name,
     }
 
@@ -210,6 +215,16 @@ def knee(rows: dict[str, dict], slo: float) -> float:
             break
         last = float(rate)
     return last
+
+
+def in_short(config: dict) -> dict:
+    """一种配置的要点：拐点、内存、最多每秒几个 token，各到达率的整个回答；每一步的在 configs.json 里。"""
+    rows = config["rates"]
+    short = {"knee": config["knee"], "memory_mb": config["memory_mb"]}
+    short["most_tokens_per_s"] = max(row["tokens_per_s"] for row in rows.values())
+    for load, row in rows.items():
+        short[load] = {**row["whole"], "refused": row["refused"], "cached": row["cached"]}
+    return short
 
 
 # ---------------------------------------------------------------- 3. 协同遗漏
