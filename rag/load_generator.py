@@ -76,7 +76,7 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
         raise UserError(
             f"每秒 {rate:g} 个、{seconds:g} 秒：每秒要在 0 到 {MOST_RATE:g} 之间，一次平均不超过 {MOST_REQUESTS} 个。"
         )
-    rng, now, times = random.Random(f"arrivals-{seed}-{rate}"), 0.0, []
+    rng, now, times = random.Random(f"arrivals-{seed}-{float(rate)}"), 0.0, []
     while (now := now + rng.expovariate(rate)) < seconds:
         times.append(now)
     return times
