@@ -223,7 +223,7 @@ def test_killed_for_real_and_started_again(tmp_path):
         process = run(folder)
         output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-        assert ("接着写" in output) == (name == "killed")
+        assert ("上次没有写完" in output) == (name == "killed")
         store = bvs.open_for(f"faiss://{folder}/out/store", "hashed")
         stores[name] = (bvs.digest(store), store.ids())
         store.close()
