@@ -200,7 +200,7 @@ def context_precision(useful: list[bool]) -> float:
 def share_found(text: str, contexts: list[str]) -> float:
     """text 的相邻两个字有几成在材料里：text 是出处就是 context recall，是回答就是 faithfulness。
 
-    没有说话（空的回答）就没有说没根据的话，是 1。它只看字：材料里有"去了北京"，回答"没去北京"它也觉得不错。
+    没有说话（空的回答）就没有说没根据的话，是 1。它只看字：材料里是"没有去过北京"，回答"去过北京"，它给满分。
     """
     wanted, given = pairs(text), set()
     for each in contexts:
