@@ -63,9 +63,9 @@ def draw(folder: Path, metrics: dict) -> None:
         folder / "drift.svg", bars, "数据变了，IVF 的 recall@10|IVF recall after drift", "", "recall@10"
     )
     lines = {}
-    for name in ("ivf", "flat"):
+    for name, label in {"ivf": "IVF", "flat": "Flat"}.items():
         rows = [row for row in metrics["kinds"].values() if row["kind"] == name]
-        lines[name.upper()] = ([row["scanned"] for row in rows], [row["recall"] for row in rows])
+        lines[label] = ([row["scanned"] for row in rows], [row["recall"] for row in rows])
     line_chart(
         folder / "probes.svg",
         lines,
