@@ -72,7 +72,7 @@ def check_target(url: str, explicit: bool) -> tuple[str, int]:
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     """泊松过程：间隔是平均 1/rate 的指数分布，到 seconds 为止。同一种子，同样的时刻。"""
-    if not 0 < rate <= MOST_RATE or not seconds > 0 or rate * seconds > MOST_REQUESTS:
+    if not 0 < rate <= MOST_RATE or not seconds > 0 or rate * seconds > MOST_REQUESTS * 1.001:
         raise UserError(
             f"每秒 {rate:g} 个、{seconds:g} 秒：每秒要在 0 到 {MOST_RATE:g} 之间，一次平均不超过 {MOST_REQUESTS} 个。"
         )
@@ -80,6 +80,11 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     while (now := now + rng.expovariate(rate)) < seconds:
         times.append(now)
     return times
+
+
+def allowed(rate: float, seconds: float) -> float:
+    """不超过上限的到达率：机器快，照它的快慢定的也不能没有边。"""
+    return min(rate, MOST_RATE, MOST_REQUESTS / seconds)
 
 
 def draw_asks(asks: Sequence[Ask], n: int, seed: int) -> list[Ask]:

@@ -24,7 +24,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from load_generator import Ask, arrivals, check_target, closed_loop, draw_asks, open_loop, summary
+from load_generator import Ask, allowed, arrivals, check_target, closed_loop, draw_asks, open_loop, summary
 from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, POSITIVE, option
 from nlp_common.base.device import peak_memory_mb
 from nlp_common.base.errors import UserError
@@ -107,7 +107,7 @@ def learn(stage: Stage) -> dict:
         expected, alone = ask_alone(parts, asks, settings)
         slo = settings.slo_ms or KNEE * alone["p50"]
         capacity = fastest(parts, asks, expected, settings)
-        rates = settings.given_rates() or [round(capacity * load, 1) for load in LOADS]
+        rates = settings.given_rates() or rates_for(capacity, settings.seconds)
         print(
             f"单独问一题 {alone['p50']:.0f} 毫秒；一直有人排队，每秒答 {capacity:.1f} 个；到达率试 {'、'.join(f'{rate:g}' for rate in rates)}；"
             f"要求 p95 在 {slo:.0f} 毫秒以内"
@@ -184,6 +184,11 @@ def fastest(parts: Parts, asks: list[Ask], expected: dict, settings: LoadSetting
         return summary(closed_loop(url, drawn, CLIENTS), expected)["answers_per_second"]
 
 
+def rates_for(capacity: float, seconds: float) -> list[float]:
+    """到达率从闲到忙：答得完的几倍。"""
+    return sorted({allowed(float(f"{capacity * load:.3g}"), seconds) for load in LOADS})
+
+
 # ---------------------------------------------------------------- 2. 各种配置，各种到达率
 
 
@@ -234,7 +239,8 @@ def coordinated_omission(
     parts: Parts, asks: list[Ask], expected: dict, rate: float, settings: LoadSettings
 ) -> dict:
     """同样的服务，半途卡 STALL_S 秒。闭环一个客户，开环照 rate 来，题数差不多：看各自量到的 p95。"""
-    due = arrivals(rate, max(2 * STALL_S, 2 * settings.seconds), settings.seed)
+    seconds = max(2 * STALL_S, 2 * settings.seconds)
+    due = arrivals(allowed(rate, seconds), seconds, settings.seed)
     drawn = draw_asks(asks, len(due), settings.seed)
     rows = {}
     for way in ("closed", "open"):

@@ -85,6 +85,14 @@ def test_bounded(rate, seconds):
         load.arrivals(rate, seconds, 0)
 
 
+@hypothesis_settings(max_examples=30, deadline=None)
+@given(st.floats(1e-3, 1e6), st.floats(0.1, 600))
+def test_a_fast_machine_is_not_hit_without_bound(capacity, seconds):
+    rates = benchmark.rates_for(capacity, seconds)
+    assert rates == sorted(set(rates)) and rates[0] > 0 and rates[-1] <= load.MOST_RATE
+    load.arrivals(rates[-1], seconds, 0)  # 在许可之内
+
+
 def test_popular_questions_come_more_often():
     asks = [Ask(str(n)) for n in range(20)]
     drawn = load.draw_asks(asks, 2000, 0)
