@@ -307,6 +307,16 @@ def window_name(window: dict[str, str]) -> str:
     return "、".join(f"{LABELS[part]}{LABELS[fault]}" for part, fault in window.items())
 
 
+def window_label(window: dict[str, str]) -> str:
+    """图上的：英文要短，不然柱子很宽。"""
+    english = (
+        "both down"
+        if len(window) > 1
+        else window_key(window).replace("retriever", "R").replace("generator", "G")
+    )
+    return f"{'都断了' if len(window) > 1 else window_name(window)}|{english}"
+
+
 def caught_rubbish(rows: list[Table], gates: Gates, seed: int) -> dict[str, float]:
     """乱答的几种，第二道门各拦下几成。最后一种拦不全：别的题的回答，有时碰巧每个字都在这一段里。"""
     inside = [row for row in rows if row.kind == "inside" and row.question.answer in row.found]
@@ -358,16 +368,15 @@ def draw(folder: Path, metrics: dict) -> None:
         for name, row in metrics["accuracy"].items()
     }
     bar_chart(folder / "systems.svg", bars, "三种问题，三种答法|Accuracy by system", "", "答对几成|accuracy")
-    bars = {
-        f"{WAYS[way]}|{way}": {
-            f"{window_name(w)}|{window_key(w)}": metrics["day"][way]["windows"]
-            .get(window_key(w), {})
-            .get("right", 0.0)
+    right = {
+        way: {
+            window_label(w): metrics["day"][way]["windows"].get(window_key(w), {}).get("right", 0.0)
             for w in WINDOWS
             if w
         }
         for way in ("bare", "breaker")
     }
+    bars = {f"{WAYS[way]}|{way}": row for way, row in right.items()}
     bar_chart(folder / "faults.svg", bars, "每种毛病下答对几成|Accuracy by fault", "", "答对几成|accuracy")
 
 
