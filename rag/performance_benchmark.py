@@ -7,7 +7,8 @@
   4. 成批算、记住答案，各把拐点往后推多少，又让闲的时候慢多少。
 
 怎么运行
-  python performance_benchmark.py                                  # 自己开服务，自己打，一分多钟
+  python performance_benchmark.py                                  # 自己开服务，自己打，一分多钟（hashed 向量）
+  python performance_benchmark.py --embedder e5                    # 真的向量模型：编码就成了最慢的几步之一
   python performance_benchmark.py --rates 5,10,20 --seconds 10     # 自己定每秒几个、打多久
   python performance_benchmark.py --serve --port 8900 --batch 8    # 只开服务
   python performance_benchmark.py --url http://127.0.0.1:8900      # 打另一个窗口里开着的（同一种服务）
@@ -37,7 +38,7 @@ from rag_benches import ANCHORS, can_ask, with_reading
 from rag_common.bm25 import BM25
 from rag_common.chunking import make_chunks
 from rag_common.corpus import tiny_world_corpus
-from rag_common.embed import choose_embedder, load_embedder, torch_threads
+from rag_common.embed import load_embedder, torch_threads
 from rag_common.generate import load_generator
 from rag_common.rerank import TokenAligner
 from rag_common.store import open_store
@@ -45,8 +46,8 @@ from rag_server import Parts, Server, Service, serving
 
 HOME = Path(__file__).resolve().parent
 PRESETS = {
-    "tiny": {"stories": 300, "questions": 150, "seconds": 2.0},
-    "full": {"stories": 5000, "questions": 1000, "seconds": 20.0},
+    "tiny": {"stories": 300, "questions": 150, "seconds": 2.0, "embedder": "hashed"},
+    "full": {"stories": 5000, "questions": 1000, "seconds": 20.0, "embedder": "e5"},
 }
 LOADS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.5)  # 到达率是一个一个算时最快的几倍
 KNEE = 10.0  # 没有给 --slo_ms 时，整个回答的 p95 要在单独问一题的几倍以内
@@ -70,7 +71,7 @@ class LoadSettings(LessonSettings):
     seconds: float | None = option("每个到达率打几秒")
     rates: str | None = option("每秒几个，逗号隔开；默认照量到的快慢定")
     slo_ms: float | None = option("整个回答的 p95 要在多少毫秒以内；默认是单独问一题的十倍", limits=POSITIVE)
-    embedder: str = option("auto（有 e5 用 e5）、e5、hashed，或 hub 名、本地文件夹", "auto")
+    embedder: str | None = option("hashed（只认字面，快）、e5，或 hub 名、本地文件夹")
     generator: str = option("chain（Qwen 链 tiny 的 SFT 模型）、extract、hub 名、文件夹、smollm2", "chain")
     batch: int = option("--serve 的服务一批最多几个", 8, limits=COUNT)
     cache: int = option("--serve 的服务记住几个答案", 0, limits=NOT_NEGATIVE)
@@ -351,7 +352,6 @@ def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(LoadSettings, PRESETS, argv)
     if settings.url:
         return measure_url(settings)
-    settings.embedder = choose_embedder(settings.embedder)
     if settings.serve:
         return serve(settings)
     return run_lesson("performance_benchmark", HOME, settings, learn)
