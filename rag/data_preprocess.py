@@ -51,7 +51,7 @@ from rag_common.chunking import (
 )
 from rag_common.corpus import Corpus, Question, data_of, load_corpus, tiny_world_corpus
 from rag_common.documents import Document, read_folder
-from rag_common.embed import choose_embedder, load_embedder
+from rag_common.embed import TransformerEmbedder, choose_embedder, load_embedder
 from rag_common.metrics import paired_bootstrap
 from rag_common.noise import to_simplified, to_traditional
 from sentence_bert import POOLINGS, encode, with_sentence_transformers
@@ -95,6 +95,7 @@ class PreprocessSettings(LessonSettings):
 
 def learn(stage: Stage) -> dict:
     settings = stage.settings
+    embedder = None if settings.embedder == "hashed" else load_embedder(settings.embedder)
     corpus = whole_documents(settings)
     lengths = [len(document.text) for document in corpus.documents]
     print(
@@ -106,7 +107,7 @@ def learn(stage: Stage) -> dict:
     metrics["overlap"] = compare_overlaps(corpus, settings.size)
     metrics["shrink"] = shrink(corpus)
     metrics["script"] = traditional_questions(corpus)
-    metrics["recipe"] = sentence_vectors(corpus, settings)
+    metrics["recipe"] = sentence_vectors(corpus, embedder, settings.vectors)
     metrics["monitor"], examples = monitor(corpus, settings)
     metrics["drift"] = drift(corpus, settings.seed)
 
@@ -272,15 +273,14 @@ def traditional_questions(corpus: Corpus) -> dict[str, dict]:
 # ---------------------------------------------------------------- 3. 句向量
 
 
-def sentence_vectors(corpus: Corpus, settings: PreprocessSettings) -> dict:
+def sentence_vectors(corpus: Corpus, embedder: TransformerEmbedder | None, n: int) -> dict:
     """照 Sentence-BERT 的算法一步一步算，与 rag_common/embed.py、sentence-transformers 比；再把一步换错，看 R@1。"""
-    if settings.embedder == "hashed":
+    if embedder is None:
         print("\n（句向量一节要一个模型，hashed 没有：跳过）")
         return {}
-    embedder = load_embedder(settings.embedder)
     chunks: dict[str, str] = {}  # 问题 → 有出处的那一块
     for chunk in cut(corpus, "sentences", 128):
-        for question in corpus.questions[: settings.vectors]:
+        for question in corpus.questions[:n]:
             if chunk.document in question.gold and evidence(question) in squeezed(chunk.text):
                 chunks.setdefault(question.text, chunk.text)
     if not chunks:
@@ -331,10 +331,10 @@ def monitor(corpus: Corpus, settings: PreprocessSettings) -> tuple[dict, dict]:
             "wrong": len(wrong),
             "already_there": len(before[fault]),
         }
-        print(
-            f"  {label:<8}\t{rows[fault]['precision']:>20.3f}{rows[fault]['recall']:>8.3f}{len(wrong):>6}"
-            f"　（原来就有 {len(before[fault])} 篇）"
+        numbers = (
+            f"{rows[fault]['precision']:>20.3f}{rows[fault]['recall']:>8.3f}{len(wrong):>6}" if bad else ""
         )
+        print(f"  {label:<8}\t{numbers or '没有做坏的':>20}　（原来就有 {len(before[fault])} 篇）")
     shown = []
     for kind in dict.fromkeys(planted.values()):
         names = [name for name, each in planted.items() if each == kind]

@@ -18,7 +18,7 @@ from nlp_common.base.errors import UserError
 from rag_common.bm25 import BM25
 from rag_common.chunking import DEFAULT_SEPARATORS, Chunk, fixed, make_chunks, recursive, sentences, structure
 from rag_common.corpus import Corpus, Question
-from rag_common.embed import load_embedder
+from rag_common.embed import Embedder, load_embedder
 from rag_common.fuse import reciprocal_rank, weighted
 from rag_common.generate import MARK, NOT_FOUND, Extractive, Generator
 from rag_common.noise import to_simplified
@@ -124,6 +124,9 @@ class Lab:
             outcomes.append(Outcome(documents, given, answer))
         return outcomes
 
+    def embedder(self) -> Embedder:
+        return self._keep(("embedder",), lambda: load_embedder(self.embedder_name, self.threads))
+
     # ---------------------------------------- 各步
 
     def _keep(self, key: tuple, make: Callable[[], object]):
@@ -163,7 +166,7 @@ class Lab:
 
     def _dense(self, config: Config, texts: list[str]) -> list[list[tuple[str, float]]]:
         chunks = self._chunks(config)
-        embedder = self._keep(("embedder",), lambda: load_embedder(self.embedder_name, self.threads))
+        embedder = self.embedder()
         vectors = self._keep(
             ("vectors", *self._cut_key(config)),
             lambda: embedder.passages([chunk.text for chunk in chunks.values()]),

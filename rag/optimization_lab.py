@@ -108,6 +108,7 @@ class LabSettings(LessonSettings):
 
 def learn(stage: Stage) -> dict:
     lab, choosing, last = prepare(stage.settings)
+    lab.embedder()  # 名字写错了，现在就说
     stage.folder.work.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(stage.folder.work / LEDGER)
     if ledger.rows:
