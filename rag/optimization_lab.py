@@ -13,7 +13,7 @@
   python optimization_lab.py --dataset cmrc2018.jsonl              # 自己的题（每行 context、question、answers）
   python optimization_lab.py --generator smollm2 --try "reader=model prompt=terse"
 
-应当看到（tiny，实测见本文件夹的 README.md）：换掉按空白切词的那一行涨得最多，后面大多数改动说不上好坏。
+应当看到（tiny，实测见本文件夹的 README.md）：R@1 几乎全是换掉按空白切词的那一行涨的；检索后面的改动多半说不上好坏，有的有害。
 
 参考：Es et al. 2023（RAGAS 的几个指标，这里不用大模型当裁判，照字算）；Efron & Tibshirani 1993（bootstrap）。
 """
