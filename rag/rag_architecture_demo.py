@@ -331,7 +331,8 @@ def show_one(bench: Bench, reranker: torch.nn.Module, generator: Generator) -> N
         ask = question.meta.get("read", question.text)
         [answer] = generator.answer([ask], [[bench.texts[names[0]]]])
         mark = "对" if question.answer in answer.text else "错"
-        print(f"  {name}：{bench.texts[names[0]][:60]}\n    答：{answer.text}　（{mark}）")
+        shown = " ".join(bench.texts[names[0]].split())[:60]
+        print(f"  {name}：{shown}\n    答：{answer.text}　（{mark}）")
 
 
 def report(metrics: dict) -> None:

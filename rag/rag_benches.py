@@ -6,6 +6,7 @@ import dataclasses
 import random
 from dataclasses import dataclass
 
+from nlp_common.base.errors import UserError
 from nlp_common.tiny.world import QUESTION, WORLD
 from rag_common.bm25 import BM25
 from rag_common.corpus import Corpus, Question, load_corpus, tiny_world_corpus
@@ -74,6 +75,11 @@ def make_news(settings) -> tuple[Bench, Bench]:
         names = {document.id for document in documents}
         questions = [each for each in corpus.questions if each.gold <= names]
         parts.append(Corpus(corpus.name, documents, questions))
+    if not all(part.questions for part in parts):
+        raise UserError(
+            f"--dataset {settings.dataset}：{len(corpus.documents)} 段里 {n} 段考试、其余的训练重排，有一边一道题也没有；"
+            "多放几段有题的文档。"
+        )
     rng = random.Random(f"news-{settings.seed}")
     rng.shuffle(parts[0].questions)
     parts[0].questions = parts[0].questions[: settings.asked]

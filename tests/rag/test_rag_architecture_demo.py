@@ -211,3 +211,26 @@ def test_script(tmp_path, capsys):
 def test_bad_settings(flags, said):
     with pytest.raises(UserError, match=said):
         demo.main([*QUICK, *flags])
+
+
+def test_a_dataset_with_too_little_in_it(tmp_path):
+    line = json.dumps(
+        {"context": "甲在花园。", "question": "谁在花园？", "answers": ["甲"]}, ensure_ascii=False
+    )
+    (tmp_path / "one.jsonl").write_text(line + "\n", "utf-8")
+    with pytest.raises(UserError, match="1 段考试"):
+        make_news(parsed("--dataset", str(tmp_path / "one.jsonl")))
+
+
+def test_own_questions(tmp_path):
+    rows = [
+        {"context": f"{n}号图书馆在{n}街，馆长是第{n}任。", "question": f"{n}号图书馆的馆长是第几任？", "answers": [f"第{n}任"]}
+        for n in range(12)
+    ]  # fmt: skip
+    (tmp_path / "own.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8"
+    )
+    exam, train = make_news(parsed("--dataset", str(tmp_path / "own.jsonl")))
+    assert len(exam.corpus.questions) == 4 and len(train.corpus.questions) == 8
+    right, _ = demo.four_ways(exam, TokenAligner(), Extractive())
+    assert right["oracle"] == [True] * 4
