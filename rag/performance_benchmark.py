@@ -214,13 +214,13 @@ def by_load(rows: dict[str, dict]) -> dict[str, dict]:
 
 
 def knee(rows: dict[str, dict], slo: float) -> float:
-    """拐点：从闲到忙，p95 还在 slo 毫秒以内、也没有拒绝的最后一个到达率；一个也没有是 0。"""
-    last = 0.0
-    for rate, row in rows.items():
-        if row["whole"]["p95"] > slo or row["refused"] or not row["ok"]:
-            break
-        last = float(rate)
-    return last
+    """拐点：p95 在 slo 毫秒以内、也没有拒绝的最大到达率；一个也没有是 0。"""
+    held = [
+        float(rate)
+        for rate, row in rows.items()
+        if row["ok"] and not row["refused"] and row["whole"]["p95"] <= slo
+    ]
+    return max(held, default=0.0)
 
 
 def in_short(config: dict) -> dict:

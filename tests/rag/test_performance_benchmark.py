@@ -141,7 +141,9 @@ def test_knee_by_hand():
     def row(p95, refused=0, ok=10):
         return {"whole": {"p95": p95}, "refused": refused, "ok": ok}
 
-    assert benchmark.knee({"5": row(10), "10": row(90), "20": row(101), "40": row(50)}, 100) == 10
+    assert benchmark.knee({"5": row(10), "10": row(90), "20": row(101), "40": row(150)}, 100) == 10
+    # 忙的机器上中间一档碰巧慢了，后面的又在要求以内：照最大的算
+    assert benchmark.knee({"5": row(10), "10": row(101), "20": row(90)}, 100) == 20
     assert benchmark.knee({"5": row(10), "10": row(10, refused=1)}, 100) == 5
     assert benchmark.knee({"5": row(200)}, 100) == 0 and benchmark.knee({"5": row(0, ok=0)}, 100) == 0
 
