@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nlp_common.base.console import print_table
 from nlp_common.draw.plots import bar_chart, line_chart
 
 KINDS = {
@@ -22,19 +23,29 @@ def print_writing(metrics: dict) -> None:
 
 
 def print_kinds(rows: dict[str, dict]) -> None:
-    print("               recall@10　看了几成数据　一条几字节　一次查询（毫秒）")
+    table = [["", "recall@10", "看了几成数据", "一条几字节", "一次查询（毫秒）"]]
     for name, row in rows.items():
         share = "—" if row["scanned"] is None else f"{row['scanned']:.1%}"
-        print(f"  {name:<12}{row['recall']:>9.3f}{share:>14}{row['bytes']:>12}{row['ms']:>14.3f}")
+        table.append([name, f"{row['recall']:.3f}", share, row["bytes"], f"{row['ms']:.3f}"])
+    print_table(table)
 
 
 def print_adding(rows: dict[str, dict], n: int, n_new: int) -> None:
-    print(f"  已有 {n} 段，添 {n_new} 段；只添要算 {n_new} 段的向量，重建要算 {n + n_new} 段")
-    print("        只添（毫秒）　重建（毫秒）　recall@10：只添　重建")
+    print(f"已有 {n} 段，添 {n_new} 段；只添要算 {n_new} 段的向量，重建要算 {n + n_new} 段")
+    table = [["", "只添（毫秒）", "重建（毫秒）", "只添：recall@10", "重建：recall@10"]]
     for name, row in rows.items():
-        print(
-            f"  {name:<6}{row['add_ms']:>9.1f}{row['rebuild_ms']:>14.1f}{row['add_recall']:>17.3f}{row['rebuild_recall']:>8.3f}"
-        )
+        times = [f"{row['add_ms']:.1f}", f"{row['rebuild_ms']:.1f}"]
+        table.append([name, *times, f"{row['add_recall']:.3f}", f"{row['rebuild_recall']:.3f}"])
+    print_table(table)
+
+
+def print_drift(rows: dict[str, dict]) -> None:
+    table = [["新来的", "recall@10：只有旧的", "添了新的", "重新训练", "看几成数据：添了新的", "重新训练"]]
+    for name, row in rows.items():
+        recalls = [f"{row[key]:.3f}" for key in ("old", "added", "retrained")]
+        shares = [f"{row[key]:.1%}" for key in ("added_scanned", "retrained_scanned")]
+        table.append([KINDS[name].split("|")[0], *recalls, *shares])
+    print_table(table)
 
 
 def print_ids(rows: dict[str, dict]) -> None:
@@ -45,10 +56,10 @@ def print_ids(rows: dict[str, dict]) -> None:
         "ivf_idmap2": "IDMap2(IVF)",
         "ivf_own_ids": "IVF.add_with_ids",
     }
+    table = [["", "问了几条", "编号不是自己的", "两条共用的编号"]]
     for name, row in rows.items():
-        print(
-            f"  {names[name]:<18}{row['asked']} 条里编号错的 {row['wrong']:>4}　两条共用的编号 {row['repeated']:>3}"
-        )
+        table.append([names[name], row["asked"], row["wrong"], row["repeated"]])
+    print_table(table)
 
 
 def draw(folder: Path, metrics: dict) -> None:

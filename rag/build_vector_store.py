@@ -34,7 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 from batch_embedding import ENGINES, check_engine, embed_in_order, embedder_named, lsa_file
-from build_report import KINDS, draw, print_adding, print_ids, print_kinds, print_writing
+from build_report import draw, print_adding, print_drift, print_ids, print_kinds, print_writing
 from hand_index import HandIVF, kmeans, pq_encode, pq_search, starting_points, train_pq
 from index_lab import (
     IVF,
@@ -134,6 +134,7 @@ def learn(stage: Stage) -> dict:
     print_adding(metrics["adding"], len(vectors), len(later))
     print("\n五、数据变了：中心还是旧数据的")
     metrics["drift"] = drift(vectors, later, embedder, settings)
+    print_drift(metrics["drift"])
     print("\n六、删除以后的编号")
     metrics["ids"] = ids_after_removal(vectors[:500])
     print_ids(metrics["ids"])
@@ -339,7 +340,6 @@ def drift(old: np.ndarray, later: np.ndarray, embedder: str, settings: BuildSett
         "topics": (topics(len(old), dim, settings.lists, 1), topics(len(later), dim, settings.lists, 2)),
     }
     rows = {}
-    print(f"  {'新来的':<12}recall@10：只有旧的时　添了新的　重新训练　　一次看几成数据：添了新的　重新训练")
     for name, (before, new) in pairs.items():
         everything = np.concatenate([before, new])
         index = IVF(before, settings.lists, settings.probe, settings.seed)
@@ -352,10 +352,6 @@ def drift(old: np.ndarray, later: np.ndarray, embedder: str, settings: BuildSett
         again.add(everything)
         row |= measure("retrained", again, everything, asked_new)
         rows[name] = row
-        print(
-            f"  {KINDS[name].split('|')[0]:<12}{row['old']:>10.3f}{row['added']:>14.3f}{row['retrained']:>10.3f}"
-            f"{row['added_scanned']:>26.1%}{row['retrained_scanned']:>10.1%}"
-        )
     return rows
 
 

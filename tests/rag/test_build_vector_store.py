@@ -1,8 +1,9 @@
 """分批写断在哪里都接得上（真的杀掉也是）；手写的 k-means、IVF、PQ 与 FAISS 相同；漂移与删除后的编号。"""
 
+import contextlib
 import json
-import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -236,9 +237,10 @@ def wait_for_rows(out, process):
     """等到库里有了几批（不到一半）。"""
     for _ in range(3000):
         assert process.poll() is None, process.stderr.read()
-        for file in out.parent.rglob("knowledge.sqlite3-wal"):
-            if "cut" not in file.parts and os.path.getsize(file) > 60_000:
-                return
+        for file in out.parent.rglob("store/knowledge.sqlite3"):
+            with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(file)) as db:
+                if db.execute("SELECT count(*) FROM chunks").fetchone()[0] >= 10:
+                    return
         time.sleep(0.01)
     raise AssertionError("一直没有写")
 

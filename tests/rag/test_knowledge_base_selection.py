@@ -147,4 +147,4 @@ def test_the_script_goes_on_without_a_server(tmp_path, capsys):
     assert "跳过：" in capsys.readouterr().out
     saved = json.loads((tmp_path / "out/run.json").read_text(encoding="utf-8"))
     assert saved["metrics"] == kbs.main(argv)["metrics"]
-    assert (tmp_path / "out/crossing.svg").exists() and (tmp_path / "out/latency.svg").exists()
+    assert (tmp_path / "out/crossing.svg").exists() and (tmp_path / "out/filter.svg").exists()
