@@ -179,10 +179,13 @@ def ask_alone(parts: Parts, asks: list[Ask], settings: LoadSettings) -> tuple[di
 
 
 def fastest(parts: Parts, asks: list[Ask], expected: dict, settings: LoadSettings) -> float:
-    """一个一个算、一直有人排着队，每秒答几个。"""
-    drawn = draw_asks(asks, min(len(asks), 100), settings.seed)
+    """一个一个算、一直有人排着队，每秒答几个；试三次取最快的，别的进程正忙的那一次不算。"""
+    drawn, best = draw_asks(asks, min(len(asks), 50), settings.seed), 0.0
     with serving(Service(parts, threads=settings.threads)) as url:
-        return summary(closed_loop(url, drawn, CLIENTS), expected)["answers_per_second"]
+        for _ in range(3):
+            row = summary(closed_loop(url, drawn, CLIENTS), expected)
+            best = max(best, row["answers_per_second"])
+    return best
 
 
 def rates_for(capacity: float, seconds: float) -> list[float]:
