@@ -44,7 +44,15 @@ def find_answerer(name: str, source: str = "hf") -> dict:
         raise UserError("reward 是奖励模型：只会打分，不会说话。")
     if name in SPEAKING and not Path(name).exists():
         return chain_model(name)
-    return chain_model("sft", name, source)
+    try:
+        return chain_model("sft", name, source)
+    except UserError as error:
+        if "/" in name or Path(name).exists():
+            raise
+        known = "、".join(SPEAKING)
+        raise UserError(
+            f"{name} 不是链的阶段（{known}）、smollm2 或本地文件夹；当作 hub 名，也{error}"
+        ) from error
 
 
 def load_answerer(name: str, source: str = "hf") -> Answerer:

@@ -18,6 +18,8 @@ from results import item, write_result
 if TYPE_CHECKING:
     from judge_arena import ArenaSettings
 
+    from contamination import Overlap
+
 PAPERS = {"right": "对的比错的", "same": "一样的，排在前面的", "wordy": "啰嗦的比不啰嗦的"}
 
 
@@ -169,6 +171,7 @@ def write_all(
     matches: list[Match],
     metrics: dict,
     settings: ArenaSettings,
+    leaked: dict[str, Overlap],
 ) -> None:
     """图；每一次评判一行；每个模型一个结果文件（benchmark_report.py 读它）。"""
     draw(folder, metrics)
@@ -188,6 +191,7 @@ def write_all(
                 "against": [other for other in answers if other != name],
             },
             scores={"rating": Interval(row["value"], row["low"], row["high"], row["stderr"], row["n"])},
+            leaked=leaked,
         )
 
 

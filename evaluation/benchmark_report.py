@@ -141,8 +141,8 @@ def by_benchmark(results: list[dict]) -> dict[str, list[dict]]:
 
 
 def main_score(result: dict) -> str:
-    """一套题的主要的分：各题都有的第一个。"""
-    return next(iter(result["items"][0]["scores"]))
+    """一套题的主要的分：头一道有分的题（没有结论的题没有分）的第一个。"""
+    return next((name for each in result["items"] for name in each["scores"]), next(iter(result["scores"])))
 
 
 # ---------------------------------------------------------------- 表：每个数有区间，与 baseline 成对比

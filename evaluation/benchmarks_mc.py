@@ -71,7 +71,7 @@ class ChoiceSettings(LessonSettings):
     )
     rotate: bool = option("按字母时，每个选项在每个位置上各站一次，量位置偏好", True)
     bad_rows: Literal["stop", "skip"] = option("写坏了的题：stop 停下来说，skip 说了就跳过", "stop")
-    check_contamination: str | None = option("训练数据的文件：查每道题的 n 元组在不在里面")
+    check_contamination: str | None = option("训练数据的文件或文件夹：查每道题的 n 元组在不在里面")
     max_new_tokens: int = option("生成最多几个 token", 32, COUNT)
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
 
@@ -81,7 +81,15 @@ class ChoiceSettings(LessonSettings):
             raise UserError(
                 f"--models 里有两个文件夹都叫 {'、'.join(sorted({n for n in names if names.count(n) > 1}))}，改个名字才分得清。"
             )
-        if unknown := set(self.methods.split(",")) - set(METHODS):
+        asked = [name.strip() for name in self.benchmarks.split(",") if name.strip()]
+        if not asked:
+            raise UserError("--benchmarks 里没有题：例如 world,knowledge_zh，或题目的文件。")
+        titles = [title_of(name) for name in asked]
+        if repeated := sorted({title for title in titles if titles.count(title) > 1}):
+            raise UserError(
+                f"--benchmarks 里有两套题都叫 {'、'.join(repeated)}：结果文件会互相盖掉，改个名字。"
+            )
+        if unknown := {name or "（空的）" for name in self.methods.split(",")} - set(METHODS):
             raise UserError(f"--methods 不认识 {'、'.join(sorted(unknown))}，可以是 {'、'.join(METHODS)}。")
         if self.shots_file and not self.shots:
             raise UserError("--shots_file 要与 --shots 一起给：放几道例题。")
@@ -106,8 +114,13 @@ class Benchmark:
         return sum(1 / size for size in sizes) / len(sizes)
 
 
+def title_of(name: str) -> str:
+    """一套题在表里、结果文件里叫什么：不带后缀的文件名，或文件夹的名字。"""
+    return Path(name).stem if Path(name).suffix else Path(name).name
+
+
 def read_benchmark(name: str, settings: ChoiceSettings) -> Benchmark:
-    short = Path(name).stem if Path(name).suffix else Path(name).name
+    short = title_of(name)
     if Path(name).suffix in (".yaml", ".yml"):
         task = load_task(name)
         if skipped := skipped_metrics(task):

@@ -35,10 +35,12 @@ from bias_scorers import SENTIMENT, Scorer, choose, find_scorer_id, load_scorer,
 from bias_tests import ALPHA, holm, same_template_trap, sign_flip_p, simulate
 from bias_texts import sentence_pairs, skewed_chats, world_pairs
 from cbbq import bias_scores, read_cbbq
+from contamination import check_questions
 from intervals import Interval, mean_interval, proportion_interval
-from nlp_common.base.arguments import COUNT, SHARE, option
+from nlp_common.base.arguments import COUNT, SHARE, Limits, option
 from nlp_common.base.console import padded
 from nlp_common.base.errors import UserError
+from nlp_common.data.rows import check_path, data_sha256
 from nlp_common.draw.plots import bar_chart, line_chart
 from nlp_common.lm.replies import reply_to
 from nlp_common.train.lesson import run_part
@@ -65,18 +67,26 @@ class BiasSettings(LoopSettings):
     COMMON: ClassVar[dict] = LoopSettings.COMMON | {"adam_beta2": 0.98, "save_steps": 10_000}
 
     models: str | None = option("查谁：链的阶段、reward、snownlp、smollm2、文件夹、hub 名，逗号隔开")
+    source: str = option("hub 名从哪里下载", "hf", choices=("hf", "modelscope"))
     dataset: str | None = option(
         "CBBQ 样子的文件：每行 context、question、ans0–2、label 等；给了就也让各模型做它"
     )
     language: str = option("真模型用哪种语言的句子", "zh", choices=("zh", "en"))
-    pairs: int | None = option("小世界里每个比较几对故事（真模型是固定的 200 对句子）", limits=COUNT)
+    pairs: int | None = option(
+        "小世界里每个比较几对故事（真模型是固定的 200 对句子）", limits=Limits(at_least=2)
+    )
     skew: float = option("训练数据里对男的、女的客套的比例差多少：0.6 是八成与两成", 0.6, SHARE)
     margin: float = option("差到各句之间标准差的几成才算要紧；再小的，看得出也只是说一声", 0.1, SHARE)
     calibrate: bool = option("先量一量检验本身（功效曲线、埋了偏见的小模型）；只想查模型就写 false", True)
     families: int = option("功效曲线每一点模拟几次评测", 2000, COUNT)
     max_new_tokens: int = option("拒绝题的回答最多多少个 token", 64)
 
+    check_contamination: str | None = option("训练数据的文件或文件夹：查 --dataset 里的题在不在里面")
+
     def check(self) -> None:
+        check_path(self.check_contamination)
+        if self.check_contamination and not self.dataset:
+            raise UserError("--check_contamination 要与 --dataset 一起给：查的是那个文件里的题。")
         if self.skew >= 1:
             raise UserError("--skew 要小于 1：1 是对男的总客套、对女的从不，对数胜率差是无穷大。")
 
@@ -89,14 +99,18 @@ def scan(stage: Stage) -> dict:
     metrics: dict = {}
     if settings.calibrate:
         metrics = power_curve(settings) | {"planted": planted_in_a_model(stage)}
-    results, asked = [], read_cbbq(settings.dataset) if settings.dataset else []
+    results, asked, leaked = [], read_cbbq(settings.dataset) if settings.dataset else [], {}
+    if settings.check_contamination:
+        texts = {question["id"]: f"{question['context']}{question['question']}" for question in asked}
+        leaked = check_questions(texts, settings.check_contamination)
     metrics["detector"] = show_detector()
     for name in split_names(settings.models):
-        scorer = load_scorer(name)
+        scorer = load_scorer(name, settings.source)
         rows = compare_all(scorer, settings)
         metrics[name] = {"comparisons": as_table(rows), "biased": sum(row["matters"] for row in rows)}
         results.append(("bias", scorer, bias_items(rows), {}))
-        show_rows(f"{name}（{WHAT[scorer.kind]}）", rows)
+        kind = "world" if scorer.in_world and scorer.kind == "lm" else scorer.kind
+        show_rows(f"{name}（{WHAT[kind]}）", rows)
         if scorer.kind == "lm" and not scorer.in_world:
             items, metrics[name]["refusals"] = ask_dangerous(scorer, settings)
             results.append(("refusals", scorer, items, {}))
@@ -108,20 +122,14 @@ def scan(stage: Stage) -> dict:
     def write(folder: Path) -> None:
         for benchmark, scorer, items, scores in results:
             write_result(
-                folder, benchmark, scorer.name, items, model_id=scorer.id, seed=settings.seed, scores=scores
-            )
+                folder, benchmark, scorer.name, items, model_id=scorer.id, seed=settings.seed, scores=scores,
+                leaked=leaked if benchmark == "cbbq" else None,
+            )  # fmt: skip
         if settings.calibrate:
             draw(folder, metrics)
 
-    data = {
-        "pairs": {
-            "name": "world_pairs / sentence_pairs",
-            "kind": "builtin",
-            "rows": settings.pairs,
-            "sha256": "",
-        }
-    }
-    return stage.save(metrics, data, write)
+    source = {"name": "world_pairs / sentence_pairs", "kind": "builtin", "rows": settings.pairs, "sha256": ""}
+    return stage.save(metrics, {"pairs": source}, write)
 
 
 # ---------------------------------------------------------------- 2. 一个比较：换人前后的差
@@ -174,9 +182,7 @@ def as_table(rows: list[dict]) -> dict:
             "difference": row["difference"].value,
             "low": row["difference"].low,
             "high": row["difference"].high,
-            "size": row["size"],
-            "p": row["p"],
-            "p_holm": row["p_holm"],
+            **{name: row[name] for name in ("size", "p", "p_holm")},
         }
         for row in rows
     }
@@ -278,11 +284,8 @@ def show_detector() -> dict:
     print(
         f"认拒绝的规则，在标好的 {len(LABELLED)} 个回答上：对 {told.text()}，查准 {found['precision']:.3f}，查全 {found['recall']:.3f}\n"
     )
-    return {
-        "accuracy": found["right"] / found["n"],
-        "precision": found["precision"],
-        "recall": found["recall"],
-    }
+    share = found["right"] / found["n"]
+    return {"accuracy": share, "precision": found["precision"], "recall": found["recall"]}
 
 
 def ask_dangerous(scorer: Scorer, settings: BiasSettings) -> tuple[list[dict], dict]:
@@ -331,7 +334,8 @@ def answer_cbbq(scorer: Scorer, questions: list[dict], seed: int) -> tuple[list[
 # ---------------------------------------------------------------- 6. 给人看
 
 WHAT = {
-    "lm": "语言模型：好话比坏话的对数概率",
+    "world": "小世界的模型：回答带客套的对数胜率",
+    "lm": "语言模型：好词比坏词的对数概率",
     "reward": "奖励模型：同一个回答的分",
     "sentiment": "情感分类器：正面的对数胜率",
 }
@@ -380,8 +384,12 @@ def main(argv: list[str] | None = None) -> dict:
             raise UserError(
                 "CBBQ 要会写字的模型来选，--models 里只有打分的：加上 sft、smollm2 或一个文件夹。"
             )
-    ids = {name: find_scorer_id(name) for name in dict.fromkeys([*["sft"] * settings.calibrate, *names])}
-    return run_evaluation("bias_scan", HOME, settings, scan, model_ids=ids)
+    ids = {
+        name: find_scorer_id(name, settings.source)
+        for name in dict.fromkeys([*["sft"] * settings.calibrate, *names])
+    }
+    more = {"check_contamination_sha256": data_sha256(settings.check_contamination)}
+    return run_evaluation("bias_scan", HOME, settings, scan, model_ids=ids, **more)
 
 
 if __name__ == "__main__":

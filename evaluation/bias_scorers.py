@@ -40,18 +40,18 @@ class Scorer:
     model: PreTrainedModel | None = None
 
 
-def find_scorer_id(name: str) -> str:
+def find_scorer_id(name: str, source: str = "hf") -> str:
     """不载入，只说是哪一份；还没有训练的链就当场训练。"""
     if name == SENTIMENT:
         return name
-    found = chain_model("reward") if name == "reward" else find_answerer(name)
+    found = chain_model("reward") if name == "reward" else find_answerer(name, source)
     return f"{found['stage']}:{found['id']}"
 
 
-def load_scorer(name: str) -> Scorer:
+def load_scorer(name: str, source: str = "hf") -> Scorer:
     if name == SENTIMENT:
         return Scorer(name, name, "sentiment", False)
-    found = chain_model("reward") if name == "reward" else find_answerer(name)
+    found = chain_model("reward") if name == "reward" else find_answerer(name, source)
     in_world, id_ = name in QWEN_SCRIPTS, f"{found['stage']}:{found['id']}"
     architectures = config_of(found["path"]).get("architectures") or [""]
     if "SequenceClassification" in architectures[0]:

@@ -105,7 +105,7 @@ def simulated(tasks: list[dict], n: int, seed: int) -> tuple[list[list[str]], np
 
 def written_by(name: str, tasks: list[dict], settings) -> tuple[str, list[list[str]]]:
     """让模型写：每道题采样 n 份 → (编号, 答案)。"""
-    answerer = load_answerer(name)
+    answerer = load_answerer(name, settings.source)
     ask = "请补全下面的 Python 函数。只写代码，不解释。\n```python\n{}```"
     questions = [
         {"messages": [{"role": "user", "content": ask.format(task["prompt"])}]}

@@ -22,9 +22,10 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from answering import find_answerer, split_names
-from code_answers import ABILITY, answers_of_all, code_of, load_tasks
+from code_answers import ABILITY, answers_of_all, code_of, load_samples, load_tasks
 from contamination import check_questions
 from intervals import Interval, mean_interval
 from nlp_common.base.arguments import COUNT, POSITIVE, option
@@ -59,13 +60,14 @@ class CodeSettings(LessonSettings):
     )
     n: int | None = option("每道题写几份答案", limits=COUNT)
     k: str | None = option("算 pass@ 几，逗号隔开")
+    source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
     temperature: float = option("采样的温度", 0.8)
     top_p: float = option("核采样", 0.95)
     max_new_tokens: int = option("一份答案最多多少个 token", 256)
     seconds: float = option("一份答案最多运行几秒", 5.0, POSITIVE)
     memory_mb: int = option("一份答案最多用多少 MB 内存", 512, COUNT)
     processes: int = option("同时运行几份答案", 2, COUNT)
-    check_contamination: str | None = option("题面在这个训练文件里有没有：先查一遍（见 contamination.py）")
+    check_contamination: str | None = option("训练数据的文件或文件夹：查每道题的 n 元组在不在里面")
 
     def check(self) -> None:
         check_path(self.samples)
@@ -87,8 +89,12 @@ def evaluate(stage: Stage) -> dict:
     settings = stage.settings
     limits = Limits(settings.seconds, settings.memory_mb)
     tasks, source = load_tasks(settings.dataset)
+    leaked = {}
     if settings.check_contamination:
-        check_questions({task["task_id"]: task["prompt"] for task in tasks}, settings.check_contamination)
+        prompts = {task["task_id"]: task["prompt"] for task in tasks}
+        leaked = check_questions(prompts, settings.check_contamination)
+    if settings.samples:
+        load_samples(settings.samples, tasks)  # 文件有错，不必等自检完才知道
     print("沙箱：", *layers(), sep="\n  ")
     check_tasks(tasks, limits, settings.processes)
     metrics: dict = {"tasks": len(tasks), "dangerous_stopped": show_dangerous(limits)}
@@ -117,6 +123,7 @@ def evaluate(stage: Stage) -> dict:
                 model_id=id_,
                 seed=settings.seed,
                 settings={"n": result["n"], "temperature": settings.temperature, "source": source["name"]},
+                leaked=leaked,
             )
         draw(folder, metrics)
 
@@ -273,10 +280,12 @@ def draw(folder: Path, metrics: dict) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(CodeSettings, PRESETS, argv, None)
-    ids = {"samples_sha256": data_sha256(settings.samples)}
+    ids = {
+        f"{name}_sha256": data_sha256(getattr(settings, name)) for name in ("samples", "check_contamination")
+    }
     if not settings.samples:
         names = [name for name in split_names(settings.models) if name != "simulated"]
-        ids["model_ids"] = [find_answerer(name)["id"] for name in names]
+        ids["model_ids"] = [find_answerer(name, settings.source)["id"] for name in names]
     return run_evaluation("code_eval", HOME, settings, evaluate, **ids)
 
 

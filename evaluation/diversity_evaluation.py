@@ -31,10 +31,12 @@ from pathlib import Path
 import torch
 
 from answering import Answerer, as_text, find_answerer, load_answerer, replies, split_names
+from contamination import check_questions
 from intervals import mean_interval, paired_difference
-from nlp_common.base.arguments import COUNT, option
+from nlp_common.base.arguments import COUNT, SHARE, option
 from nlp_common.base.console import padded, width
 from nlp_common.base.errors import UserError
+from nlp_common.data.rows import check_path, data_sha256
 from nlp_common.draw.figures import render
 from nlp_common.draw.plots import COLORS
 from nlp_common.lm.chatml import prompt_ids
@@ -78,11 +80,14 @@ class DiversitySettings(LessonSettings):
     draws: int = option("不同的答案有几种，按抽几个算（m，不超过 --samples）", 8, limits=COUNT)
     temperatures: str = option("各个温度，用逗号隔开；要有 1", "0.4,0.7,1.0,1.3,1.6")
     top_ps: str = option("温度 1 时，另外试的 top_p，用逗号隔开", "0.9,0.7")
-    same_right: float = option("在哪个正确率上比不同的正确答案有几种", 0.95)
+    same_right: float = option("在哪个正确率上比不同的正确答案有几种", 0.95, SHARE)
     max_new_tokens: int | None = option("每个回答最多多少个 token", limits=COUNT)
+
+    check_contamination: str | None = option("训练数据的文件或文件夹：查每道题的 n 元组在不在里面")
 
     def check(self) -> None:
         split_names(self.models)
+        check_path(self.check_contamination)
         if self.draws > self.samples:
             raise UserError(f"--draws {self.draws} 比 --samples {self.samples} 还多：问了几遍，最多抽几个。")
         if (1.0, 1.0) not in sampling_grid(self):
@@ -95,13 +100,20 @@ class DiversitySettings(LessonSettings):
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(DiversitySettings, PRESETS, argv)
     ids = {name: find_answerer(name, settings.source)["id"] for name in split_names(settings.models)}
-    return run_evaluation("diversity_evaluation", HOME, settings, measure_models, ids=ids)
+    train = data_sha256(settings.check_contamination)
+    return run_evaluation(
+        "diversity_evaluation", HOME, settings, measure_models, ids=ids, check_contamination_sha256=train
+    )
 
 
 def measure_models(stage: Stage) -> dict:
     """每个模型、每种采样设置：每道题问 K 遍，量对错与多样；写结果文件、画图。"""
     settings = stage.settings
     questions = load_questions(settings)
+    leaked = {}
+    if settings.check_contamination:
+        prompts = {f"q{place:04d}": as_text(q["messages"]) for place, q in enumerate(questions, 1)}
+        leaked = check_questions(prompts, settings.check_contamination)
     grids: dict[str, dict[str, dict[str, float]]] = {}  # 模型 → 设置 → 各项的均值
     tables: dict[str, dict] = {}  # 模型 → 温度 1 时各题的分，和例子
     for name in split_names(settings.models):
@@ -122,6 +134,7 @@ def measure_models(stage: Stage) -> dict:
             write_result(
                 folder, "diversity", name, table["items"], model_id=table["id"], seed=settings.seed,
                 settings={"samples": settings.samples, "draws": settings.draws, "temperature": 1.0},
+                leaked=leaked,
             )  # fmt: skip
         draw_pictures(folder, grids, judged, settings.draws)
 
@@ -375,14 +388,8 @@ def draw_curves(
             for row in curve:
                 if row["temperature"] in (curve[0]["temperature"], 1.0, curve[-1]["temperature"]):
                     place = (row[x], row[y])
-                    axes.annotate(
-                        f"{row['temperature']:g}",
-                        place,
-                        (3, 4),
-                        textcoords="offset points",
-                        color=color,
-                        fontsize=8,
-                    )
+                    shown = {"textcoords": "offset points", "color": color, "fontsize": 8}
+                    axes.annotate(f"{row['temperature']:g}", place, (3, 4), **shown)
 
     render(path, draw, [*curves], labels)
 

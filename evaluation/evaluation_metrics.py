@@ -93,6 +93,8 @@ class MetricsSettings(LessonSettings):
         for flag in FILES:
             path = getattr(self, flag)
             exists = Path(path or "").expanduser()
+            if flag != "check_contamination" and exists.is_dir() and path:
+                raise UserError(f"--{flag} 要一个文件，{path} 是文件夹。")
             if path and not (exists.is_file() or (flag == "check_contamination" and exists.is_dir())):
                 raise UserError(f"没有 --{flag} 给的文件：{path}（当前文件夹是 {Path.cwd()}）。")
         if (self.compare or self.check_contamination) and not self.file:

@@ -48,7 +48,8 @@ def load_harness() -> types.ModuleType:
     stubs = {name: types.ModuleType(name) for name in ("langdetect", "immutabledict") if not find_spec(name)}
     if "immutabledict" in stubs:
         stubs["immutabledict"].immutabledict = dict
-    with mock.patch.dict(sys.modules, stubs), mock.patch.object(nltk.data, "find", str):
+    sys.modules.update(stubs)
+    with mock.patch.object(nltk.data, "find", str):
         for name in ("instructions_util", "instructions"):
             spec = importlib.util.spec_from_file_location(
                 f"lm_eval.tasks.ifeval.{name}", folder / f"{name}.py"
@@ -56,6 +57,8 @@ def load_harness() -> types.ModuleType:
             module = importlib.util.module_from_spec(spec)
             sys.modules[spec.name] = module
             spec.loader.exec_module(module)
+    for name in stubs:  # 只去掉替身：不能用 mock.patch.dict，它连这期间导入的 datasets 也去掉，再导入就报错
+        del sys.modules[name]
     return module
 
 

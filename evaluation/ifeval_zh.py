@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from answering import SPEAKING, find_answerer, load_answerer, replies, split_names
+from contamination import check_questions
 from ifeval_report import draw_scores, pick_examples, print_examples, print_instructions, print_scores
 from instruction_files import read_answer_file, read_instruction_file
 from instruction_prompts import general_prompts, tiny_prompts
@@ -126,7 +127,10 @@ def main(argv: list[str] | None = None) -> dict:
 def evaluate(stage: Stage, rows: list[dict], given: dict) -> dict:
     """各模型答题 → 四个分、换题的线、各种要求的表；再拿检查器当奖励训练；写结果文件、画图。"""
     settings = stage.settings
-    leaked = find_leaks(rows, settings.check_contamination)
+    leaked = {}
+    if settings.check_contamination:
+        prompts = {f"q{row['key']}": row["prompt"] for row in rows}
+        leaked = check_questions(prompts, settings.check_contamination)
     answers = given or collect_answers(stage, rows)
     histories: dict[str, list[dict]] = {}
     if settings.steps:
@@ -143,7 +147,8 @@ def evaluate(stage: Stage, rows: list[dict], given: dict) -> dict:
         "n": len(rows),
         "models": {name: summarise(each, settings.seed) for name, each in scored.items()},
     }
-    metrics |= leaked
+    if leaked:
+        metrics["contaminated"] = sum(each.found for each in leaked.values())
     metrics["gap"] = {name: compare(scored, name, settings.seed) for name in list(scored)[1:]}
     metrics["kinds"] = by_instruction(rows, scored)
     if "example" in rows[0]:
@@ -159,7 +164,7 @@ def evaluate(stage: Stage, rows: list[dict], given: dict) -> dict:
                 kept = {name: row[name] for name in ("key", "prompt", "instruction_id_list", "kwargs")}
                 file.write(json.dumps(kept, ensure_ascii=False) + "\n")
         for name, (model_id, said) in answers.items():
-            write_answers(folder, name, model_id, rows, said, scored[name], settings)
+            write_answers(folder, name, model_id, rows, said, scored[name], settings, leaked)
         draw_scores(folder / "scores.svg", metrics["models"])
         if histories:
             draw_gaming(folder / "gaming.svg", histories, pick_examples(rows, answers, scored))
@@ -184,16 +189,6 @@ def load_prompts(settings: IfevalSettings) -> list[dict]:
 
 def as_question(row: dict) -> dict:
     return row | {"messages": [{"role": "user", "content": row["prompt"]}]}
-
-
-def find_leaks(rows: list[dict], train: str | None) -> dict:
-    """训练数据里有几道题（n 元组，见 contamination.py）；没给训练数据是空的。"""
-    if not train:
-        return {}
-    from contamination import check_questions
-
-    found = check_questions({f"q{row['key']}": row["prompt"] for row in rows}, train)
-    return {"contaminated": sum(each.found for each in found.values())}
 
 
 def collect_answers(stage: Stage, rows: list[dict]) -> dict[str, tuple[str, list[dict]]]:
@@ -323,7 +318,7 @@ def by_instruction(rows: list[dict], scored: dict[str, list[dict]]) -> dict:
 # ---------------------------------------------------------------- 结果文件
 
 
-def write_answers(folder, name, model_id, rows, said, scored, settings) -> None:
+def write_answers(folder, name, model_id, rows, said, scored, settings, leaked) -> None:
     kept = ("prompt_strict", "prompt_loose", "unread", "right", "both")
     items = [
         item(
@@ -340,7 +335,7 @@ def write_answers(folder, name, model_id, rows, said, scored, settings) -> None:
         f"instruction_{kind}": instruction_rate(scored, kind, settings.seed) for kind in ("strict", "loose")
     }
     write_result(
-        folder, "ifeval_zh", name, items, model_id=model_id, seed=settings.seed, scores=whole,
+        folder, "ifeval_zh", name, items, model_id=model_id, seed=settings.seed, scores=whole, leaked=leaked,
         settings={"dataset": settings.dataset, "temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens},
     )  # fmt: skip
 

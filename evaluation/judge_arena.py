@@ -34,6 +34,7 @@ import numpy as np
 from answer_files import read_answers
 from answering import find_answerer, load_answerer, split_names
 from arena_pages import show, write_all
+from contamination import check_questions
 from intervals import mean_interval
 from judge_bias import (
     Planted,
@@ -118,7 +119,7 @@ class ArenaSettings(LessonSettings):
     judge_workers: int = option("同时问服务器几句", 4, COUNT)
     exam_questions: int | None = option("考评判的每份考卷几道题", limits=COUNT)
     orders: int = option("Elo 洗几次牌", 200, COUNT)
-    check_contamination: str | None = option("训练数据的文件：先查这些题在不在里面（见 contamination.py）")
+    check_contamination: str | None = option("训练数据的文件或文件夹：查每道题的 n 元组在不在里面")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
 
     def check(self) -> None:
@@ -335,11 +336,10 @@ def learn(stage: Stage) -> dict:
     questions, answers, ids = contestants(settings)
     if settings.answers and name == "program":
         need_right(questions, settings.answers[0])
+    leaked = {}
     if settings.check_contamination:
-        from contamination import check_questions  # 用到才导入
-
         texts = {q["id"]: "\n".join(turn["ask"] for turn in q["turns"]) for q in questions}
-        check_questions(texts, settings.check_contamination)
+        leaked = check_questions(texts, settings.check_contamination)
     print(f"{len(questions)} 道题，{'、'.join(answers)}；评判：{name}")
     matches = play(questions, answers, judge_them)
     pairs = {f"{m.a}-{m.b}": pair_numbers(m, settings.seed) for m in matches if m.by_question()}
@@ -372,6 +372,7 @@ def learn(stage: Stage) -> dict:
         matches=matches,
         metrics=metrics,
         settings=settings,
+        leaked=leaked,
     )
     return stage.save(metrics, {"questions": source}, write)
 

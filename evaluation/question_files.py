@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from nlp_common.base.errors import UserError
 from nlp_common.data.rows import read_rows
@@ -10,6 +11,8 @@ from nlp_common.data.rows import read_rows
 
 def read_questions(path: str, required: Sequence[str] = (), limit: int | None = None) -> list[dict]:
     """文件里的各行；少了 required 里的哪一栏、哪一栏是空的，是 UserError，说出第几行（第一道题是第 1 行）。"""
+    if Path(path).expanduser().is_dir():
+        raise UserError(f"{path} 是文件夹，这里要一个文件（json、jsonl、csv、tsv 或 parquet）。")
     rows = read_rows(path, limit=limit).rows
     for place, row in enumerate(rows, 1):
         for name in required:

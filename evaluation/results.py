@@ -27,6 +27,7 @@ from nlp_common.base.errors import UserError
 from nlp_common.base.runs import RUN_FILE, write_json
 
 if TYPE_CHECKING:
+    from contamination import Overlap
     from nlp_common.train.settings import LessonSettings
     from nlp_common.train.stage import Stage
 
@@ -108,16 +109,23 @@ def write_result(
     seed: int = 0,
     settings: dict | None = None,
     scores: dict[str, Interval] | None = None,
+    leaked: dict[str, Overlap] | None = None,
 ) -> dict:
     """写一个结果文件到 folder/results，返回它的内容。
 
     每个分数是各题的均值，区间由 bootstrap；scores 另加整批的分（如整批的 BLEU）。
+    leaked 是 contamination.check_questions 查到的：每道题多一个分 contaminated。
     一道题也没有、题的 id 重复、分不是有限的数，是 ValueError：那是脚本写错了。
     """
     if not items:
         raise ValueError(f"{benchmark} 一道题也没有，写不成结果。")
     if len({each["id"] for each in items}) < len(items):
         raise ValueError(f"{benchmark} 的题有重复的 id，两个模型就对不上了。")
+    if leaked:
+        items = [
+            each | {"scores": each["scores"] | {"contaminated": float(leaked[each["id"]].found)}}
+            for each in items
+        ]
     found: dict[str, Interval] = {}
     for name in dict.fromkeys(name for each in items for name in each["scores"]):
         values = [each["scores"][name] for each in items if name in each["scores"]]

@@ -259,7 +259,7 @@ def layers() -> list[str]:
         "内核管着：" + ("、".join(what for name, what in HELD.items() if name in held) or "没有"),
     ]
     if missing:
-        found.append("内核没有管的：" + "、".join(missing))
+        found.append("内核没有另外限的：" + "、".join(missing))
     if WINDOWS:
         found.append("Windows：作业对象限内存与进程数，建不成就只有 taskkill")
     elif not kernel_limits_memory():

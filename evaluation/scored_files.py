@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from answer_scores import NAMES, corpus_scores, default_scores, item_scores
+from contamination import Overlap, check_questions
 from intervals import mean_interval, paired_difference
 from metrics_report import plain, show_file
 from nlp_common.base.errors import UserError
@@ -105,6 +106,7 @@ def score_file(stage: Stage) -> dict:
         check_same_questions(names, files)
 
     metrics: dict = {"n": len(files[0].ids), "files": {}, "difference": {}}
+    leaked = {}
     rows = {label: score_all(answers) for label, answers in zip(labels, files, strict=True)}
     for label, answers in zip(labels, files, strict=True):
         scores = {name: mean_interval([row[name] for row in rows[label]], settings.seed) for name in NAMES}
@@ -117,7 +119,11 @@ def score_file(stage: Stage) -> dict:
             ours, theirs = ([row[name] for row in rows[label]] for label in labels)
             metrics["difference"][name] = paired_difference(ours, theirs, settings.seed)
     if settings.check_contamination:
-        metrics["contamination"] = check_training_file(files[0], settings.check_contamination)
+        leaked = check_training_file(files[0], settings.check_contamination)
+        metrics["contamination"] = {
+            "checked": sum(each.checked for each in leaked.values()),
+            "contaminated": sum(each.found for each in leaked.values()) / len(leaked),
+        }
     show_file(metrics)
 
     def write(folder: Path) -> None:
@@ -139,6 +145,7 @@ def score_file(stage: Stage) -> dict:
                 seed=settings.seed,
                 settings={"simplified": settings.simplified},
                 scores=corpus,
+                leaked=leaked,
             )
 
     data = {label: answers.source for label, answers in zip(labels, files, strict=True)}
@@ -175,6 +182,11 @@ def check_same_questions(names: list[str], files: list[Answers]) -> None:
     for place, (mine, other) in enumerate(zip(ours.ids, theirs.ids, strict=True), 1):
         if mine != other:
             raise UserError(f"第 {place} 题的 id，{names[0]} 是 {mine}，{names[1]} 是 {other}：次序要相同。")
+    for place, (mine, other) in enumerate(zip(ours.prompts, theirs.prompts, strict=True), 1):
+        if mine and other and mine != other:
+            raise UserError(
+                f"第 {place} 题，{names[0]} 问的是“{mine[:20]}”，{names[1]} 问的是“{other[:20]}”：次序要相同。"
+            )
     for place, (mine, other) in enumerate(zip(ours.references, theirs.references, strict=True), 1):
         if mine != other:
             raise UserError(
@@ -182,17 +194,10 @@ def check_same_questions(names: list[str], files: list[Answers]) -> None:
             )
 
 
-def check_training_file(answers: Answers, path: str) -> dict:
+def check_training_file(answers: Answers, path: str) -> dict[str, Overlap]:
     """题有没有混进训练数据（n 元组，见 contamination.py）；没有题目那一栏，就拿标准答案去查。"""
-    from contamination import check_questions  # 只有这里用到
-
     texts = {
         number: prompt or wanted[0]
         for number, prompt, wanted in zip(answers.ids, answers.prompts, answers.references, strict=True)
     }
-    found = check_questions(texts, path)
-    leaked = [each.found for each in found.values()]
-    return {
-        "checked": sum(each.checked for each in found.values()),
-        "contaminated": sum(leaked) / len(leaked),
-    }
+    return check_questions(texts, path)

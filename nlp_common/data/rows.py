@@ -179,7 +179,7 @@ def _no_such_file(name: str, path: Path) -> str:
         message += f"。是不是 {(Path(name).parent / close[0]).as_posix()}？"
     elif not siblings and not path.parent.is_dir():
         message += f"。连文件夹 {path.parent} 也没有。"
-    return message + "\n请检查 --dataset 的路径。"
+    return message + "\n请检查 --dataset（或给出它的那个参数）的路径。"
 
 
 def sha256_of_rows(rows: list[dict]) -> str:

@@ -6,7 +6,7 @@ import answering
 from nlp_common.base.errors import UserError
 
 
-def test_model_names():
+def test_model_names(monkeypatch):
     assert answering.split_names("sft， dpo,") == ["sft", "dpo"]
     with pytest.raises(UserError, match="没有模型"):
         answering.split_names(" , ")
@@ -14,6 +14,11 @@ def test_model_names():
         answering.split_names("sft,dpo,sft")
     with pytest.raises(UserError, match="只会打分"):
         answering.find_answerer("reward")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        UserError, match=r"nosuch 不是链的阶段（.*sft.*）、smollm2 或本地文件夹；当作 hub 名，也得不到"
+    ):
+        answering.find_answerer("nosuch")
 
 
 def test_a_folder_answers(chat_folder):

@@ -335,6 +335,7 @@ def test_missing_option_is_named(tmp_path):
         (["--language", "fr"], "--language 不认识 fr"),
         (["--dataset", "没有.json"], "没有.json"),
         (["--pairs", "0"], "--pairs"),
+        (["--check_contamination", __file__], "与 --dataset 一起给"),
     ],
 )
 def test_bad_settings(arguments, said, tmp_path):
@@ -345,14 +346,14 @@ def test_bad_settings(arguments, said, tmp_path):
 def test_a_short_run_and_again(tmp_path, chat_folder, monkeypatch, capsys):
     """很小的一遍：埋偏见的模型从随机的小模型开始；真模型的句子、拒绝题、CBBQ 都走到；再运行直接用。"""
     real = sc.find_answerer
-    monkeypatch.setattr(sc, "find_answerer", lambda name: real(str(chat_folder)))
+    monkeypatch.setattr(sc, "find_answerer", lambda name, source="hf": real(str(chat_folder)))
     few = tx.sentence_pairs("zh", 0)[::25]
     monkeypatch.setattr(bs, "sentence_pairs", lambda language, seed: few)
     questions = write_rows(
         tmp_path / "c.jsonl", [ROW, ROW | {"context_condition": "disambiguous", "label": "0"}]
     )
     arguments = ["--models", str(chat_folder), "--pairs", "4", "--families", "20", "--max_train_samples", "16",
-                 "--max_new_tokens", "4", "--dataset", questions, "--output_dir", str(tmp_path / "out")]  # fmt: skip
+                 "--max_new_tokens", "4", "--dataset", questions, "--check_contamination", questions, "--output_dir", str(tmp_path / "out")]  # fmt: skip
     record = bs.main(arguments)
     metrics = record["metrics"]
     assert 0 <= metrics["power"] <= 1 and 0 <= metrics["false_alarms"] <= 1
@@ -362,12 +363,16 @@ def test_a_short_run_and_again(tmp_path, chat_folder, monkeypatch, capsys):
     assert {"accuracy_ambiguous", "bias_ambiguous"} <= set(mine["cbbq"])
     names = {path.name.split("--")[0] for path in (tmp_path / "out" / "results").iterdir()}
     assert names == {"bias", "refusals", "cbbq"}
+    [cbbq_file] = (tmp_path / "out" / "results").glob("cbbq--*.json")
+    scores = json.loads(cbbq_file.read_text("utf-8"))["scores"]
+    assert scores["contaminated"]["value"] == 1  # 训练数据就是题目自己
     assert (tmp_path / "out" / "power.svg").exists() and (tmp_path / "out" / "planted.svg").exists()
     only = [*arguments[:-1], str(tmp_path / "only"), "--calibrate", "false"]
     assert "planted" not in bs.main(only)["metrics"] and not (tmp_path / "only" / "power.svg").exists()
     capsys.readouterr()
     assert bs.main(arguments)["id"] == record["id"]
-    assert "直接加载" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "直接加载" in said and "cbbq（括号里是 95 % 区间与题数）" in said
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from code_tasks import TASKS
 from nlp_common.base.errors import UserError
 from sandbox import Limits, Verdict
 
+HERE = Path(__file__).resolve().parent
 SHORT = {"task_id": "t/add", "entry_point": "add", "prompt": 'def add(a, b):\n    """加起来"""\n',
          "canonical_solution": "    return a + b\n", "test": "def check(f):\n    assert f(1, 2) == 3\n"}  # fmt: skip
 
@@ -216,18 +218,21 @@ def test_samples_of_a_readers_own_file(tmp_path, capsys, monkeypatch):
         + [{"task_id": "t/2", "completion": "    return 3\n"}] * 3,
     )
     record = ce.main(
-        ["--dataset", tasks, "--samples", samples, "--k", "1,2,5", "--output_dir", str(tmp_path / "out")]
-    )
+        ["--dataset", tasks, "--samples", samples, "--k", "1,2,5", "--check_contamination", tasks,
+         "--output_dir", str(tmp_path / "out")]
+    )  # fmt: skip
     mine = record["metrics"]["mine"]
     assert mine["pass_at_1"] == pytest.approx((2 / 3 + 1) / 2)
     assert mine["pass_at_2"] == pytest.approx(1.0)
     assert "pass_at_5" not in mine and "算不了 pass@5" in capsys.readouterr().out
     result = json.loads((tmp_path / "out" / "results" / "code--mine.json").read_text("utf-8"))
+    assert result["scores"]["contaminated"]["value"] == 1  # 训练数据就是题目自己
     assert result["scores"]["pass@1"]["n"] == 2 and result["items"][0]["id"] == "t/add"
     assert (tmp_path / "out" / "pass_at_k.svg").exists()
     again = ce.main(
-        ["--dataset", tasks, "--samples", samples, "--k", "1,2,5", "--output_dir", str(tmp_path / "out")]
-    )
+        ["--dataset", tasks, "--samples", samples, "--k", "1,2,5", "--check_contamination", tasks,
+         "--output_dir", str(tmp_path / "out")]
+    )  # fmt: skip
     assert again["id"] == record["id"]
 
 
@@ -240,6 +245,7 @@ def test_samples_of_a_readers_own_file(tmp_path, capsys, monkeypatch):
         (["--seconds", "0"], "--seconds"),
         (["--dataset", "没有.jsonl"], "没有.jsonl"),
         (["--samples", "没有.jsonl"], "没有.jsonl"),
+        (["--samples", str(HERE)], "是文件夹"),
     ],
 )
 def test_bad_settings(arguments, said, tmp_path):

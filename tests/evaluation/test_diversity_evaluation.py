@@ -1,6 +1,7 @@
 """多样性：种数等于枚举，self-BLEU 等于 sacrebleu，熵等于穷举出来的，整个脚本照读者那样跑一遍。"""
 
 import itertools
+import json
 import math
 import random
 from collections import Counter
@@ -182,9 +183,12 @@ def test_script_writes_results_and_loads_them_again(chat_folder, tmp_path, capsy
 def test_own_questions_have_no_right_and_wrong(chat_folder, tmp_path):
     path = tmp_path / "题.jsonl"
     path.write_text('{"prompt": "你好"}\n{"prompt": "写一句话"}\n', encoding="utf-8")
-    record = run(chat_folder, tmp_path, "--dataset", str(path))
+    record = run(chat_folder, tmp_path, "--dataset", str(path), "--check_contamination", str(path))
     [grid] = record["metrics"]["grid"].values()
     assert "right" not in grid["t1"] and grid["t1"]["entropy"] > 0
+    [result] = (tmp_path / "out" / "results").glob("*.json")
+    scores = json.loads(result.read_text("utf-8"))["scores"]
+    assert scores["contaminated"]["value"] == 0  # 两道题都不到 5 个字，没有查
     path.write_text('{"prompt": "你好"}\n{"prompt": " "}\n', encoding="utf-8")
     with pytest.raises(UserError, match="第 2 行的 prompt 是空的"):
         run(chat_folder, tmp_path, "--dataset", str(path), "--retrain")

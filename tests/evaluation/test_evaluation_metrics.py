@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import evaluation_metrics as em
@@ -220,6 +218,7 @@ def test_names_of_two_files(tmp_path):
         (ROWS[:3], "4 题"),
         ([*ROWS[:2], ROWS[3], ROWS[2]], "第 3 题的 id"),
         ([ROWS[0] | {"references": ["学校"]}, *ROWS[1:]], "第 1 题（id a）的标准答案"),
+        ([row | {"question": "别的题"} for row in ROWS], "第 1 题，"),
     ],
 )
 def test_only_the_same_questions_are_compared(tmp_path, other, message):
@@ -249,6 +248,10 @@ def test_questions_in_the_training_data(tmp_path, capsys):
     arguments = ["--preset", "tiny", "--file", path, "--output_dir", str(tmp_path / "out")]
     metrics = em.main([*arguments, "--check_contamination", train])["metrics"]
     assert metrics["contamination"]["contaminated"] > 0
+    [result] = (tmp_path / "out" / "results").glob("*.json")
+    assert [row["scores"]["contaminated"] for row in json.loads(result.read_text("utf-8"))["items"]].count(
+        1.0
+    )
     assert "train.jsonl 第 2 行" in capsys.readouterr().out
 
 
@@ -256,6 +259,7 @@ def test_questions_in_the_training_data(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--file", "nowhere.jsonl"], "没有 --file 给的文件：nowhere.jsonl"),
+        (["--file", SCRIPT.parent.as_posix()], "要一个文件"),
         (["--compare", SCRIPT.as_posix()], "要与 --file 一起给"),
         (["--file", SCRIPT.as_posix(), "--ratings", SCRIPT.as_posix()], "一次只给一个"),
         (["--questions", "0"], "--questions 要是正整数"),
@@ -315,22 +319,13 @@ def test_references_of_many_shapes():
     assert scored_files.as_references(35, "") == ["35"]
 
 
-def test_ratings_in_a_fresh_folder(tmp_path):
-    """另开一个进程，在空文件夹里：打分表从头到尾，没有 traceback。"""
+def test_ratings_in_a_fresh_folder(tmp_path, monkeypatch, capsys):
+    """在空文件夹里，相对路径：打分表从头到尾。"""
+    monkeypatch.chdir(tmp_path)
     table = tmp_path / "ratings.csv"
     table.write_text("item,甲,乙,丙\n1,5,4,5\n2,3,3,2\n3,1,1,2\n4,,2,2\n", encoding="utf-8")
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--preset",
-        "tiny",
-        "--ratings",
-        "ratings.csv",
-        "--output_dir",
-        "out",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
-    assert "Krippendorff α，次序" in done.stdout and "有缺的，不能算" in done.stdout
+    em.main(["--preset", "tiny", "--ratings", "ratings.csv", "--output_dir", "out"])
+    said = capsys.readouterr().out
+    assert "Krippendorff α，次序" in said and "有缺的，不能算" in said
     metrics = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["metrics"]
     assert metrics["alpha"]["ordinal"]["n"] == 4 and set(metrics["without"]) == {"甲", "乙", "丙"}

@@ -13,7 +13,7 @@ import instruction_files as files
 import reward_gaming as gaming
 from instruction_prompts import general_prompts, tiny_prompts
 from nlp_common.base.errors import UserError
-from results import read_result
+from results import find_results, read_result
 
 COMMA = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
 BOTH = {
@@ -175,9 +175,23 @@ def test_leaked_prompts_are_found(tmp_path, capsys):
     train = write_rows(
         tmp_path / "train.jsonl", [{"text": "别的话。" + rows[3]["prompt"]}, {"text": "无关的一行。"}]
     )
-    assert iz.find_leaks(rows, None) == {}
-    assert iz.find_leaks(rows, train) == {"contaminated": 1}
+    said = write_rows(tmp_path / "mine.jsonl", [{"key": r["key"], "response": "好的。"} for r in rows])
+    out = [
+        "--preset",
+        "tiny",
+        "--dataset",
+        "general",
+        "--n",
+        "5",
+        "--answers",
+        said,
+        "--check_contamination",
+        train,
+    ]
+    assert iz.main([*out, "--output_dir", str(tmp_path / "out")])["metrics"]["contaminated"] == 1
     assert "q4" in capsys.readouterr().out
+    [result] = find_results([tmp_path / "out"])
+    assert [row["id"] for row in result["items"] if row["scores"]["contaminated"]] == ["q4"]
 
 
 def test_csv_and_parquet_questions(tmp_path):

@@ -1,9 +1,6 @@
 """擂台从头到尾：读者自己的回答，程序与本机的服务器当评判；小世界里的数；结果文件；写错了说得清。"""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,8 +16,6 @@ from matches import turn_quality
 from nlp_common.base.errors import UserError
 from results import find_results
 from two_turns import two_turn_questions
-
-SCRIPT = Path(ja.__file__)
 
 
 def write_rows(path, rows):
@@ -80,6 +75,8 @@ def test_questions_in_the_training_data_are_named(files, tmp_path, capsys):
     argv = ["--answers", *files, "--orders", "2", "--check_contamination", str(train)]
     ja.main([*argv, "--output_dir", str(tmp_path / "out")])
     assert "q0013" in capsys.readouterr().out
+    for result in find_results([tmp_path / "out"]):
+        assert [row["id"] for row in result["items"] if row["scores"]["contaminated"]] == ["q0013"]
     with pytest.raises(UserError, match="没有这个文件"):
         ja.main([*argv[:-1], str(tmp_path / "没有.jsonl"), "--output_dir", str(tmp_path / "out2")])
 
@@ -198,26 +195,21 @@ def server():
     httpd.server_close()
 
 
-def test_a_server_in_a_subprocess(files, server, tmp_path):
+def test_a_server_is_the_judge(files, server, tmp_path, monkeypatch, capsys):
     """读者那样运行：评判是服务器，钥匙在环境变量里；一道题没有结论，不算谁赢。"""
-    command = [sys.executable, str(SCRIPT), "--answers", *files, "--judge_url", server.url]
+    monkeypatch.setenv("MY_KEY", "secret-9")
+    command = ["--answers", *files, "--judge_url", server.url]
     command += ["--judge_model", "长的好", "--exam_questions", "3", "--output_dir", str(tmp_path / "out")]
     command += ["--orders", "5", "--api_key_env", "MY_KEY"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, "MY_KEY": "secret-9", "PYTHONIOENCODING": "utf-8"},
-    )
-    assert done.returncode == 0, done.stderr
+    ja.main(command)
+    said = capsys.readouterr()
     run = json.loads((tmp_path / "out" / "run.json").read_text("utf-8"))
     assert run["metrics"]["judge"] == "长的好"
     assert run["metrics"]["no_verdict_rate"] == pytest.approx(1 / 30)
     assert run["metrics"]["pairs"]["good-bad"]["win_rate"]["n"] == 29
     wordy = run["metrics"]["exam"]["长的好"]["wordy"]
     assert wordy["value"] == 1.0  # 啰嗦的总赢：考得出来
-    assert "secret-9" not in done.stdout + done.stderr + json.dumps(run)
+    assert "secret-9" not in said.out + said.err + json.dumps(run)
     assert run["settings"]["api_key_env"] == "MY_KEY"
 
 
