@@ -45,7 +45,7 @@ from nlp_common.train.stage import Stage
 from rag_benches import Bench, make_news, make_world, search_dense
 from rag_common.corpus import Question, data_of
 from rag_common.embed import choose_embedder, torch_threads
-from rag_common.generate import Generator, load_generator
+from rag_common.generate import FromServer, Generator, load_generator
 from rag_common.metrics import paired_bootstrap
 from rag_common.rerank import RandomHead, Reranker, load_reranker, rank
 
@@ -102,18 +102,20 @@ class ArchitectureSettings(LessonSettings):
 
 def learn(stage: Stage) -> dict:
     settings = stage.settings
+    generator, reader = load_generator(settings.generator, 32), load_generator(settings.reader)
+    for each in (generator, reader):  # 没有开的服务器，现在就说，不要算到最后全是 0
+        if isinstance(each, FromServer):
+            each.server.check()
+    reranker = load_reranker(settings.reranker, settings.layers, settings.seed)
     world, world_train, spare = make_world(settings)
     news, news_train = make_news(settings)
     dense = Bench(news.corpus, search_dense(news.corpus, settings))
 
-    reranker = load_reranker(settings.reranker, settings.layers, settings.seed)
     print(f"重排：{reranker.name}；训练 {settings.steps} 步，反例是 BM25 找错的", flush=True)
     examples = [hard_examples(world_train), hard_examples(news_train)]
     with torch_threads(settings.threads):
         train = partial(train_reranker, model=reranker, examples=examples, settings=settings)
         trained = run_part(stage, "reranker", train, reranker.learned())
-        generator, reader = load_generator(settings.generator, 32), load_generator(settings.reader)
-
         right, first = four_ways(world, reranker, generator)
         identity = check_identity(right, first, world.corpus.questions, reading(generator, spare))
         benches = {"tiny_world": world, "news": news}

@@ -206,11 +206,17 @@ def test_script(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"), [(["--steps", "0"], "steps"), (["--dataset", "没有的"], "没有的")]
+    ("flags", "said"),
+    [
+        (["--steps", "0"], "steps"),
+        (["--dataset", "没有的"], "没有的"),
+        (["--reader", "http://127.0.0.1:9/v1"], "模型名"),
+        (["--reranker", "没有的/模型"], "没有的/模型"),
+    ],
 )
-def test_bad_settings(flags, said):
+def test_bad_settings(flags, said, tmp_path):
     with pytest.raises(UserError, match=said):
-        demo.main([*QUICK, *flags])
+        demo.main([*QUICK, *flags, "--output_dir", str(tmp_path / "out")])
 
 
 def test_a_dataset_with_too_little_in_it(tmp_path):
