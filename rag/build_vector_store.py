@@ -107,7 +107,7 @@ def learn(stage: Stage) -> dict:
     place = settings.store or f"faiss://{stage.folder.work / 'store'}"
     store = open_for(place, embedder)
     if have := store.count():
-        print(f"库里已经有 {have} 段（上次没有写完），接着写。")
+        print(f"库里已经有 {have} 段，接着写缺的。")
     written = build(store, old, embedder, settings.batch, settings.engine, settings.workers)
     metrics = {"rows": store.count(), "written": written}
     metrics["resume"] = cut_everywhere(old[:600], embedder, stage.folder.work / "cut")

@@ -175,7 +175,7 @@ class HashedEmbedder:
         for row, text in enumerate(texts):
             tokens = characters_and_bigrams(text)
             self.tokens_seen += len(tokens)
-            for token in set(tokens):
+            for token in dict.fromkeys(tokens):  # 不用 set：它的次序每个进程不同，加出来最后一位会差
                 code = zlib.crc32(token.encode())
                 sign = 1.0 if code & 1 else -1.0
                 weight = 2.0 if len(token) > 1 else 0.5  # 两个字的是词，单个的字到处都有
