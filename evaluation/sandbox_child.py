@@ -426,9 +426,10 @@ def watch_parent(worker, folder):
     """评测的主进程没了（标准输入断了），这里也不留下什么。"""
     while os.read(0, 1024):
         pass
+    shutil.rmtree(folder, ignore_errors=True)  # 先删：答案一死，主线程就写判决、退出，等不到后面
     worker.kill()
     worker.wait()
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # Windows：进程还在里面时删不掉
     os._exit(1)
 
 
