@@ -240,14 +240,15 @@ def disagreements(group: list[dict], most: int) -> list[dict]:
 
 def remember(out: Path, results: list[dict], given: str | None) -> dict | None:
     """记下这次的分，返回要比的那一次；这次与上次一模一样，比的还是上上次：多运行一遍，变化不会不见。"""
+    wanted = read_snapshot(Path(given).expanduser()) if given else None  # 先读：给的可能就是要改写的那一个
     out.mkdir(parents=True, exist_ok=True)
     now = snapshot_of(results)
     last = read_snapshot(out / "snapshot.json") if (out / "snapshot.json").exists() else None
     if last is not None and last["digest"] != now["digest"]:
         write_json(out / "before.json", last)
     write_json(out / "snapshot.json", now)
-    if given:
-        return read_snapshot(Path(given).expanduser())
+    if wanted:
+        return wanted
     return read_snapshot(out / "before.json") if (out / "before.json").exists() else None
 
 

@@ -101,6 +101,20 @@ def test_a_change_within_chance_is_no_regression(folder):
     assert change["kind"] == "unsure" and change["now"] < change["before"]
 
 
+def test_the_last_snapshot_itself_can_be_given(folder):
+    run(folder)
+    write(folder / "r", "style", "sft", [0.0] * 60)
+    report = run(folder, "--before", str(folder / "out" / "snapshot.json"))
+    assert [c["kind"] for c in report["changes"]] == ["worse"]
+
+
+def test_a_question_without_a_verdict_has_no_score(tmp_path):
+    items = [rs.item("q0", {}), rs.item("q1", {"win_rate": 1.0})]
+    rs.write_result(tmp_path, "judge_arena", "sft", items)
+    report = br.main(["--results", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+    assert [row["main"] for row in report["rows"]] == [True]
+
+
 def test_before_can_be_given(folder, tmp_path):
     run(folder)
     kept = tmp_path / "kept.json"
