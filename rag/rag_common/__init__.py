@@ -28,6 +28,7 @@ corpus.py       people_daily_corpus、tiny_world_corpus、folder_corpus、cmrc_c
 documents.py    read_document(文件) → 文字；read_folder(文件夹) → ([Document], [毛病])：txt md html pdf docx csv；
                 空的、扫描的 PDF，别的编码，压缩炸弹，都说清是哪个文件，别的文件照读
 noise.py        typos(问题, rng)、to_traditional(文字)、to_simplified(文字)
+rerank.py       load_reranker(…)、CrossEncoder（e5 的前几层）、TokenAligner（不要权重）：.scores(问题, 段落们)；rank(…)
 generate.py     load_generator("extract" | "chain" | "smollm2" | hub 名或文件夹 | "网址 模型名")
                 .answer(问题们, 各题查到的几段文字) → [Answer(text, cited, .found)]
 audit.py        AuditLog(文件).append(事件) ；.verify() 找出被改过的一行；每行带着前一行的散列
