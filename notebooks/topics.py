@@ -111,6 +111,11 @@ TOPICS: dict[str, dict[str, list[Call]]] = {
         "benchmarks_mc.py": [Call(TINY, "选择题的三种算法。")],
         "bias_scan.py": [Call(TINY, "先看有多大的本事发现偏见。")],
     },
+    "rag": {
+        "hybrid_retrieval.py": [Call(TINY, "BM25、向量、合起来，约一分钟；没装 e5 就用只认字面的向量。")],
+        "update_strategy.py": [Call(TINY, "只算变了的块，断了接着来，十几秒。")],
+        "customer_service_case.py": [Call(TINY, "几家店、几种人，没把握就说不知道，约一分钟。")],
+    },
     "text_generation": {
         "constrained_decoding.py": [
             Call(TINY, "没有 Qwen 链的小模型时先训练它（另开进程，两三分钟），之后半分钟左右。")
