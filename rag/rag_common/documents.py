@@ -16,7 +16,7 @@ from nlp_common.data.files import read_file
 MOST_BYTES = 100 << 20  # 一个文件最大 100 MB
 MOST_UNPACKED = 200 << 20  # docx 解开之后最大 200 MB，
 MOST_RATIO = 200  # 且不超过压缩时的 200 倍：再多就是压缩炸弹
-INSTALL = '{what} 需要 {package}：pip install {package}（或 pip install -e ".[rag]"）。'
+INSTALL = '{path}：{what} 需要 {package}：pip install {package}（或 pip install -e ".[rag]"）。'
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _read_html(path: Path) -> str:
     try:
         from bs4 import BeautifulSoup
     except ImportError:
-        raise UserError(INSTALL.format(what="读 html", package="beautifulsoup4")) from None
+        raise UserError(INSTALL.format(path=path, what="读 html", package="beautifulsoup4")) from None
     page = BeautifulSoup(_html_text(path), "html.parser")
     for node in page(["script", "style", "noscript", "template", "svg", "iframe", "object"]):
         node.decompose()
@@ -132,7 +132,7 @@ def _read_pdf(path: Path) -> str:
     try:
         import pypdf
     except ImportError:
-        raise UserError(INSTALL.format(what="读 pdf", package="pypdf")) from None
+        raise UserError(INSTALL.format(path=path, what="读 pdf", package="pypdf")) from None
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # 小毛病它自己绕得过去；大毛病在下面用中文说
     try:
         reader = pypdf.PdfReader(path)
@@ -159,7 +159,7 @@ def _read_docx(path: Path) -> str:
     try:
         import docx
     except ImportError:
-        raise UserError(INSTALL.format(what="读 docx", package="python-docx")) from None
+        raise UserError(INSTALL.format(path=path, what="读 docx", package="python-docx")) from None
     refuse_bomb(path)
     try:
         blocks = []

@@ -280,7 +280,7 @@ def test_killed_while_writing(backend, url):
     """
     child = subprocess.Popen(command(code, url), stdout=subprocess.PIPE, text=True, env=os.environ)
     for line in child.stdout:
-        if int(line) == 3:
+        if line.strip() == "3":  # 没装 faiss 时，先有一句话
             child.kill()
             break
     finished = 3 + len(child.stdout.read().split())
