@@ -133,17 +133,22 @@ def test_two_processes_equal_one(one, tmp_path):
         assert len(first["history"]) == len(second["history"]) >= 3
         for a, b in zip(first["history"], second["history"], strict=True):
             for name in a.keys() - NOT_COMPARED:
-                assert a[name] == pytest.approx(b[name], abs=1e-4), (stage, name)
+                # PPO 接着两个奖励模型各自训练，它们的舍入已经不同
+                rel = 1e-3 if stage == "ppo" else 0
+                assert a[name] == pytest.approx(b[name], abs=1e-4, rel=rel), (stage, name)
         a, b, start = (
             load_file(folder / "model.safetensors")
             for folder in (one / stage, tmp_path / stage, one / "base")
         )
         for name, weight in a.items():
             # Adam 把几乎是 0 的梯度的舍入误差放大：PPO 有 12 次更新；偏好对并成一行，填充几列随批而变，求和的次序也变
-            # （float64 里相等：nlp_common/fast/test_shared_prompts.py、train/test_loop.py）；别的阶段差不到 1e-6
-            atol = {"ppo": 1e-4, "grpo": 1e-4, "reward": 3e-5, "dpo": 3e-5}.get(stage, 2e-6)
-            furthest = (b[name] - weight).abs().max().item()
-            assert furthest <= atol, (stage, name, furthest)
+            # （float64 里相等：nlp_common/fast/test_shared_prompts.py、train/test_loop.py），所以万分之一的数可以差到 1e-3
+            # （量到的：AMD 上最远 3e-6，Intel 上奖励模型 81408 个里有一个差 4e-5，接着它的 PPO 有两个差 1e-4）；别的阶段差不到 1e-6
+            distance = (b[name] - weight).abs()
+            atol = {"ppo": 1e-4, "grpo": 1e-4, "reward": 5e-6, "dpo": 5e-6}.get(stage, 2e-6)
+            far = int((distance > atol).sum())
+            allowed = 1 + weight.numel() // 10_000 if stage in ("reward", "dpo", "ppo", "grpo") else 0
+            assert far <= allowed and distance.max() < 1e-3, (stage, name, far, distance.max().item())
         assert max((a[n] - start[n]).abs().max() for n in a.keys() & start.keys()) > 1e-3
 
 
