@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 
 from nlp_common.draw.plots import COLORS
-from results import lower_is_better
+from results import lower_is_better, shown
 
 TEMPLATE = Path(__file__).with_name("benchmark_page.html")
 KINDS = {"worse": "退步", "better": "进步", "unsure": "变了，不确定", "new": "新的", "gone": "这次没有"}
@@ -80,7 +80,7 @@ def score_cell(cell: dict | None) -> str:
     title = ""
     if gap := cell.get("gap"):
         title = f' title="差 {gap["value"]:+.3f}（{gap["low"]:+.3f} 到 {gap["high"]:+.3f}，{gap["n"]} 道同样的题）"'
-    interval = f"{cell['low']:.3f}–{cell['high']:.3f}，n={cell['n']}"
+    interval = f"{shown(cell['low'])}–{shown(cell['high'])}，n={cell['n']}"
     return (
         f'<td class="number {kind}"{title}><b>{mark}{cell["value"]:.3f}</b><br>'
         f'<span class="faint">{interval}</span></td>'

@@ -32,7 +32,7 @@ from intervals import Interval, paired_difference
 from nlp_common.base.arguments import COUNT, option, parse_arguments
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import write_json, write_text
-from results import FORMAT, find_results, is_neutral, lower_is_better, same_questions
+from results import FORMAT, find_results, is_neutral, lower_is_better, same_questions, shown
 
 HOME = Path(__file__).resolve().parent
 FIRST = "benchmarks_mc.py"  # 一个结果也没有时，先跑这一个
@@ -325,7 +325,7 @@ def print_table(rows: list[dict], baseline: str) -> None:
             gap = cell.get("gap")
             against = f"　差 {gap['value']:+.3f}（{gap['low']:+.3f} 到 {gap['high']:+.3f}）" if gap else ""
             print(
-                f"  {mark} {model:<12}{cell['value']:8.3f}（{cell['low']:.3f}–{cell['high']:.3f}，n={cell['n']}）{against}"
+                f"  {mark} {model:<12}{cell['value']:8.3f}（{shown(cell['low'])}–{shown(cell['high'])}，n={cell['n']}）{against}"
             )
 
 

@@ -140,13 +140,23 @@ def write_result(
         "seed": seed,
         "settings": settings or {},
         "date": time.strftime("%Y-%m-%d"),
-        "scores": {name: dataclasses.asdict(each) for name, each in (found | (scores or {})).items()},
+        "scores": {name: plain(each) for name, each in (found | (scores or {})).items()},
         "items": items,
     }
     target = folder / "results"
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / f"{file_name(benchmark)}--{file_name(model)}.json", result)
     return result
+
+
+def plain(interval: Interval) -> dict:
+    """区间 → 写得进 JSON 的：算不出来的（一道题的标准误）是 null，JSON 里没有 NaN。"""
+    values = dataclasses.asdict(interval)
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+def shown(value: float | None) -> str:
+    return "—" if value is None else f"{value:.3f}"
 
 
 def file_name(name: str) -> str:

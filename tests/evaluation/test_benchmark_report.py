@@ -10,6 +10,7 @@ import pytest
 
 import benchmark_page as bp
 import results as rs
+from intervals import Interval
 from nlp_common.base.errors import UserError
 
 
@@ -210,3 +211,12 @@ def test_what_is_missing_is_said(tmp_path, folder):
         run(folder, "--baseline", "ppo")
     with pytest.raises(UserError, match="nowhere"):
         br.main(["--results", str(tmp_path / "nowhere")])
+
+
+def test_a_score_without_an_interval_is_shown_with_a_dash(folder, capsys):
+    nan = float("nan")
+    items = [rs.item(f"q{i}", {"accuracy": 1.0}) for i in range(3)]
+    rs.write_result(folder / "r", "rank", "sft", items, scores={"kendall": Interval(0.5, nan, nan, nan, 3)})
+    run(folder)
+    assert "0.500（—–—，n=3）" in capsys.readouterr().out
+    assert "—–—，n=3" in (folder / "out" / "report.html").read_text("utf-8")

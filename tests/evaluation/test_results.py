@@ -96,3 +96,14 @@ def test_saved_scores_are_shown_as_one_table_a_benchmark(tmp_path, capsys):
 def test_nothing_is_shown_where_no_result_was_written(tmp_path, capsys):
     rs.show_saved(tmp_path)
     assert not capsys.readouterr().out
+
+
+def test_one_question_has_no_standard_error_and_the_file_is_strict_json(tmp_path):
+    rs.write_result(tmp_path, "b", "m", items([1]))
+    [path] = (tmp_path / "results").glob("*.json")
+
+    def refuse(word):
+        raise ValueError(word)
+
+    result = json.loads(path.read_text("utf-8"), parse_constant=refuse)
+    assert result["scores"]["accuracy"]["stderr"] is None and rs.read_result(path) == result
