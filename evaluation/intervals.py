@@ -28,6 +28,8 @@ class Interval:
     n: int
 
     def text(self, digits: int = 3) -> str:
+        if self.low is None or math.isnan(self.low):  # 结果文件里，算不出来的是 null
+            return f"{self.value:.{digits}f}（区间算不出来，n={self.n}）"
         return f"{self.value:.{digits}f}（{self.low:.{digits}f}–{self.high:.{digits}f}，n={self.n}）"
 
     @property

@@ -73,3 +73,9 @@ def test_statistic_interval_of_the_mean_equals_mean_interval():
 def test_a_statistic_that_cannot_be_computed_leaves_no_interval():
     found = iv.statistic_interval([1, 1, 1], lambda rows: float("nan"))
     assert math.isnan(found.low) and found.n == 3
+
+
+def test_an_interval_as_people_read_it():
+    assert iv.Interval(0.5, 0.25, 0.75, 0.1, 8).text(2) == "0.50（0.25–0.75，n=8）"
+    assert iv.Interval(0.5, float("nan"), float("nan"), 0.1, 8).text() == "0.500（区间算不出来，n=8）"
+    assert iv.Interval(0.5, None, None, None, 8).text() == "0.500（区间算不出来，n=8）"
