@@ -34,7 +34,7 @@ BLOCK = re.compile(
 MARK = re.compile(r"^[ \t]*<!-- /?numbers:\S+ -->$", re.MULTILINE)
 CELL = re.compile(r"\{([^{}\n]+)\}")
 OVER_SEEDS = {"mean": mean, "min": min, "max": max}
-HEADINGS = "| 名字 | 值 | 单位 | 种子 | 命令 | 提交 | 处理器 | 日期 |\n|---|---|---|---|---|---|---|---|"
+HEADINGS = "| 名字 | 值 | 单位 |\n|---|---|---|"
 
 
 # ---------------------------------------------------------------- 1. 花括号 → 数
@@ -170,18 +170,27 @@ def page_text() -> str:
     lines = [
         "# 量到的数",
         "",
-        "各 README 里的数都从这里来，一个主题一张表。本页由 `python docs/readme_numbers.py page` 写成，不要手改；",
+        "各 README 里的数都从这里来，一次运行一张表。本页由 `python docs/readme_numbers.py page` 写成，不要手改；",
         "数据在同一个文件夹的 `*.jsonl`，由脚本、基准的 `--record` 写。提交后面的 + 是说：当时的代码与那个提交不完全一样。",
         "命令在仓库的最上层运行。机器的快慢会变，秒数、速度只看同一条命令里的前后。",
     ]
     for path in sorted(measurements.FOLDER.glob("*.jsonl")):
-        lines += ["", f"## {path.stem}", "", HEADINGS]
-        for row in measurements.load_rows(path.stem):
-            cells = [f"`{row['name']}`", row["value"], row["unit"], row["seed"], f"`{row['command']}`"]
-            cells += [row["commit"], row["processor"], row["date"]]
-            texts = ["" if cell is None else str(cell).replace("|", "\\|") for cell in cells]
-            lines.append(f"| {' | '.join(texts)} |")
+        lines += ["", f"## {path.stem}"]
+        for (command, *where, seed), rows in by_run(measurements.load_rows(path.stem)).items():
+            said = "，".join(map(str, where)) + ("" if seed is None else f"，种子 {seed}")
+            lines += ["", f"`{command}`（{said}）", "", HEADINGS]
+            for row in rows:
+                lines.append(f"| `{row['name']}` | {row['value']} | {row['unit']} |")
     return "\n".join(lines) + "\n"
+
+
+def by_run(rows: list[dict]) -> dict[tuple, list[dict]]:
+    """同一次运行量到的放在一起：命令、提交、处理器、日期、种子只说一遍。"""
+    runs: dict[tuple, list[dict]] = {}
+    for row in rows:
+        run = tuple(row[name] for name in ("command", "commit", "processor", "date", "seed"))
+        runs.setdefault(run, []).append(row)
+    return runs
 
 
 def page() -> None:
