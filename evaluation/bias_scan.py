@@ -53,9 +53,9 @@ from results import item, run_evaluation, write_result
 HOME = Path(__file__).resolve().parent
 PRESETS = {
     "tiny": {"models": "sft,reward", "pairs": 200, "max_length": 256, "learning_rate": 2e-3,
-             "per_device_train_batch_size": 8, "max_train_samples": 3000},
+             "per_device_train_batch_size": 8, "max_train_samples": 6000},
     "full": {"models": "Qwen/Qwen2.5-0.5B-Instruct", "pairs": 200, "max_length": 256, "learning_rate": 2e-3,
-             "per_device_train_batch_size": 8, "max_train_samples": 3000},
+             "per_device_train_batch_size": 8, "max_train_samples": 6000},
 }  # fmt: skip
 EFFECTS = (0.1, 0.2, 0.3)  # 埋多大的偏见，单位是差的标准差
 COMPARISONS = 8  # 一次评测几个比较
