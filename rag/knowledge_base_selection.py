@@ -58,7 +58,7 @@ GOOD = 0.95  # recall 到这么多才算数
 
 @dataclass
 class SelectionSettings(LessonSettings):
-    NOT_IN_FINGERPRINT = LessonSettings.NOT_IN_FINGERPRINT | {"pgvector", "elasticsearch"}
+    NOT_IN_FINGERPRINT = LessonSettings.NOT_IN_FINGERPRINT | {"pgvector", "elasticsearch", "opensearch"}
 
     sizes: str | None = option("各比多少条，逗号隔开，例如 1000,10000,100000")
     crossing: str | None = option("看索引从多大起比全比快：各是多少条，逗号隔开")
@@ -68,6 +68,7 @@ class SelectionSettings(LessonSettings):
     patience: float = option("照小的那次的速度，大的建起来要超过这么多秒，就不建", 60.0, limits=POSITIVE)
     pgvector: str | None = option("已有的 PostgreSQL：pgvector://用户:密码@主机:端口/库；不给就在本机起一个")
     elasticsearch: str | None = option("已有的 Elasticsearch：elasticsearch://主机:9200/索引（里面的会清空）")
+    opensearch: str | None = option("已有的 OpenSearch：opensearch://主机:9200/索引（里面的会清空）")
 
     def check(self) -> None:
         if min(numbers(self.sizes, "sizes")) < 5 * CHANGED:
@@ -91,7 +92,7 @@ def numbers(text: str, name: str) -> list[int]:
 
 def learn(stage: Stage) -> dict:
     settings = stage.settings
-    names = available(settings.pgvector, settings.elasticsearch, settings.only.split(","))
+    names = available(servers(settings), settings.only.split(","))
     use_one_thread()
     rows: dict[str, dict[str, dict]] = {}
     wanted = any(name.startswith("pgvector") for name in names)
@@ -105,7 +106,7 @@ def learn(stage: Stage) -> dict:
                     said = f"照前一次的速度，建起来要 {seconds:.0f} 秒，--patience {seconds + 1:.0f} 就等它"
                     print_row(BASES[name][0], {"fault": said})
                     continue
-                work = partial(try_base, name=name, data=data, address=address)
+                work = partial(try_base, name=name, data=data, servers=servers(settings, address))
                 row = run_part(stage, f"{name}-{size}", work)
                 rows.setdefault(name, {})[f"n{size}"] = row
                 print_row(BASES[name][0], row)
@@ -126,6 +127,12 @@ def learn(stage: Stage) -> dict:
     )
     data = {"name": "topics", "rows": max(numbers(settings.sizes, "sizes"))}
     return stage.save(metrics, data, partial(draw, metrics=metrics))
+
+
+def servers(settings: SelectionSettings, pgvector: str | None = None) -> dict[str, str | None]:
+    """服务器的网址；没有给的是 None。pgvector 是在本机起的那个。"""
+    given = {name: getattr(settings, name) for name in ("pgvector", "elasticsearch", "opensearch")}
+    return given | ({"pgvector": pgvector} if pgvector else {})
 
 
 def too_slow(smaller: dict[str, dict] | None, size: int, patience: float) -> float:
@@ -159,12 +166,12 @@ def make_data(n: int, dim: int, n_queries: int, seed: int) -> Data:
 # ---------------------------------------------------------------- 一种库，从建到重新打开
 
 
-def try_base(part: Stage, name: str, data: Data, address: str | None) -> dict:
+def try_base(part: Stage, name: str, data: Data, servers: dict[str, str | None]) -> dict:
     """建、查、筛选、改、删、重新打开。出了错是 {"fault": 一句话}，别的照常比。"""
     settings = part.settings
     folder = part.folder.work / "bases"
     shutil.rmtree(folder, ignore_errors=True)
-    place = Place(folder, settings.dim, data.vectors, address, settings.elasticsearch)
+    place = Place(folder, settings.dim, data.vectors, servers)
     try:
         row = measure(place, name, data)
     except UserError as error:  # 服务器没启动等：说出来，比别的

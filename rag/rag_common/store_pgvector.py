@@ -15,18 +15,9 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 import numpy as np
 
 from nlp_common.base.errors import UserError
+from rag_common import store_shared as shared
 from rag_common.chunking import Chunk
-from rag_common.store import (
-    Hit,
-    Where,
-    check_fingerprint,
-    check_queries,
-    check_rows,
-    chunk_of,
-    hit_of,
-    values_of,
-    without_password,
-)
+from rag_common.store import Hit, Where
 
 COLUMNS = 'id, document, start, "end", text, meta'
 
@@ -44,7 +35,7 @@ class PgvectorStore:
         if kind not in ("flat", "hnsw"):
             raise UserError(f"pgvector:// 的 index={kind} 不认识，可以是 flat 或 hnsw。")
         address = urlunsplit(("postgresql", parts.netloc, parts.path, urlencode(options), ""))
-        self.url = without_password(url)
+        self.url = shared.without_password(url)
         try:
             self.db = psycopg.connect(address, autocommit=True, connect_timeout=10)
             with self.db.transaction():
@@ -52,7 +43,7 @@ class PgvectorStore:
                 saved = dict(self.db.execute(f"SELECT name, value FROM {self.table}_settings").fetchall())
         except psycopg.Error as error:
             raise UserError(_what_is_wrong(self.url, error)) from error
-        check_fingerprint(self.url, saved, fingerprint, dim)
+        shared.check_fingerprint(self.url, saved, fingerprint, dim)
 
     def _make(self, kind: str) -> None:
         table = self.table
@@ -76,7 +67,7 @@ class PgvectorStore:
             )
 
     def upsert(self, chunks: Sequence[Chunk], vectors: np.ndarray) -> None:
-        vectors = check_rows(chunks, vectors, self.dim)
+        vectors = shared.check_rows(chunks, vectors, self.dim)
         rows = []
         for chunk, vector in zip(chunks, vectors, strict=True):
             if "\0" in chunk.text + chunk.id + chunk.document:
@@ -99,7 +90,7 @@ class PgvectorStore:
         return done.rowcount
 
     def search(self, vectors: np.ndarray, k: int, where: Where | None = None) -> list[list[Hit]]:
-        vectors = check_queries(vectors, self.dim)
+        vectors = shared.check_queries(vectors, self.dim)
         condition, values = _condition(where)
         found = []
         with self.lock:
@@ -110,7 +101,7 @@ class PgvectorStore:
                     WHERE {condition} ORDER BY vector <#> %s::vector, id LIMIT %s""",
                     (text, *values, text, k),
                 ).fetchall()
-                found.append([hit_of(_chunk(row), row[-1]) for row in rows])
+                found.append([shared.hit_of(_chunk(row), row[-1]) for row in rows])
         return found
 
     def get(self, ids: Iterable[str]) -> list[Chunk]:
@@ -148,7 +139,7 @@ def as_text(vector: np.ndarray) -> str:
 
 def _chunk(row: tuple) -> Chunk:
     names = ("id", "document", "start", "end", "text", "meta")
-    return chunk_of(dict(zip(names, row[:6], strict=True)))
+    return shared.chunk_of(dict(zip(names, row[:6], strict=True)))
 
 
 def _condition(where: Where | None) -> tuple[str, list]:
@@ -156,10 +147,10 @@ def _condition(where: Where | None) -> tuple[str, list]:
     for name, wanted in (where or {}).items():
         if name == "document":
             parts.append("document = ANY(%s)")
-            values.append([str(value) for value in values_of(wanted)])
+            values.append([str(value) for value in shared.values_of(wanted)])
         else:
             parts.append("meta -> %s = ANY(%s::jsonb[])")
-            values += [name, [json.dumps(value, ensure_ascii=False) for value in values_of(wanted)]]
+            values += [name, [json.dumps(value, ensure_ascii=False) for value in shared.values_of(wanted)]]
     return " AND ".join(parts), values
 
 

@@ -23,18 +23,10 @@ from typing import Any
 import numpy as np
 
 from nlp_common.base.errors import UserError
+from rag_common import store_shared as shared
 from rag_common.bm25 import top
 from rag_common.chunking import Chunk
-from rag_common.store import (
-    Hit,
-    Where,
-    check_fingerprint,
-    check_queries,
-    check_rows,
-    chunk_of,
-    hit_of,
-    values_of,
-)
+from rag_common.store import Hit, Where
 
 FILE = "knowledge.sqlite3"
 WAIT = 30.0  # 秒：别的进程正在写，等多久
@@ -69,7 +61,7 @@ class SqliteStore:
             saved = dict(self.db.execute("SELECT name, value FROM settings").fetchall())
         except (sqlite3.DatabaseError, OSError) as error:
             raise UserError(_what_is_wrong(folder, error)) from error
-        check_fingerprint(self.url, saved, fingerprint, dim)
+        shared.check_fingerprint(self.url, saved, fingerprint, dim)
         self.kind, self.index = index, make_index(index, dim)
         self.last_row = self.last_gone = 0  # 索引跟到了哪里
         self._filters: dict[str, np.ndarray] = {}  # where → 行号；库变了就作废
@@ -79,7 +71,7 @@ class SqliteStore:
     # ------------------------------------------------------------ 写
 
     def upsert(self, chunks: Sequence[Chunk], vectors: np.ndarray) -> None:
-        vectors = check_rows(chunks, vectors, self.dim)
+        vectors = shared.check_rows(chunks, vectors, self.dim)
         rows = []
         for chunk, vector in zip(chunks, vectors, strict=True):
             meta = json.dumps(chunk.meta, ensure_ascii=False)
@@ -139,7 +131,7 @@ class SqliteStore:
     # ------------------------------------------------------------ 读
 
     def search(self, vectors: np.ndarray, k: int, where: Where | None = None) -> list[list[Hit]]:
-        vectors = check_queries(vectors, self.dim)
+        vectors = shared.check_queries(vectors, self.dim)
         if k < 1:
             raise UserError(f"要找几条（k）至少是 1，给的是 {k}。")
         with self._one_moment():
@@ -147,9 +139,9 @@ class SqliteStore:
             allowed = self._rows_where(where) if where else None
             found = self.index.search(vectors, k, allowed)
             chunks = self._read("row", sorted({int(row) for rows, _ in found for row in rows}))
-        by_row = {chunk["row"]: chunk_of(dict(chunk)) for chunk in chunks}
+        by_row = {chunk["row"]: shared.chunk_of(dict(chunk)) for chunk in chunks}
         return [
-            [hit_of(by_row[int(row)], score) for row, score in zip(rows, scores, strict=True)]
+            [shared.hit_of(by_row[int(row)], score) for row, score in zip(rows, scores, strict=True)]
             for rows, scores in found
         ]
 
@@ -157,7 +149,7 @@ class SqliteStore:
         """这些 id 的原文，次序与 ids 相同；没有的跳过。"""
         wanted = list(dict.fromkeys(ids))
         with self.lock:
-            found = {row["id"]: chunk_of(dict(row)) for row in self._read("id", wanted)}
+            found = {row["id"]: shared.chunk_of(dict(row)) for row in self._read("id", wanted)}
         return [found[name] for name in wanted if name in found]
 
     def ids(self, where: Where | None = None) -> list[str]:
@@ -238,7 +230,7 @@ def _condition(where: Where | None) -> tuple[str, list]:
     """where → SQL 的条件与它的值。栏名也是值，不拼进 SQL。"""
     parts, values = ["1"], []
     for name, wanted in (where or {}).items():
-        allowed = values_of(wanted)
+        allowed = shared.values_of(wanted)
         marks = ",".join("?" * len(allowed))
         if name == "document":
             parts.append(f"document IN ({marks})")

@@ -1,18 +1,22 @@
-"""说一小部分 Elasticsearch 的话的服务器，给约定的测试用：索引、_bulk、_search（script_score、knn）、_count，和密码。"""
+"""说一小部分 Elasticsearch 或 OpenSearch 的话的服务器，给约定的测试用：索引、_bulk、_search（精确与 knn）、_count，和密码。
+
+两家不同的地方（栏的类型、查法、分数）照各自的文档；别家的写法不认，与真的一样说 HTTP 400。"""
 
 import base64
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+MOST = 10_000
 PASSWORD = "Basic " + base64.b64encode("学生:秘密 密码".encode()).decode()
 
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self):
+    def __init__(self, opensearch: bool = False):
         super().__init__(("127.0.0.1", 0), Handler)
+        self.opensearch = opensearch
         self.indices: dict[str, dict] = {}
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -39,7 +43,10 @@ class Handler(BaseHTTPRequestHandler):
             if self.command == "PUT":
                 if index is not None:
                     return self.answer({"error": "resource_already_exists_exception"}, 400)
-                self.server.indices[name] = {"mappings": json.loads(body)["mappings"], "rows": {}}
+                definition = json.loads(body)
+                if fault := wrong_definition(name, definition, self.server.opensearch):
+                    return self.answer({"error": fault}, 400)
+                self.server.indices[name] = {**definition, "rows": {}}
                 return self.answer({"acknowledged": True})
             if index is None:
                 return self.answer({"error": "index_not_found_exception"}, 404)
@@ -53,9 +60,35 @@ class Handler(BaseHTTPRequestHandler):
             query = json.loads(body)
             if action == "_count":
                 return self.answer({"count": len(found(index["rows"], query["query"]))})
-            return self.answer({"hits": {"hits": search(index["rows"], query)}})
+            if query.get("size", 10) > MOST or query.get("knn", {}).get("num_candidates", 0) > MOST:
+                return self.answer({"error": "Result window is too large"}, 400)
+            hits = (search_opensearch if self.server.opensearch else search)(index, query)
+            return self.answer({"hits": {"hits": hits}})
 
     do_GET = do_POST = do_PUT = handle_one
+
+
+def wrong_definition(name: str, definition: dict, opensearch: bool) -> str:
+    """照各自的文档，这样的索引建不建得了；建不了是一句话。"""
+    if name != name.lower():
+        return "invalid_index_name_exception"
+    fields = definition["mappings"]["properties"]
+    vector = fields["vector"]
+    if opensearch:
+        indexed = "method" in vector
+        if (
+            fields["meta"]["type"] != "flat_object"
+            or vector["type"] != "knn_vector"
+            or "dimension" not in vector
+        ):
+            return "mapper_parsing_exception"
+        if indexed != definition["settings"]["index.knn"]:
+            return "index.knn"
+    elif (
+        fields["meta"]["type"] != "flattened" or vector["type"] != "dense_vector" or "settings" in definition
+    ):
+        return "mapper_parsing_exception"
+    return ""
 
 
 def bulk(rows: dict, lines: list[dict]) -> dict:
@@ -88,9 +121,10 @@ def as_text(value) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value)
 
 
-def search(rows: dict, query: dict) -> list[dict]:
-    hits = []
+def search(index: dict, query: dict) -> list[dict]:
+    hits, rows = [], index["rows"]
     if "knn" in query:
+        assert index["mappings"]["properties"]["vector"]["index"]
         knn = query["knn"]
         for key, row in found(rows, knn["filter"]):
             hits.append((key, row, (1 + product(knn["query_vector"], row["vector"])) / 2))
@@ -101,6 +135,32 @@ def search(rows: dict, query: dict) -> list[dict]:
             hits.append((key, row, 1 + product(inner["script"]["params"]["query"], row["vector"])))
     else:
         hits = [(key, row, 1.0) for key, row in found(rows, query["query"])]
+    return cut(hits, query)
+
+
+def search_opensearch(index: dict, query: dict) -> list[dict]:
+    """分数总是正的：内积 p ≥ 0 时是 1 + p，p < 0 时是 1 / (1 − p)。"""
+    hits, rows = [], index["rows"]
+    if "knn" in query["query"]:
+        assert index["settings"]["index.knn"]
+        knn = query["query"]["knn"]["vector"]
+        wanted, near = knn["vector"], found(rows, knn["filter"])
+    elif "script_score" in query["query"]:
+        inner = query["query"]["script_score"]
+        script = inner["script"]
+        assert (script["lang"], script["source"]) == ("knn", "knn_score")
+        assert script["params"]["field"] == "vector" and script["params"]["space_type"] == "innerproduct"
+        wanted, near = script["params"]["query_value"], found(rows, inner["query"])
+    else:
+        return cut([(key, row, 1.0) for key, row in found(rows, query["query"])], query)
+    for key, row in near:
+        p = product(wanted, row["vector"])
+        hits.append((key, row, 1 + p if p >= 0 else 1 / (1 - p)))
+    return cut(hits, query)
+
+
+def cut(hits: list, query: dict) -> list[dict]:
+    """排好次序，取前 size 条。"""
     if "sort" in query:
         hits.sort(key=lambda hit: hit[1]["id"])
         hits = [hit for hit in hits if hit[1]["id"] > query.get("search_after", [""])[0]]

@@ -14,6 +14,7 @@ from rag_common.chunking import Chunk
 pytest.importorskip("faiss", reason="没有装 faiss-cpu")
 LOCAL = [name for name in kb.BASES if name.startswith("faiss") or name in ("sqlite", "chroma", "lancedb")]
 DATA = kbs.make_data(600, 16, 20, seed=0)
+NO_SERVERS = dict.fromkeys(("pgvector", "elasticsearch", "opensearch"))
 
 
 @pytest.fixture(params=LOCAL)
@@ -26,7 +27,7 @@ def name(request):
 
 @pytest.fixture
 def place(tmp_path):
-    return kb.Place(tmp_path, 16, DATA.vectors)
+    return kb.Place(tmp_path, 16, DATA.vectors, NO_SERVERS)
 
 
 def test_the_whole_measurement(name, place):
@@ -99,14 +100,14 @@ def test_crossing_reaches_the_recall_it_promises(tmp_path):
 
 def test_what_is_missing_is_said(monkeypatch, capsys):
     monkeypatch.setattr(kb, "find_spec", lambda name: None)
-    assert kb.available(None, None, list(kb.BASES)) == ["sqlite"]
+    assert kb.available(NO_SERVERS, list(kb.BASES)) == ["sqlite"]
     said = capsys.readouterr().out
     for name, (label, packages, install) in kb.BASES.items():
         if packages:
             assert f"跳过 {label}：没有安装，pip install {install}" in said, name
-    assert "--elasticsearch" in said
+    assert "--elasticsearch" in said and "--opensearch opensearch://" in said
     with pytest.raises(UserError, match="pip install chromadb"):
-        kb.available(None, None, ["chroma"])
+        kb.available(NO_SERVERS, ["chroma"])
 
 
 def test_slow_ones_are_skipped_by_their_own_speed():
@@ -137,12 +138,13 @@ def test_the_script_goes_on_without_a_server(tmp_path, capsys):
         "--crossing",
         "250",
         "--only",
-        "faiss_flat,sqlite,elasticsearch",
+        "faiss_flat,sqlite,elasticsearch,opensearch",
     ]
     argv += ["--dim", "16", "--questions", "5", "--output_dir", str(tmp_path / "out")]
-    argv += ["--elasticsearch", "elasticsearch://127.0.0.1:9/x"]
+    argv += ["--elasticsearch", "elasticsearch://127.0.0.1:9/x", "--opensearch", "opensearch://127.0.0.1:9/x"]
     record = kbs.main(argv)
-    assert "fault" in record["metrics"]["rows"]["elasticsearch"]["n600"]
+    for name in ("elasticsearch", "opensearch"):
+        assert "fault" in record["metrics"]["rows"][name]["n600"]
     assert record["metrics"]["came_back"] == record["metrics"]["lost_rows"] == 0
     assert "跳过：" in capsys.readouterr().out
     saved = json.loads((tmp_path / "out/run.json").read_text(encoding="utf-8"))

