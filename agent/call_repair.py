@@ -1,0 +1,313 @@
+"""差一点就对的 JSON → 它本来的值。tool_schema.py 的第二步。
+
+    {'city': '北京', 'days': 3,}        单引号、多余的逗号
+    {“city”：“北京”，"ok": True}         中文的标点、Python 的 True
+    ```json\\n{"city": "北京"\\n```      代码栏、少了括号
+
+先按真正的 JSON 读：读得成就原样返回，所以对的 JSON 不会被改成别的。读不成，再用下面这个宽松的读法，每改一处记一句；
+拿不准的地方（两种读法都说得通）宁可不修：修错的调用会真的执行，修不了的还可以让模型重写。
+"""
+
+import json
+import re
+from typing import Any
+
+QUOTES = {
+    '"': '"',
+    "'": "'",
+    "“": '”“"',
+    "”": '”"',
+    "‘": "’‘'",
+    "’": "’'",
+    "＂": "＂",
+    "「": "」",
+    "`": "`",
+}  # 开 → 关
+OPEN_OBJECT, CLOSE_OBJECT = "{｛", "}｝"
+OPEN_ARRAY, CLOSE_ARRAY = "[［【", "]］】"
+CLOSERS = CLOSE_OBJECT + CLOSE_ARRAY
+COMMAS, COLONS = ",，、;；", ":："
+WORDS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+WORDS |= {"null": None, "None": None, "NULL": None}
+ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+
+BLANK = re.compile(r"(?:\s|\ufeff|//[^\n]*|\#[^\n]*|/\*.*?\*/)*", re.DOTALL)  # 空白与注释
+NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+FENCE = re.compile(r"^\s*```\w*[ \t]*\n?(.*?)\n?[ \t]*(?:```\s*)?$", re.DOTALL)
+MARK = r"[\"'“”‘’＂「」`]"
+KEY = rf"(?:{MARK}[^\"'“”‘’＂「」`\n:：,，{{}}]*{MARK}|[^\W\d]\w*)\s*[{COLONS}]"  # 一个键和它的冒号
+# 一个引号后面跟着什么，才是字符串的结尾
+AFTER_KEY = re.compile(rf"\s*[{COLONS}]")
+AFTER_VALUE = {
+    "object": re.compile(rf"\s*(?:[{COMMAS}]\s*)*(?:$|[{re.escape(CLOSERS)}]|//|/\*|\#|{KEY})"),
+    "array": re.compile(
+        rf"\s*(?:$|[{re.escape(CLOSERS)}]|//|/\*|\#|[{COMMAS}]\s*(?:[{COMMAS}{re.escape(CLOSERS)}\[{{\-\d]|{MARK}|\w+\s*[,\]]))"
+    ),
+    "top": re.compile(r"\s*$"),
+}
+NEXT_MEMBER = re.compile(rf"[{COMMAS}]\s*{KEY}")  # 逗号和下一个键：字符串里出现它，多半是少了一个引号
+
+
+class Unclear(Exception):
+    """看不出本来要写什么。"""
+
+
+def repair_json(text: str) -> tuple[Any, list[str]]:
+    """→ (值, [修了什么])；本来就对的，第二项是空的；修不了的是 (None, [])。"""
+    try:
+        return json.loads(text, parse_constant=_refuse), []
+    except (ValueError, RecursionError):
+        pass
+    mender = Mender(text)
+    try:
+        value = mender.document()
+    except (Unclear, RecursionError):
+        return None, []
+    return value, list(dict.fromkeys(mender.mended))
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(word)  # NaN、Infinity 不是 JSON
+
+
+class Mender:
+    """从左读到右；place 是读到哪里，open 是还没有关上的括号（"object"、"array"）。"""
+
+    def __init__(self, text: str):
+        self.text, self.place = text, 0
+        self.open: list[str] = []
+        self.mended: list[str] = []
+
+    # ------------------------------------------------ 整段
+
+    def document(self) -> Any:
+        """去掉代码栏与前后的话，读一个值。"""
+        if "```" in self.text and (found := FENCE.match(self.text)):
+            self.text = found[1]
+            self.mended.append("去掉代码栏 ```")
+        start = re.search(rf"[{re.escape(OPEN_OBJECT + OPEN_ARRAY)}]", self.text)
+        if start and self.text[: start.start()].strip("\ufeff \t\r\n"):
+            if re.search(MARK, self.text[: start.start()]):
+                raise Unclear
+            self.place = start.start()
+            self.mended.append("去掉前面的话")
+        value = self.value("top")
+        self.skip_blank()
+        rest = self.text[self.place :]
+        if rest.strip(CLOSERS + " \t\r\n"):
+            if re.search(rf"[{re.escape(OPEN_OBJECT + OPEN_ARRAY)}]|{MARK}", rest.replace("```", "")):
+                raise Unclear  # 后面还有一个值，或者前面就读错了
+            self.mended.append("去掉后面的话")
+        elif rest.strip():
+            self.mended.append("去掉多余的括号")
+        return value
+
+    def value(self, inside: str) -> Any:
+        """读一个值；inside 是它在哪里面："object"、"array"、"top"（最外面）。"""
+        self.skip_blank()
+        char = self.peek()
+        if char and char in OPEN_OBJECT:
+            return self.object()
+        if char and char in OPEN_ARRAY:
+            return self.array()
+        if char and char in QUOTES:
+            return self.string(inside)
+        return self.bare(inside)
+
+    # ------------------------------------------------ 对象与列表
+
+    def object(self) -> dict:
+        self.take(OPEN_OBJECT, "{")
+        self.open.append("object")
+        found: dict[str, Any] = {}
+        while not self.closed(CLOSE_OBJECT, CLOSE_ARRAY, "}", "array"):
+            key = self.key()
+            self.skip_blank()
+            if not self.take(COLONS, ":"):
+                raise Unclear
+            if key in found:
+                raise Unclear  # 同一个键两次：不知道要哪一个
+            found[key] = self.value("object")
+            self.comma(CLOSE_OBJECT)
+        self.open.pop()
+        return found
+
+    def array(self) -> list:
+        self.take(OPEN_ARRAY, "[")
+        self.open.append("array")
+        found = []
+        while not self.closed(CLOSE_ARRAY, CLOSE_OBJECT, "]", "object"):
+            found.append(self.value("array"))
+            self.comma(CLOSE_ARRAY)
+        self.open.pop()
+        return found
+
+    def closed(self, right: str, wrong: str, plain: str, other: str) -> bool:
+        """到结尾了吗？少了的右括号补上；写错的（] 当 }），外面没有等着它的，就当是写错了。"""
+        self.skip_blank()
+        if self.place == len(self.text):
+            self.mended.append(f"补上 {plain}")
+            return True
+        if self.take(right, plain):
+            return True
+        if self.peek() in wrong:
+            if other in self.open:
+                self.mended.append(f"补上 {plain}")
+            else:
+                self.place += 1
+                self.mended.append(f"右括号改成 {plain}")
+            return True
+        return False
+
+    def comma(self, right: str) -> None:
+        """值后面的逗号：一个；多了的去掉，少了的补上。"""
+        count = 0
+        self.skip_blank()
+        while self.take(COMMAS, ","):
+            count += 1
+            self.skip_blank()
+        is_end = self.place == len(self.text) or self.peek() in CLOSERS
+        if count > 1 or (count and is_end):
+            self.mended.append("去掉多余的逗号")
+        if not count and not is_end:
+            self.mended.append("补上逗号")
+
+    # ------------------------------------------------ 字符串、数、单个的词
+
+    def key(self) -> str:
+        if self.peek() in QUOTES:
+            return self.string("key")
+        found = re.compile(rf"([^\W\d]\w*){MARK}?(?=\s*[{COLONS}])").match(self.text, self.place)
+        if not found:
+            raise Unclear
+        self.place = found.end()
+        self.mended.append("键加上引号")
+        return found[1]
+
+    def string(self, inside: str) -> str:
+        """一个字符串。引号后面像是字符串完了（冒号、逗号加下一个键、右括号），才算关上；不然是没有转义的引号。"""
+        start, closers = self.place + 1, QUOTES[self.peek()]
+        after = AFTER_KEY if inside == "key" else AFTER_VALUE[inside]
+        end = start
+        while end < len(self.text):
+            if self.text[end] == "\\":
+                end += 1
+            elif self.text[end] in closers and after.match(self.text, end + 1):
+                break
+            end += 1
+        body, step = self.text[start:end], 1
+        if inside == "object" and (member := NEXT_MEMBER.search(body)):
+            body, end, step = body[: member.start()].rstrip(), start + member.start(), 0  # 下一个键都读进来了
+            self.mended.append("补上引号")
+        elif end >= len(self.text):
+            body, end, step = *self.unclosed(inside, start), 0
+            self.mended.append("补上引号")
+        if step and (self.text[start - 1] != '"' or self.text[end] != '"'):
+            self.mended.append('引号改成 "')
+        self.place = end + step
+        return self.unescape(body, closers)
+
+    def unclosed(self, inside: str, start: int) -> tuple[str, int]:
+        """没有关上的字符串：键到冒号为止；值后面只剩右括号，而且正好是还开着的几个，就到它们为止。"""
+        if inside == "key":
+            found = re.compile(rf"(\w+)(?=\s*[{COLONS}])").match(self.text, start)
+            if found:
+                return found[1], found.end()
+            raise Unclear
+        body = self.text[start:].rstrip()
+        kept = body.rstrip(CLOSERS + " \t\r\n")
+        closers = [char for char in body[len(kept) :] if char in CLOSERS]
+        if not self.open or len(closers) != len(self.open) or not kept:
+            raise Unclear
+        return kept, start + len(kept)
+
+    def unescape(self, body: str, closers: str) -> str:
+        """\\n 这样的转义；字符串里直接写的换行、没有转义的引号、不认识的转义也照它的意思读。"""
+        found, i = [], 0
+        while i < len(body):
+            char, following = body[i], body[i + 1 : i + 2]
+            if char != "\\":
+                if char < " ":
+                    self.mended.append("字符串里的换行、制表符写成 \\n、\\t")
+                elif char == '"':
+                    self.mended.append("字符串里的引号加上 \\")
+                found.append(char)
+                i += 1
+            elif following == "u" and re.fullmatch(r"[0-9a-fA-F]{4}", body[i + 2 : i + 6]):
+                found.append(chr(int(body[i + 2 : i + 6], 16)))
+                i += 6
+            elif following in ESCAPES:
+                found.append(ESCAPES[following])
+                i += 2
+            else:
+                self.mended.append("不认识的转义")
+                found.append(following if following and following in closers else "\\" + following)
+                i += 2
+        text = "".join(found)
+        return text.encode("utf-16", "surrogatepass").decode(
+            "utf-16", "replace"
+        )  # 两个 \\ud83d\\ude00 合成一个字
+
+    def bare(self, inside: str) -> Any:
+        """没有引号的：数、true、None，或者忘了引号的一个词。"""
+        number = NUMBER.match(self.text, self.place)
+        if number and self.ends_at(number.end(), inside):
+            self.place = number.end()
+            return self.number(number[0])
+        word = re.compile(r"[^\W\d]\w*").match(self.text, self.place)
+        if not word:
+            raise Unclear
+        if word[0] in WORDS and self.ends_at(word.end(), inside):
+            self.place = word.end()
+            if word[0] not in ("true", "false", "null"):
+                self.mended.append("True、False、None 写成 true、false、null")
+            return WORDS[word[0]]
+        quoted = re.compile(rf"([^\W\d]\w*){MARK}?").match(self.text, self.place)
+        if word[0].lower() in ("nan", "infinity", "undefined", "nil", "none", "true", "false", "null"):
+            raise Unclear
+        if quoted and inside != "top" and self.ends_at(quoted.end(), inside):
+            self.place = quoted.end()
+            self.mended.append("补上引号")
+            return quoted[1]
+        raise Unclear
+
+    def number(self, written: str) -> int | float:
+        plain = written.lstrip("+")
+        digits = plain.lstrip("-")
+        if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit():
+            raise Unclear  # 007：也许是字符串
+        if "." in plain or "e" in plain.lower():
+            value: int | float = float(plain)
+        else:
+            value = int(plain)
+        try:
+            json.loads(written)
+        except ValueError:
+            self.mended.append("数的写法")
+        return value
+
+    def ends_at(self, place: int, inside: str) -> bool:
+        """一个没有引号的值到这里完了吗。"""
+        return AFTER_VALUE[inside].match(self.text, place) is not None
+
+    # ------------------------------------------------ 一个字一个字地走
+
+    def peek(self) -> str:
+        return self.text[self.place : self.place + 1]
+
+    def take(self, chars: str, plain: str) -> bool:
+        """下一个字是 chars 里的一个，就走过去；不是它的半角写法就记一句。"""
+        char = self.peek()
+        if not char or char not in chars:
+            return False
+        if char != plain:
+            self.mended.append(f"标点改成 {plain}")
+        self.place += 1
+        return True
+
+    def skip_blank(self) -> None:
+        found = BLANK.match(self.text, self.place)
+        assert found  # 空的也匹配
+        if found[0].strip("\ufeff \t\r\n"):
+            self.mended.append("去掉注释")
+        self.place = found.end()
