@@ -4,7 +4,8 @@
 - 对话   ``{"messages": [{"role", "content"}, …]}``                   SFT
 - 偏好对 ``{"prompt": [消息…], "chosen": [消息], "rejected": [消息]}``  奖励模型、DPO、PPO
 
-对话总是：可有一条 system，然后 user、assistant 一问一答。对话旁边的 system、history 两栏接到对话前面，
+对话总是：可有一条 system，然后 user、assistant 一问一答；一次回答之前可以几次调用工具（assistant、tool 交替）。
+对话旁边的 system、history、tools 几栏接到对话前面（工具与调用写成文字，见 tool_turns.py），
 KTO 的 label 是 false 的回答不学；别的用不到的列原样保留，并说出是哪几栏。
 格式只按第一条数据认一次。缺一栏、类型不对、角色不认识是格式错了，停下来报第几条；
 内容空、轮次乱、好坏答案相同是数据里难免的废行，跳过并说明各有多少。
@@ -16,11 +17,10 @@ from collections import Counter
 from collections.abc import Callable
 
 from nlp_common.base.errors import UserError
+from nlp_common.data.faults import Malformed, Skip, as_string
+from nlp_common.data.tool_turns import TOOL_COLUMNS
 from nlp_common.data.turns import (
-    Malformed,
-    Skip,
     Turn,
-    as_string,
     as_turns,
     checked,
     is_spoken,
@@ -192,7 +192,7 @@ def _history_pair(row: dict) -> dict:
     )
 
 
-BESIDE = ("system", "history")  # 对话旁边的栏，哪种格式都可以有
+BESIDE = ("system", "history", *TOOL_COLUMNS)  # 对话旁边的栏，哪种格式都可以有
 # 次序有意义：一条数据同时有几种格式的列时，取前面的。
 SCHEMAS: dict[str, list[tuple[tuple[str, ...], tuple[str, ...], Callable[[dict], dict]]]] = {
     # (必有的列, 可有的列, 转换函数)

@@ -1,4 +1,7 @@
-"""一轮轮对话的读法和查法：把各家写法的消息变成 ``{"role", "content"}``，并检查是不是一问一答。"""
+"""一轮轮对话的读法和查法：把各家写法的消息变成 ``{"role", "content"}``，并检查是不是一问一答。
+
+工具的列表、调用、结果的写法在 tool_turns.py。
+"""
 
 from __future__ import annotations
 
@@ -7,33 +10,33 @@ import json
 import re
 from typing import Any
 
-Turn = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": str}，不学的一轮另有 "weight": 0
+from nlp_common.data.faults import Malformed, Skip, as_string, type_name
+from nlp_common.data.tool_turns import called, in_order, list_tools, results_of, with_calls
+
+# {"role": "system" | "user" | "assistant" | "tool", "content": str}，不学的一轮另有 "weight": 0。
+# 工具在 system 的内容里，调用在 assistant 的内容里，都写成了文字（tool_turns.py）。
+Turn = dict[str, Any]
 
 ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
 }
-_TYPE_NAMES = {str: "字符串", list: "列表", dict: "对象", int: "数字", float: "数字", bool: "真假值"}
-
-
-class Skip(Exception):
-    """这一条没有用，跳过；参数是原因。"""
-
-
-class Malformed(Exception):
-    """这一条的格式不对；参数说明哪一栏、怎么不对。"""
-
-
-def as_string(value: object, column: str) -> str:
-    """字符串原样返回，None 当作空（Parquet 和 hub 上没填的格就是 None）。"""
-    if value is not None and not isinstance(value, str):
-        kind = _TYPE_NAMES.get(type(value), type(value).__name__)
-        mend = f"（{value}），请加上引号" if isinstance(value, int | float) else ""
-        raise Malformed(f"{column} 应是字符串，这里是{kind}{mend}")
-    return value or ""
+TEXT_PARTS = ("text", "input_text", "output_text")
+# 谁的后面可以是谁；最开头是 None。一次提问之后可以几次调用工具：user (assistant tool…)… assistant
+NEXT: dict[str | None, tuple[str, ...]] = {
+    None: ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
 
 
 def turn(role: str, content: object, column: str) -> Turn:
@@ -44,8 +47,8 @@ def as_turns(value: object, column: str, role: str | None = None) -> list[Turn]:
     """一栏 → 消息列表。认得：消息的列表，一条消息，写成 JSON 字符串的消息列表，hh-rlhf 的 ``\\n\\nHuman: …`` 字符串，
     以及（给了 role 时）只有内容的字符串。
 
-    一条消息写作 ``{"role", "content"}`` 或 ShareGPT 的 ``{"from", "value"}``。助手的一轮 weight 是 0（或 train、loss
-    是 false）时不学，记作 ``"weight": 0``。
+    一条消息写作 ``{"role", "content"}`` 或 ShareGPT 的 ``{"from", "value"}``；调用与工具的结果的写法见 tool_turns.py。
+    助手的一轮 weight 是 0（或 train、loss 是 false）时不学，记作 ``"weight": 0``。
     """
     if value is None:
         return []
@@ -56,24 +59,52 @@ def as_turns(value: object, column: str, role: str | None = None) -> list[Turn]:
         if written is None and role:
             return [turn(role, value, column)]
         value = value if written is None else written
-    turns = []
+    turns: list[Turn] = []
     for number, message in enumerate(value if isinstance(value, list) else [value], 1):
         if not isinstance(message, dict):
-            kind = _TYPE_NAMES.get(type(message), type(message).__name__)
-            raise Malformed(f"{column} 应是消息的列表，如 [{{'role': 'user', 'content': '…'}}]，这里有{kind}")
-        speaker, content = ("role", "content") if "role" in message else ("from", "value")
-        if speaker not in message or content not in message:
+            raise Malformed(
+                f"{column} 应是消息的列表，如 [{{'role': 'user', 'content': '…'}}]，这里有{type_name(message)}"
+            )
+        speaker, field = ("role", "content") if "role" in message else ("from", "value")
+        if speaker not in message or not message.keys() & {field, "tool_calls", "function_call"}:
             raise Malformed(
                 f"{column} 里的一条消息要有 role 和 content（或 from 和 value），这里只有 {'、'.join(message)}"
             )
         if (name := str(message[speaker]).strip().lower()) not in ROLES:
             raise Malformed(f"{column} 里的角色 {message[speaker]} 不认识，要是 {'、'.join(ROLES)} 之一")
-        place = f"第 {number} 轮 {name} 的 {content}"
-        spoken: Turn = {"role": ROLES[name], "content": _joined(message[content], column, place)}
-        if ROLES[name] == "assistant" and not _learned(message, f"{column} 第 {number} 轮"):
-            spoken["weight"] = 0
-        turns.append(spoken)
-    return turns
+        found = _turns_of(message, name, field, column, f"第 {number} 轮 {name} 的")
+        if name == "function_call" and turns and turns[-1]["role"] == "assistant":
+            turns[-1]["content"] += "\n" + found[0]["content"]  # 说完话接着调用、几个调用分几条写：都是一轮
+        else:
+            turns += found
+    return in_order(turns)
+
+
+def _turns_of(message: dict, name: str, field: str, column: str, place: str) -> list[Turn]:
+    """一条消息 → 一轮；工具的一条里包着几个结果的，几轮。name 是它自己的角色名，field 是写内容的那一项。"""
+    role, content = ROLES[name], message.get(field)
+    if role == "tool":
+        text = _joined(content, column, f"{place} {field}") if _is_text(content) else content
+        mark = {"id": message["tool_call_id"]} if message.get("tool_call_id") else {}
+        return [{"role": role, "content": result, **mark} for result in results_of(text)]
+    spoken: Turn = {"role": role}
+    if name == "function_call":
+        spoken["content"] = called(content, f"{column} {place} {field}")
+    else:
+        spoken["content"] = _joined(content, column, f"{place} {field}")
+        if role == "assistant":
+            spoken["content"], ids = with_calls(message, spoken["content"], f"{column} {place}")
+            spoken |= {"ids": ids} if ids else {}
+    if role == "assistant" and not _learned(message, f"{column} {place.removesuffix(f' {name} 的')}"):
+        spoken["weight"] = 0
+    return [spoken]
+
+
+def _is_text(content: object) -> bool:
+    """内容是几部分的列表，每一部分是文字（或图片、声音，之后会说不认）：OpenAI 的写法。别的列表、对象是工具给的数据。"""
+    parts = content if isinstance(content, list) else [content]
+    known = (*TEXT_PARTS, "image_url", "input_image", "input_audio")
+    return bool(parts) and all(isinstance(part, dict) and part.get("type") in known for part in parts)
 
 
 # hh-rlhf 的写法：整段对话是一个字符串，"\n\nHuman: 问\n\nAssistant: 答"
@@ -116,7 +147,8 @@ def _written_list(text: str, any_list: bool) -> list | None:
     if not isinstance(value, list):
         return None
     messages = [
-        isinstance(each, dict) and ({"role", "content"} <= each.keys() or {"from", "value"} <= each.keys())
+        isinstance(each, dict)
+        and ({"from", "value"} <= each.keys() or ("role" in each and each.keys() & {"content", "tool_calls"}))
         for each in value
     ]
     return value if any_list or (messages and all(messages)) else None
@@ -129,7 +161,7 @@ def _joined(content: object, column: str, place: str) -> str:
     if isinstance(content, dict):
         content = content.get("parts") or [content]
     if not isinstance(content, list):
-        kind = _TYPE_NAMES.get(type(content), type(content).__name__)
+        kind = type_name(content)
         raise Malformed(
             f'{column} 应是字符串，这里是{kind}：{place} 是 {content}，请加上引号写成 "{content}"'
         )
@@ -137,8 +169,8 @@ def _joined(content: object, column: str, place: str) -> str:
     for part in content:
         text = part.get("text") if isinstance(part, dict) else part
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
-            shown = kind if isinstance(part, dict) else _TYPE_NAMES.get(type(part), type(part).__name__)
+        if kind not in TEXT_PARTS or not isinstance(text, str):
+            shown = kind if isinstance(part, dict) else type_name(part)
             raise Malformed(f"{column} {place} 里有 {shown}：这里只用文字，请删去它，或去掉这一条")
         texts.append(text)
     return "".join(texts)
@@ -158,7 +190,7 @@ def _learned(message: dict, place: str) -> bool:
 
 
 def opening(row: dict, turns: list[Turn]) -> list[Turn]:
-    """在对话前面加上 system 和 history（``[[问, 答], …]`` 或消息的列表）两栏的内容；没有或空的就不加。"""
+    """在对话前面加上 system、history（``[[问, 答], …]`` 或消息的列表）、tools 几栏的内容；没有或空的就不加。"""
     before: list[Turn] = []
     system = as_string(row.get("system"), "system")
     if system.strip() and not (turns and turns[0]["role"] == "system"):
@@ -175,23 +207,29 @@ def opening(row: dict, turns: list[Turn]) -> list[Turn]:
     else:
         for question, answer in history:
             before += [turn("user", question, "history"), turn("assistant", answer, "history")]
-    if turns and turns[0]["role"] == "system" and before:  # 对话自己的 system 仍在最前面
-        return [turns[0], *before, *turns[1:]]
-    return before + turns
+    if turns and turns[0]["role"] == "system":  # 对话自己的 system 仍在最前面
+        return list_tools(row, [turns[0], *before, *turns[1:]])
+    return list_tools(row, before + turns)
 
 
 def checked(turns: list[Turn], last: str) -> list[Turn]:
-    """一问一答、以 last 结尾的对话；空的 system 去掉。不合的抛出 Skip。"""
+    """一问一答（中间可以有调用与结果）、以 last 结尾的对话；空的 system 去掉。不合的抛出 Skip。
+
+    last 是 user：提示，最后一轮是提问，或者工具的结果，等助手接着说。
+    """
     if turns and turns[0]["role"] == "system" and not turns[0]["content"].strip():
         turns = turns[1:]
-    if not turns or any(not message["content"].strip() for message in turns):
+    if not turns or any(not message["content"].strip() for message in turns if message["role"] != "tool"):
         raise Skip("有一轮是空的")
-    if turns[-1]["role"] != last:
+    ends = ("user", "tool") if last == "user" else (last,)
+    if turns[-1]["role"] not in ends:
         raise Skip("最后一轮不是回答" if last == "assistant" else "提示的最后一轮不是提问")
-    spoken = turns[1:] if turns[0]["role"] == "system" else turns
-    if any(message["role"] != ("user", "assistant")[i % 2] for i, message in enumerate(spoken)):
-        raise Skip("不是一问一答")
-    answers = [message for message in spoken if message["role"] == "assistant"]
+    before = None
+    for message in turns[1:] if turns[0]["role"] == "system" else turns:
+        if message["role"] not in NEXT.get(before, ()):
+            raise Skip("不是一问一答")
+        before = message["role"]
+    answers = [message for message in turns if message["role"] == "assistant"]
     if answers and all("weight" in message for message in answers):
         raise Skip("没有一轮回答要学（weight 全是 0）")
     return turns

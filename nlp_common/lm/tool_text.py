@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+TOOLS_TAG = "<tools>"
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 RESPONSE, RESPONSE_END = "<tool_response>", "</tool_response>"
 # Qwen 的控制符都这样开头；别处的 "<"（a < b、List<int>）照写

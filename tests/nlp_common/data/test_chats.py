@@ -160,7 +160,7 @@ def test_wrong_stage_is_pointed_out():
             "要有 role 和 content（或 from 和 value），这里只有 role",
         ),
         (to_chats, {"messages": [user("问"), bot(3)]}, "第 2 条：messages 应是字符串，这里是数字"),
-        (to_chats, {"messages": [user("问"), {"role": "tool", "content": "答"}]}, "角色 tool 不认识"),
+        (to_chats, {"messages": [user("问"), {"role": "narrator", "content": "答"}]}, "角色 narrator 不认识"),
         (to_chats, {"messages": [{"role": ["user"], "content": "问"}]}, "不认识"),
         (to_pairs, {"prompt": "问", "chosen": "好"}, "第 2 条缺少 rejected 一栏"),
         (to_pairs, {"prompt": "问", "chosen": "好", "rejected": 0}, "rejected 应是消息的列表"),
@@ -275,9 +275,9 @@ def test_system_and_history_beside_any_pair_are_used(row):
 
 
 def test_columns_that_are_not_used_are_named_once(capsys):
-    row = {"messages": QA, "tools": "[]", "kind": "闲聊", "empty": None}
-    assert to_chats([row, {**row, "score": 1}], "数据.jsonl")[0]["tools"] == "[]"
-    assert capsys.readouterr().out == "数据.jsonl：没有用到的栏：tools、kind、score\n"
+    row = {"messages": QA, "source": "维基", "kind": "闲聊", "empty": None}
+    assert to_chats([row, {**row, "score": 1}], "数据.jsonl")[0]["source"] == "维基"
+    assert capsys.readouterr().out == "数据.jsonl：没有用到的栏：source、kind、score\n"
     to_texts([{"text": "文", "label": 1}], "数据.jsonl")
     assert "没有用到的栏：label" in capsys.readouterr().out
 
