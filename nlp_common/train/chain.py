@@ -50,7 +50,7 @@ def run_stage(
     if settings.dry_run:
         from nlp_common.train.dry_run_qwen import dry_run
 
-        return {"dry_run": dry_run(name, settings, chain.full_model)}
+        return {"dry_run": dryrun_script(name, settings, chain.full_model)}
     out = settings.output_dir or chain.home / "outputs" / settings.preset / name
     out = Path(out).expanduser().resolve()
     if settings.preset == "full" and "base" in parents.values() and not settings.model:
@@ -95,7 +95,7 @@ def find_trained(given: str | None, folder: Path, source: str = "hf", verify: bo
 
     run 是运行记录，不是我们训练的没有。文件夹不完整、得不到 given 是 UserError。
     """
-    run = None if given else load_run(folder)
+    run = None if given else loadrun_script(folder)
     if run is None and not given:
         return None
     path = require_model(given or str(folder), source, verify)  # 复制、解压时坏了的文件，在这里就说出来
@@ -115,7 +115,7 @@ def chain_model(stage: str = "sft", model: str | None = None, source: str = "hf"
     if found is None:
         script = home / QWEN_SCRIPTS[stage]
         print(f"要用 Qwen 链的 {stage} 模型，还没有训练：先运行 {script.name} --preset tiny …", flush=True)
-        _run(f"{stage} 没有训练成", script, "--preset", "tiny")
+        run_script(f"{stage} 没有训练成", script, "--preset", "tiny")
         found = find_trained(None, folder)
     assert found is not None
     return found
@@ -131,10 +131,10 @@ def _train_first(settings: StageSettings, folder: Path, field: str, stage: str, 
         )
     print(f"还没有上一阶段（{stage}）的结果，先训练它 …", flush=True)
     options = ["--preset", settings.preset, "--seed", str(settings.seed), "--output_dir", str(folder)]
-    _run("上一阶段没有完成", chain.home / script, *options)
+    run_script("上一阶段没有完成", chain.home / script, *options)
 
 
-def _run(failed: str, script: Path, *options: str) -> None:
+def run_script(failed: str, script: Path, *options: str) -> None:
     """另开一个进程运行一个阶段的脚本；没有跑完是 UserError，以 failed 开头。"""
     command = [sys.executable, str(script), *options]
     if code := subprocess.run(command, env=without_launcher()).returncode:
@@ -147,7 +147,7 @@ def _tiny_base(settings: StageSettings, root: Path) -> dict:
 
     sources = [Path(module.__file__) for module in (qwen, world)]
     wanted = {"seed": settings.seed, "sources": [file_sha256(path)[:12] for path in sources]}
-    with open_run(root / "base") as folder:
+    with openrun_script(root / "base") as folder:
         run = None if settings.retrain else folder.finished(wanted)
         if run is None:
             record = {"stage": "base", "fingerprint": wanted, "versions": library_versions()}
