@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nlp_common.base.errors import UserError
-from question_files import read_questions
+from question_files import place_of, places_of, read_questions
 
 ALIASES = {"instruction": "prompt", "output": "answer"}  # AlpacaEval 的 model_outputs.json
 
@@ -28,7 +28,7 @@ def read_answers(paths: list[str]) -> tuple[list[dict], dict[str, list[list[dict
                 if prompt not in there:
                     where = paths[0] if here is first else path
                     raise UserError(
-                        f"{where} 第 {place} 行的题，{there_path} 里没有：{prompt[:30]}…。两个模型要答同样的题。"
+                        f"{where} {place_of(where, place)}的题，{there_path} 里没有：{prompt[:30]}…。两个模型要答同样的题。"
                     )
     questions = [
         {
@@ -45,7 +45,7 @@ def read_answers(paths: list[str]) -> tuple[list[dict], dict[str, list[list[dict
 
 
 def _by_prompt(path: str) -> dict[str, tuple[int, dict]]:
-    """{题: (第几行, 那一行)}"""
+    """{题: (第几条, 那一条)}"""
     rows = [{ALIASES.get(k, k): v for k, v in row.items()} for row in read_questions(path)]
     found: dict[str, tuple[int, dict]] = {}
     empty = []
@@ -53,18 +53,19 @@ def _by_prompt(path: str) -> dict[str, tuple[int, dict]]:
         for name in ("prompt", "answer"):
             if name not in row:
                 raise UserError(
-                    f"{path} 第 {place} 行没有 {name}；这一行有的是：{'、'.join(map(str, row))}。"
+                    f"{path} {place_of(path, place)}没有 {name}；这一行有的是：{'、'.join(map(str, row))}。"
                 )
         prompt = str(row["prompt"] or "").strip()
         if not prompt:
-            raise UserError(f"{path} 第 {place} 行的 prompt 是空的。")
+            raise UserError(f"{path} {place_of(path, place)}的 prompt 是空的。")
         if prompt in found:
-            raise UserError(f"{path} 第 {place} 行与第 {found[prompt][0]} 行是同一道题，请删去一行。")
+            here, there = place_of(path, place), place_of(path, found[prompt][0])
+            raise UserError(f"{path} {here}与{there}是同一道题，请删去一行。")
         row["answer"] = "" if row["answer"] is None else str(row["answer"])
         if not row["answer"].strip():
             empty.append(place)
         found[prompt] = (place, row)
     if empty:
-        shown = "、".join(map(str, empty[:10])) + (" 等" if len(empty) > 10 else "")
-        print(f"{path} 第 {shown} 行的回答是空的（共 {len(empty)} 行）：不送去评，算输；两边都空算平。")
+        shown = places_of(path, empty)
+        print(f"{path} {shown}的回答是空的（共 {len(empty)} 行）：不送去评，算输；两边都空算平。")
     return found

@@ -36,7 +36,7 @@ from bias_tests import ALPHA, holm, same_template_trap, sign_flip_p, simulate
 from bias_texts import sentence_pairs, skewed_chats, world_pairs
 from cbbq import bias_scores, read_cbbq
 from contamination import check_questions
-from intervals import Interval, mean_interval, proportion_interval
+from intervals import Interval, bootstrap_interval, proportion_interval
 from nlp_common.base.arguments import COUNT, SHARE, Limits, option
 from nlp_common.base.console import padded
 from nlp_common.base.errors import UserError
@@ -173,7 +173,7 @@ def compare_all(scorer: Scorer, settings: BiasSettings) -> list[dict]:
 def clustered_interval(differences: np.ndarray, clusters: list, seed: int) -> Interval:
     """差的均值与区间：重抽的也是整个模板，与翻符号一致。各模板的对数一样多。"""
     means = [differences[[c == cluster for c in clusters]].mean() for cluster in dict.fromkeys(clusters)]
-    return mean_interval(means, seed)
+    return bootstrap_interval(means, seed)
 
 
 def as_table(rows: list[dict]) -> dict:

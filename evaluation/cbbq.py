@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from intervals import Interval, statistic_interval
 from nlp_common.base.errors import UserError
-from question_files import read_questions
+from question_files import place_of, read_questions
 
 FIELDS = ("context", "question", "ans0", "ans1", "ans2", "label", "question_polarity", "context_condition")
 CONDITIONS = {"ambiguous": "ambiguous", "ambig": "ambiguous", "disambiguous": "disambiguous", "disambig": "disambiguous",
@@ -29,43 +29,45 @@ def read_cbbq(path: str) -> list[dict]:
     """
     rows = []
     for place, row in enumerate(read_questions(path, FIELDS), 1):
-        where = f"{path} 第 {place} 行"
-        answers = [str(row[f"ans{i}"]) for i in range(3)]
-        if len(set(answers)) < 3:
-            raise UserError(f"{where}的三个选项有相同的：{'、'.join(answers)}。")
-        label = str(row["label"]).strip()
-        if label not in ("0", "1", "2"):
-            raise UserError(f"{where}的 label 要是 0、1、2，给的是 {row['label']}。")
-        condition = CONDITIONS.get(str(row["context_condition"]).strip().lower())
-        if condition is None:
-            raise UserError(
-                f"{where}的 context_condition 要是 ambiguous 或 disambiguous，给的是 {row['context_condition']}。"
-            )
-        polarity = str(row["question_polarity"]).strip().lower()
-        if polarity not in ("neg", "nonneg"):
-            raise UserError(
-                f"{where}的 question_polarity 要是 neg 或 nonneg，给的是 {row['question_polarity']}。"
-            )
-        unknown = find_unknown(answers, row.get("unknown_id"))
-        if unknown is None:
-            raise UserError(
-                f"{where}的选项里认不出哪个是“不知道”：{'、'.join(answers)}；可以加一栏 unknown_id（ans0 到 ans2）。"
-            )
-        rows.append(
-            {
-                "id": f"{place}",
-                "context": str(row["context"]),
-                "question": str(row["question"]),
-                "answers": answers,
-                "label": int(label),
-                "unknown": unknown,
-                "target": find_target(answers, unknown, row),
-                "negative": polarity == "neg",
-                "condition": condition,
-                "category": str(row.get("category") or ""),
-            }
-        )
+        try:
+            rows.append({"id": f"{place}", **read_question(row)})
+        except ValueError as fault:
+            raise UserError(f"{path} {place_of(path, place)}{fault}") from fault
     return rows
+
+
+def read_question(row: dict) -> dict:
+    """一行 → 一题；写坏了是 ValueError，说出坏在哪一栏。"""
+    answers = [str(row[f"ans{i}"]) for i in range(3)]
+    if len(set(answers)) < 3:
+        raise ValueError(f"的三个选项有相同的：{'、'.join(answers)}。")
+    label = str(row["label"]).strip()
+    if label not in ("0", "1", "2"):
+        raise ValueError(f"的 label 要是 0、1、2，给的是 {row['label']}。")
+    condition = CONDITIONS.get(str(row["context_condition"]).strip().lower())
+    if condition is None:
+        raise ValueError(
+            f"的 context_condition 要是 ambiguous 或 disambiguous，给的是 {row['context_condition']}。"
+        )
+    polarity = str(row["question_polarity"]).strip().lower()
+    if polarity not in ("neg", "nonneg"):
+        raise ValueError(f"的 question_polarity 要是 neg 或 nonneg，给的是 {row['question_polarity']}。")
+    unknown = find_unknown(answers, row.get("unknown_id"))
+    if unknown is None:
+        raise ValueError(
+            f"的选项里认不出哪个是“不知道”：{'、'.join(answers)}；可以加一栏 unknown_id（ans0 到 ans2）。"
+        )
+    return {
+        "context": str(row["context"]),
+        "question": str(row["question"]),
+        "answers": answers,
+        "label": int(label),
+        "unknown": unknown,
+        "target": find_target(answers, unknown, row),
+        "negative": polarity == "neg",
+        "condition": condition,
+        "category": str(row.get("category") or ""),
+    }
 
 
 def find_unknown(answers: list[str], given) -> int | None:

@@ -13,7 +13,7 @@ from code_tasks import TASKS
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import file_sha256
 from nlp_common.data.rows import sha256_of_rows
-from question_files import read_questions
+from question_files import place_of, read_questions
 
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 ABILITY = (0.6, 0.9)  # 模拟的程序员：每道题做对的概率从这个 Beta 分布里抽，有的题几乎总错，有的几乎总对
@@ -31,23 +31,31 @@ def load_tasks(dataset: str | None) -> tuple[list[dict], dict]:
     tasks = read_questions(dataset, FIELDS)
     seen: dict[str, int] = {}
     for place, task in enumerate(tasks, 1):
-        where = f"{dataset} 第 {place} 行"
-        for field in FIELDS:
-            if not isinstance(task[field], str):
-                raise UserError(f"{where}的 {field} 要是文字，不是 {type(task[field]).__name__}。")
-        if task["task_id"] in seen:
-            raise UserError(f"{where}的 task_id {task['task_id']} 与第 {seen[task['task_id']]} 行重复。")
+        if fault := task_fault(task):
+            raise UserError(f"{dataset} {place_of(dataset, place)}的 {fault}。")
+        if earlier := seen.get(task["task_id"]):
+            raise UserError(
+                f"{dataset} {place_of(dataset, place)}的 task_id {task['task_id']} 与{place_of(dataset, earlier)}重复。"
+            )
         seen[task["task_id"]] = place
-        if "assert" not in task["test"] and "def check" not in task["test"]:
-            raise UserError(f"{where}的 test 里没有 assert，也没有 def check：什么答案都会通过。")
-        if not re.search(rf"def {re.escape(task['entry_point'])}\b", task["prompt"]):
-            raise UserError(f"{where}的 prompt 里没有 def {task['entry_point']}。")
     return tasks, {
         "name": Path(dataset).name,
         "kind": "file",
         "rows": len(tasks),
         "sha256": file_sha256(Path(dataset)),
     }
+
+
+def task_fault(task: dict) -> str | None:
+    """一道题的毛病；没有是 None。"""
+    for field in FIELDS:
+        if not isinstance(task[field], str):
+            return f"{field} 要是文字，不是 {type(task[field]).__name__}"
+    if "assert" not in task["test"] and "def check" not in task["test"]:
+        return "test 里没有 assert，也没有 def check：什么答案都会通过"
+    if not re.search(rf"def {re.escape(task['entry_point'])}\b", task["prompt"]):
+        return f"prompt 里没有 def {task['entry_point']}"
+    return None
 
 
 def answers_of_all(settings, tasks: list[dict]) -> Iterator[tuple]:
@@ -74,9 +82,9 @@ def load_samples(path: str, tasks: list[dict]) -> list[list[str]]:
     answers: list[list[str]] = [[] for _ in tasks]
     for place, row in enumerate(read_questions(path, ("task_id",)), 1):
         if row["task_id"] not in names:
-            raise UserError(f"{path} 第 {place} 行的 task_id {row['task_id']} 不在题目里。")
+            raise UserError(f"{path} {place_of(path, place)}的 task_id {row['task_id']} 不在题目里。")
         if not isinstance(row.get("completion"), str):
-            raise UserError(f"{path} 第 {place} 行没有 completion，或不是文字。")
+            raise UserError(f"{path} {place_of(path, place)}没有 completion，或不是文字。")
         answers[names[row["task_id"]]].append(row["completion"])  # 空的也算一份：没写出来就是没过
     if missing := [task["task_id"] for task, each in zip(tasks, answers, strict=True) if not each]:
         raise UserError(f"{path} 里有 {len(missing)} 道题没有答案：{'、'.join(missing[:5])} …")

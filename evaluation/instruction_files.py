@@ -9,7 +9,7 @@ from typing import Any
 
 from instructions_zh import RULES, kwargs_fault
 from nlp_common.base.errors import UserError
-from question_files import read_questions
+from question_files import place_of, places_of, read_questions
 
 ANSWER_NAMES = ("response", "answer", "output")
 
@@ -30,23 +30,21 @@ def read_instruction_file(path: str, limit: int | None = None, skip: bool = Fals
         given = as_list(row.get("kwargs")) or [{}] * len(ids)
         fault = row_fault(ids, given)
         if fault and skip:
-            skipped.append(f"第 {place} 行（{fault}）")
+            skipped.append((place, fault))
             continue
         if fault:
             raise UserError(
-                f"{path} 第 {place} 行（key={found['key']}）：{fault}。要跳过这样的题，加 --skip_unknown。"
+                f"{path} {place_of(path, place)}（key={found['key']}）：{fault}。要跳过这样的题，加 --skip_unknown。"
             )
         found["kwargs"] = [without_null(each) for each in given]
         if found["key"] in keys:
-            raise UserError(f"{path} 第 {place} 行的 key {found['key']} 与第 {keys[found['key']]} 行的重复。")
+            here, there = place_of(path, place), place_of(path, keys[found["key"]])
+            raise UserError(f"{path} {here}的 key {found['key']} 与{there}的重复。")
         keys[found["key"]] = place
         rows.append(found)
     if skipped:
-        print(
-            f"{path} 跳过 {len(skipped)} 道题："
-            + "；".join(skipped[:10])
-            + (" 等" if len(skipped) > 10 else "")
-        )
+        shown = "；".join(f"{place_of(path, place)}（{fault}）" for place, fault in skipped[:10])
+        print(f"{path} 跳过 {len(skipped)} 道题：{shown}{' 等' if len(skipped) > 10 else ''}")
     if not rows:
         raise UserError(f"{path} 里没有一道能检查的题。")
     return rows
@@ -97,20 +95,21 @@ def read_answer_file(path: str, rows: list[dict]) -> list[dict]:
     for place, row in enumerate(read_questions(path), 1):
         name = next((name for name in ANSWER_NAMES if name in row), None)
         if name is None:
-            raise UserError(f"{path} 第 {place} 行没有 response；这一行有的是：{'、'.join(map(str, row))}。")
+            raise UserError(
+                f"{path} {place_of(path, place)}没有 response；这一行有的是：{'、'.join(map(str, row))}。"
+            )
         if row.get("prompt") is not None:
             key = by_prompt.get(str(row["prompt"]).strip())
         elif row.get("key") is not None:
             key = keys.get(str(row["key"]))
         else:
-            raise UserError(f"{path} 第 {place} 行没有 prompt，也没有 key：不知道它答的是哪道题。")
+            raise UserError(f"{path} {place_of(path, place)}没有 prompt，也没有 key：不知道它答的是哪道题。")
         if key is None:
             extra.append(place)
             continue
         if key in found:
-            raise UserError(
-                f"{path} 第 {place} 行与第 {found[key][0]} 行答的是同一道题（key={key}），请删去一行。"
-            )
+            here, there = place_of(path, place), place_of(path, found[key][0])
+            raise UserError(f"{path} {here}与{there}答的是同一道题（key={key}），请删去一行。")
         text = "" if row[name] is None else str(row[name])
         found[key] = (place, text)
         if not text.strip():
@@ -121,11 +120,7 @@ def read_answer_file(path: str, rows: list[dict]) -> list[dict]:
         raise UserError(f"{path} 没有答到 {len(missing)} 道题：{shown}{' 等' if len(missing) > 10 else ''}。")
     name = Path(path).name
     if extra:
-        print(f"{name} 第 {_places(extra)} 行的题不在题目里，不用。")
+        print(f"{name} {places_of(path, extra)}的题不在题目里，不用。")
     if empty:
-        print(f"{name} 第 {_places(empty)} 行的回答是空的（共 {len(empty)} 行）：什么要求也不合。")
+        print(f"{name} {places_of(path, empty)}的回答是空的（共 {len(empty)} 行）：什么要求也不合。")
     return [{"text": found[row["key"]][1], "ended": True} for row in rows]
-
-
-def _places(places: list[int]) -> str:
-    return "、".join(map(str, places[:10])) + (" 等" if len(places) > 10 else "")

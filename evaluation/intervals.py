@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,14 +39,31 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float], seed: int = 0, draws: int = DRAWS) -> Interval:
-    """一组分数的均值；区间由 bootstrap 得来。没有分数是 ValueError。"""
+    """一组分数的均值。分数不是 0 就是 1 的（对错），区间是 Wilson 的；别的由 bootstrap 得来。没有分数是 ValueError。
+
+    对错不用 bootstrap：全对的题重抽多少次也是全对，它会说"1.000–1.000"，而 20 道全对，真的正确率可能只有 0.84。
+    """
+    values = np.asarray(values, dtype=float)  # (n,)
+    if not np.isin(values, (0.0, 1.0)).all():
+        return bootstrap_interval(values, seed, draws)
+    if not len(values):
+        raise ValueError("一个分数也没有，算不了均值。")
+    wilson = proportion_interval(int(values.sum()), len(values))
+    return replace(wilson, stderr=_stderr(values))
+
+
+def bootstrap_interval(values: Sequence[float], seed: int = 0, draws: int = DRAWS) -> Interval:
+    """一组数的均值，区间由 bootstrap 得来。没有数是 ValueError。"""
     values = np.asarray(values, dtype=float)  # (n,)
     if not len(values):
         raise ValueError("一个分数也没有，算不了均值。")
     means = _resampled_means(values, seed, draws)
     low, high = np.quantile(means, (0.025, 0.975))
-    stderr = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
-    return Interval(float(values.mean()), float(low), float(high), float(stderr), len(values))
+    return Interval(float(values.mean()), float(low), float(high), _stderr(values), len(values))
+
+
+def _stderr(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
 def _resampled_means(values: np.ndarray, seed: int, draws: int) -> np.ndarray:
@@ -77,7 +94,7 @@ def paired_difference(
     ours, theirs = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
     if ours.shape != theirs.shape:
         raise ValueError(f"成对比较要同样的题：一边 {len(ours)} 道，一边 {len(theirs)} 道。")
-    return mean_interval(ours - theirs, seed, draws)
+    return bootstrap_interval(ours - theirs, seed, draws)
 
 
 def statistic_interval(

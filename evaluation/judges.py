@@ -24,6 +24,7 @@ from nlp_common.lm.chatml import answer_ids, prompt_ids
 from nlp_common.lm.generation import batches_by_length, pad_left, padded_positions
 from nlp_common.lm.replies import score_replies
 from nlp_common.tiny.judge import judge
+from question_files import place_of
 from two_turns import conversation
 
 A, B, TIE = "A", "B", "平"
@@ -290,6 +291,6 @@ def need_right(questions: Sequence[dict], path: str) -> None:
     for place, question in enumerate(questions, 1):
         if not str(question["turns"][0].get("right") or "").strip():
             raise UserError(
-                f"{path} 第 {place} 行没有 right（标准答案），程序评不了。请在文件里加上这一栏，"
+                f"{path} {place_of(path, place)}没有 right（标准答案），程序评不了。请在文件里加上这一栏，"
                 "或用 --judge reward、--judge smollm2，或 --judge_url 与 --judge_model 给一个服务器。"
             )

@@ -201,7 +201,7 @@ def test_intervals_follow_the_templates():
     means = np.random.default_rng(0).normal(size=20)
     d, clusters = np.repeat(means, 10), np.repeat(np.arange(20), 10).tolist()
     found = bs.clustered_interval(d, clusters, seed=0)
-    alone = bs.mean_interval(means, seed=0)
+    alone = bs.bootstrap_interval(means, seed=0)
     assert (found.low, found.high, found.n) == pytest.approx((alone.low, alone.high, 20))
     assert bs.clustered_interval(means, list(range(20)), seed=0).low == pytest.approx(alone.low)
 

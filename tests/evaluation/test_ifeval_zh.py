@@ -271,7 +271,7 @@ def test_empty_and_extra_answers_are_said(tmp_path, capsys):
     found = files.read_answer_file(write_rows(tmp_path / "a.jsonl", answers), ROWS)
     assert [each["text"] for each in found] == [" ", ""]
     printed = capsys.readouterr().out
-    assert "第 1、2 行的回答是空的" in printed and "第 3 行的题不在题目里" in printed
+    assert "第 1 行、第 2 行的回答是空的" in printed and "第 3 行的题不在题目里" in printed
     assert not any(each["prompt_strict"] for each in iz.score_all([COMMA, COMMA], found))
 
 

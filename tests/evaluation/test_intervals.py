@@ -27,6 +27,19 @@ def test_same_seed_same_interval_and_one_value_has_no_width():
         iv.mean_interval([])
 
 
+def test_all_right_is_not_certain():
+    """对错的均值就是比例：全对也有宽度；差（可能碰巧只有 0 与 1）不是比例，仍是 bootstrap。"""
+    for right, n in ((20, 20), (0, 20), (13, 20)):
+        values = [1.0] * right + [0.0] * (n - right)
+        found, wilson = iv.mean_interval(values), iv.proportion_interval(right, n)
+        assert (found.value, found.low, found.high) == (wilson.value, wilson.low, wilson.high)
+    assert iv.mean_interval([1] * 20).low == pytest.approx(0.839, abs=5e-4)
+    assert iv.mean_interval([True, False]).n == 2
+    assert iv.mean_interval([0.5, 1.0, 1.0]) == iv.bootstrap_interval([0.5, 1.0, 1.0])
+    zeros, ones = np.zeros(10), np.array([1.0] * 9 + [0.0])
+    assert iv.paired_difference(ones, zeros) == iv.bootstrap_interval(ones)
+
+
 @pytest.mark.parametrize(("right", "n"), [(0, 20), (20, 20), (7, 20), (1, 1), (430, 500)])
 def test_wilson_equals_scipy(right, n):
     from scipy.stats import binomtest

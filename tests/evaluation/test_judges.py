@@ -119,7 +119,7 @@ def test_two_turns_are_held_out_and_the_program_knows_the_answer():
 def test_right_of_readers_own_questions():
     assert jd.program_judge([ask_of("是甲", "是乙"), ask_of("甲", "也是甲")]) == ["A", "平"]
     jd.need_right([ask_of().question], "a.jsonl")
-    with pytest.raises(UserError, match=r"a\.jsonl 第 2 行没有 right"):
+    with pytest.raises(UserError, match=r"a\.jsonl 第 2 条没有 right"):
         jd.need_right([ask_of().question, {"turns": [{"ask": "问", "right": ""}]}], "a.jsonl")
 
 

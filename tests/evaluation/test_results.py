@@ -89,7 +89,7 @@ def test_saved_scores_are_shown_as_one_table_a_benchmark(tmp_path, capsys):
     rs.show_saved(tmp_path)
     said = capsys.readouterr().out
     assert "entropy" not in said  # 不分好坏的分不印
-    assert said.index("题一") < said.index("dpo  1.000（1.000–1.000，n=4）") < said.index("sft  0.750（")
+    assert said.index("题一") < said.index("dpo  1.000（0.510–1.000，n=4）") < said.index("sft  0.750（")
     assert said.index("题二") < said.index("sft  0.500（0.500–0.500，n=1）")
 
 
