@@ -19,7 +19,7 @@ from nlp_common.base.cli import run_main
 from chat_app.asking import answer, read_lines, show_speakers
 from chat_app.trying import AskSettings, find_results, open_speaker
 from nlp_common.base.arguments import parse_arguments
-from nlp_common.lm.chatml import encode_text
+from nlp_common.lm.chatml import encode_untrusted
 from nlp_common.lm.speaker import Speaker
 from nlp_common.tiny import world
 
@@ -53,8 +53,8 @@ def continue_all(speaker: Speaker, openings: list[dict], settings: GenSettings) 
         print(f"【{number}】开头：{opening['prompt']}")
         if "answer" in opening:
             print(f"     该接：{opening['answer']}")
-        # 没有 ChatML，没有角色：基座看到的就是一段文字。
-        reply = answer(speaker, encode_text(speaker.tokenizer, opening["prompt"]), settings)
+        # 没有 ChatML，没有角色：基座看到的就是一段文字，里面的控制符字样也只是文字。
+        reply = answer(speaker, encode_untrusted(speaker.tokenizer, opening["prompt"]), settings)
         if reply is None:
             continue
         ending = "写完了" if reply.end else "没写完，到了 --max_new_tokens"

@@ -20,7 +20,7 @@ MARKS = {
 }
 
 
-ROLES = {"system": "系统", "user": "问", "assistant": "答"}
+ROLES = {"system": "系统", "user": "问", "assistant": "答", "tool": "结果"}
 LONG = 300  # 终端里，一段话最多显示多少个字
 
 
