@@ -119,7 +119,7 @@ def measure_models(stage: Stage) -> dict:
     for name in split_names(settings.models):
         found = run_part(stage, file_name(name), partial(measure_one, name=name, questions=questions))
         grids[name], tables[name] = found["grid"], found["at_one"]
-        print_grid(name, grids[name])
+        print_grid(f"{name}：{len(questions)} 道题，每道问 {settings.samples} 遍", grids[name])
 
     metrics: dict = {"grid": grids, "at_same_right": {}, "lost": {}}
     judged = "right" in next(iter(tables.values()))["items"][0]["scores"]
@@ -338,9 +338,9 @@ def as_items(questions: list[dict], groups: list[list[dict]], scores: list[dict]
     ]
 
 
-def print_grid(name: str, grid: dict[str, dict]) -> None:
+def print_grid(title: str, grid: dict[str, dict]) -> None:
     columns = [key for key in NAMES if key in next(iter(grid.values()))]
-    print(f"\n{name}\n  {padded('采样', 12)}" + "  ".join(NAMES[key] for key in columns))
+    print(f"\n{title}\n  {padded('采样', 12)}" + "  ".join(NAMES[key] for key in columns))
     for key, row in grid.items():
         label = f"温度 {key[1:]}" if key.startswith("t") else f"top_p {key[1:]}"
         print(f"  {padded(label, 12)}" + "  ".join(f"{row[c]:>{width(NAMES[c])}.3f}" for c in columns))

@@ -27,7 +27,7 @@ def print_scores(metrics: dict) -> None:
 
 def shown(found: dict, sign: bool = False) -> str:
     form = "+.3f" if sign else ".3f"
-    return f"{found['value']:{form}}（{found['low']:{form}} 到 {found['high']:{form}}）"
+    return f"{found['value']:{form}}（{found['low']:{form}} 到 {found['high']:{form}}，n={found['n']}）"
 
 
 def print_instructions(kinds: dict) -> None:

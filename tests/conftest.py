@@ -3,9 +3,12 @@
 import copy
 import functools
 import importlib.util
+import json
 import os
 import re
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,43 @@ def fresh_accelerator():
     yield
     if state := sys.modules.get("accelerate.state"):
         state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class _ChatHandler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, dict(self.headers), body))
+        said = self.server.answer(body)
+        code, data = said if isinstance(said, tuple) else (200, said)
+        if isinstance(data, str):
+            data = json.dumps({"choices": [{"message": {"content": data}}]}).encode()
+        try:
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(data)
+        except OSError:
+            pass  # 等得不耐烦，走了
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def chat_server():
+    """本机的一个会说 OpenAI 聊天接口的服务器，地址是 .url。
+
+    .answer(请求的 body) → 说什么，测试自己写：文字；bytes 照原样发；(状态码, 文字或 bytes)。.asked 是 [(路径, 头, body)]。
+    """
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _ChatHandler)
+    server.url, server.asked, server.answer = (
+        f"http://127.0.0.1:{server.server_port}/v1",
+        [],
+        lambda body: "好",
+    )
+    threading.Thread(target=lambda: server.serve_forever(0.02), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope="session")

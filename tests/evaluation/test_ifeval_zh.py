@@ -1,8 +1,6 @@
 """打分、题目与回答文件、服务器、训练的奖励：手算的，写错了说得清，从头到尾跑一遍。"""
 
-import http.server
 import json
-import threading
 from types import SimpleNamespace
 
 import ifeval_zh as iz
@@ -295,48 +293,15 @@ def test_bad_flags(more, named):
 # ---------------------------------------------------------------- 服务器
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """照题写合格的回答；题里有"坏"就给 500。"""
-
-    answers: dict = {}  # noqa: RUF012
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = body["messages"][-1]["content"]
-        text = self.answers.get(prompt, "你好")
-        if text is None:
-            self.send_error(500)
-            return
-        data = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
-def test_answers_from_a_server(tmp_path, monkeypatch, capsys):
+def test_answers_from_a_server(tmp_path, monkeypatch, capsys, chat_server):
+    """照题写合格的回答；有一道题服务器总是 500。"""
     rows = general_prompts(6, 0)
-    monkeypatch.setattr(
-        Handler, "answers", {row["prompt"]: row["example"] for row in rows} | {rows[2]["prompt"]: None}
-    )
+    answers = {row["prompt"]: row["example"] for row in rows} | {rows[2]["prompt"]: (500, b"")}
+    chat_server.answer = lambda body: answers.get(body["messages"][-1]["content"], "你好")
     monkeypatch.setattr("nlp_common.hub.chat_server.time.sleep", lambda seconds: None)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        arguments = ["--preset", "tiny", "--dataset", "general", "--n", "6", "--answers_model", "m"]
-        arguments += [
-            "--answers_url",
-            f"http://127.0.0.1:{server.server_port}/v1",
-            "--output_dir",
-            str(tmp_path / "r"),
-        ]
-        metrics = iz.main(arguments)["metrics"]
-    finally:
-        server.shutdown()
-        server.server_close()
+    arguments = ["--preset", "tiny", "--dataset", "general", "--n", "6", "--answers_model", "m"]
+    arguments += ["--answers_url", chat_server.url, "--output_dir", str(tmp_path / "r")]
+    metrics = iz.main(arguments)["metrics"]
     assert metrics["models"]["m"]["prompt_strict"]["value"] == pytest.approx(
         5 / 6, abs=1e-3
     )  # 没有回答的不算合格

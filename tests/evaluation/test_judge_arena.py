@@ -1,8 +1,6 @@
 """擂台从头到尾：读者自己的回答，程序与本机的服务器当评判；小世界里的数；结果文件；写错了说得清。"""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import judge_arena as ja
@@ -161,38 +159,21 @@ def test_program_needs_the_right_answers(tmp_path):
 
 
 @pytest.fixture
-def server():
+def server(chat_server):
     """选长的那个；问题里有"等于几"的单数题，胡说。"""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.asked.append(body)
-            text = body["messages"][0]["content"]
-            said = "我不好说"
-            if "【回答 A】" in text and not self.useless:
-                first = text.split("【回答 A】\n")[1].split("\n【回答 B】")[0]
-                second = text.split("【回答 B】\n")[1].split("\n【以上是回答】")[0]
-                said = (
-                    "[[A]]" if len(first) > len(second) else "[[B]]" if len(second) > len(first) else "[[平]]"
-                )
-                if "【问题】\n7 加" in text:
-                    said = "各有千秋"
-            data = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(data)
+    def answer(body):
+        text = body["messages"][0]["content"]
+        if "【回答 A】" not in text:
+            return "我不好说"
+        first = text.split("【回答 A】\n")[1].split("\n【回答 B】")[0]
+        second = text.split("【回答 B】\n")[1].split("\n【以上是回答】")[0]
+        if "【问题】\n7 加" in text:
+            return "各有千秋"
+        return "[[A]]" if len(first) > len(second) else "[[B]]" if len(second) > len(first) else "[[平]]"
 
-        def log_message(self, *_):
-            pass
-
-    Handler.asked, Handler.useless = [], False
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=lambda: httpd.serve_forever(0.02), daemon=True).start()
-    httpd.handler, httpd.url = Handler, f"http://127.0.0.1:{httpd.server_port}/v1"
-    yield httpd
-    httpd.shutdown()
-    httpd.server_close()
+    chat_server.answer = answer
+    return chat_server
 
 
 def test_a_server_is_the_judge(files, server, tmp_path, monkeypatch, capsys):
@@ -214,7 +195,7 @@ def test_a_server_is_the_judge(files, server, tmp_path, monkeypatch, capsys):
 
 
 def test_a_judge_without_any_verdict(files, server, tmp_path):
-    server.handler.useless = True
+    server.answer = lambda body: "我不好说"
     argv = ["--answers", *files, "--judge_url", server.url, "--judge_model", "m"]
     rows = [json.loads(line) for line in Path(files[0]).read_text("utf-8").splitlines()]
     rows[29]["answer"] = "不空"  # 空的不用问评判，也有结论

@@ -1,9 +1,6 @@
 """评判：结论怎样读；两种次序；空的回答；程序、奖励模型、本地模型、服务器（超时、胡说、断线都不算谁赢）；种下的偏见量得回来。"""
 
-import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -167,35 +164,9 @@ def test_model_judge_in_batches_is_one_by_one(model, chat_tokenizer):
 
 
 @pytest.fixture
-def server():
-    """一个本机的评判服务器：think(最后一句话) → (状态码, 说什么)；说什么是 bytes 就照原样发。"""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.asked.append(body["messages"])
-            code, text = self.think(body["messages"])
-            data = text
-            if isinstance(text, str):
-                data = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-            try:
-                self.send_response(code)
-                self.end_headers()
-                self.wfile.write(data)
-            except OSError:
-                pass
-
-        def log_message(self, *_):
-            pass
-
-    Handler.asked = []
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=lambda: httpd.serve_forever(0.02), daemon=True).start()
-    httpd.handler = Handler
-    httpd.judge = ChatServer(f"http://127.0.0.1:{httpd.server_port}/v1", "m", timeout=0.4, retries=1, wait=0)
-    yield httpd
-    httpd.shutdown()
-    httpd.server_close()
+def server(chat_server):
+    chat_server.judge = ChatServer(chat_server.url, "m", timeout=0.4, retries=1, wait=0)
+    return chat_server
 
 
 def asks_named(*names):
@@ -204,8 +175,8 @@ def asks_named(*names):
 
 
 def test_server_verdicts_and_every_kind_of_rubbish(server, tmp_path):
-    def think(self, messages):
-        first, last = messages[0]["content"], messages[-1]["content"]
+    def think(body):
+        first, last = (body["messages"][place]["content"] for place in (0, -1))
         if "〔慢〕" in first:
             time.sleep(0.8)
         if "〔坏〕" in first:
@@ -222,7 +193,7 @@ def test_server_verdicts_and_every_kind_of_rubbish(server, tmp_path):
             return 200, "A 和 B 都好"
         return 200, "好。\n[[A]]"
 
-    server.handler.think = think
+    server.answer = think
     names = ("好", "慢", "坏", "乱", "空", "不收", "两可", "再问")
     verdicts = jd.server_judge(asks_named(*names), server.judge, tmp_path / "kept.jsonl")
     assert dict(zip(names, verdicts, strict=True)) == {
@@ -233,33 +204,33 @@ def test_server_verdicts_and_every_kind_of_rubbish(server, tmp_path):
 
 
 def test_what_was_answered_is_not_asked_again(server, tmp_path):
-    server.handler.think = lambda self, messages: (200, "[[B]]")
+    server.answer = lambda body: (200, "[[B]]")
     kept = tmp_path / "kept.jsonl"
     asks = asks_named("一", "二", "一")  # 一样的只问一次
     assert jd.server_judge(asks, server.judge, kept) == ["B"] * 3
-    assert len(server.handler.asked) == 2
+    assert len(server.asked) == 2
     with kept.open("a", encoding="utf-8") as file:
         file.write('["写到一半')
     assert jd.server_judge(asks, server.judge, kept) == ["B"] * 3
-    assert len(server.handler.asked) == 2
+    assert len(server.asked) == 2
     other = ChatServer(server.judge.url, "m2", timeout=1, retries=0)
     jd.server_judge(asks[:1], other, kept)
-    assert len(server.handler.asked) == 3  # 另一个模型，另问
+    assert len(server.asked) == 3  # 另一个模型，另问
 
 
 def test_no_answer_is_asked_again_next_time(server, tmp_path):
-    server.handler.think = lambda self, messages: (503, "忙")
+    server.answer = lambda body: (503, "忙")
     assert jd.server_judge(asks_named("一"), server.judge, tmp_path / "k") == [None]
-    server.handler.think = lambda self, messages: (200, "[[平]]")
+    server.answer = lambda body: (200, "[[平]]")
     assert jd.server_judge(asks_named("一"), server.judge, tmp_path / "k") == ["平"]
 
 
 def test_a_dead_server_is_given_up(server, tmp_path):
-    server.handler.think = lambda self, messages: (503, "忙")
+    server.answer = lambda body: (503, "忙")
     names = [str(i) for i in range(100)]
     with pytest.raises(UserError, match=r"一连 \d+ 句没有回答：服务器错误 503"):
         jd.server_judge(asks_named(*names), server.judge, tmp_path / "k")
-    assert len(server.handler.asked) < 100
+    assert len(server.asked) < 100
 
 
 # ---------------------------------------------------------------- 偏见

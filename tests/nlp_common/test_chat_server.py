@@ -1,9 +1,6 @@
 """会说 OpenAI 接口的服务器：超时、胡说、断线都是"没有回答"，不是一种回答；钥匙不对当场就说。"""
 
-import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -12,37 +9,22 @@ from nlp_common.hub.chat_server import ChatServer
 
 
 @pytest.fixture
-def server():
-    """一个本机的服务器；replies 里放每次怎样回答，最后一个一直用下去。"""
+def server(chat_server):
+    """replies 里放每次怎样回答（状态码、内容、先等几秒），最后一个一直用下去。"""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.asked.append((self.path, dict(self.headers), body))
-            reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
-            code, data, pause = reply
-            time.sleep(pause)
-            try:
-                self.send_response(code)
-                self.end_headers()
-                self.wfile.write(data)
-            except OSError:
-                pass
+    def answer(body):
+        code, data, pause = (
+            chat_server.replies.pop(0) if len(chat_server.replies) > 1 else chat_server.replies[0]
+        )
+        time.sleep(pause)
+        return code, data
 
-        def log_message(self, *_):
-            pass
-
-    Handler.replies, Handler.asked = [], []
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=lambda: httpd.serve_forever(0.02), daemon=True).start()
-    httpd.handler, httpd.url = Handler, f"http://127.0.0.1:{httpd.server_port}/v1"
-    yield httpd
-    httpd.shutdown()
-    httpd.server_close()
+    chat_server.replies, chat_server.answer = [], answer
+    return chat_server
 
 
 def said(text):
-    return 200, json.dumps({"choices": [{"message": {"content": text}}]}).encode(), 0
+    return 200, text, 0
 
 
 def ask(server, **settings):
@@ -52,10 +34,10 @@ def ask(server, **settings):
 
 def test_server_gives_its_answer_and_gets_the_key(server, monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret-1")
-    server.handler.replies = [said("答")]
+    server.replies = [said("答")]
     answerer, text = ask(server, api_key_env="MY_KEY")
     assert text == "答" and answerer.faults == {}
-    path, headers, body = server.handler.asked[0]
+    path, headers, body = server.asked[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret-1"
     assert body == {"model": "m", "messages": [{"role": "user", "content": "问"}], "temperature": 0}
     assert "secret-1" not in repr(answerer)
@@ -73,19 +55,19 @@ def test_server_gives_its_answer_and_gets_the_key(server, monkeypatch):
     ],
 )
 def test_a_bad_answer_is_asked_again_and_then_no_answer(server, bad, fault):
-    server.handler.replies = [bad, said("好了")]
+    server.replies = [bad, said("好了")]
     answerer, text = ask(server)
     assert text == "好了" and answerer.faults == {fault: 1}
-    server.handler.replies = [bad]
+    server.replies = [bad]
     answerer, text = ask(server, retries=1)
     assert text is None and answerer.faults == {fault: 2}
 
 
 def test_refused_key_is_said_at_once(server):
-    server.handler.replies = [(401, b"bad key", 0)]
+    server.replies = [(401, b"bad key", 0)]
     with pytest.raises(UserError, match=r"401.*bad key"):
         ask(server)
-    assert len(server.handler.asked) == 1
+    assert len(server.asked) == 1
 
 
 def test_nobody_there():

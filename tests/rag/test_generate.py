@@ -1,9 +1,5 @@
 """照着资料回答：抄的是对的那一句，引用指得到，模型与服务器走同一个接口，资料里的字样变不成控制符。"""
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
 
 from nlp_common.base.errors import UserError
@@ -42,26 +38,14 @@ def test_a_local_model_answers_in_batch(chat_folder):
     assert len(answers) == 2 and all(isinstance(answer, g.Answer) for answer in answers)
 
 
-def test_a_server_answers_or_is_empty():
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200 if len(asked) == 1 else 500)
-            self.end_headers()
-            self.wfile.write(json.dumps({"choices": [{"message": {"content": "十天[1]"}}]}).encode())
-
-        def log_message(self, *_):
-            pass
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=lambda: httpd.serve_forever(0.02), daemon=True).start()
-    generator = g.load_generator(f"http://127.0.0.1:{httpd.server_port}/v1 m")
+def test_a_server_answers_or_is_empty(chat_server):
+    chat_server.answer = lambda body: "十天[1]"
+    generator = g.load_generator(f"{chat_server.url} m")
     generator.server.retries = 0
     assert generator.answer(["新书？"], [PASSAGES]) == [g.Answer("十天[1]", [0])]
-    assert asked[0]["model"] == "m" and asked[0]["temperature"] == 0
+    asked = chat_server.asked[0][2]
+    assert asked["model"] == "m" and asked["temperature"] == 0
+    chat_server.answer = lambda body: (500, b"")
     assert generator.answer(["新书？"], [PASSAGES]) == [g.Answer("")]
-    httpd.shutdown()
     with pytest.raises(UserError, match="要有模型名"):
         g.load_generator("http://127.0.0.1:8000/v1")
