@@ -191,7 +191,8 @@ def _ask_calculate(rng: random.Random, shelf: list[dict], heldout: bool) -> dict
 
 def _ask_two_step(rng: random.Random, shelf: list[dict], heldout: bool) -> dict:
     if rng.random() < 0.5:  # 先查带了几个，再算一共多少钱
-        story, price = rng.choice(shelf), rng.randint(10, 99)
+        story = rng.choice(shelf)
+        price = rng.choice([each for each in range(10, 100) if str(each) != story["n"]])
         question = "{person}{time}带的{food}每个{price}元，一共多少元？".format(price=price, **story)
         expression = f"{story['n']}*{price}"
         result = calculated(expression)
