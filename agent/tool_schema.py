@@ -1,6 +1,5 @@
 """工具调用的校验、修补与约束。"""
 
-from nlp_common.base.cli import run_main
 
 import difflib
 import json
@@ -8,7 +7,6 @@ import math
 import re
 from typing import Any
 
-from call_repair import repair_json
 from schema_words import check_schema, referred
 from tool_format import BrokenCall, Call
 

@@ -28,24 +28,25 @@ from typing import Literal
 import numpy as np
 import torch
 
-from automaton import Matcher
 from char_gpt import check_room
-from gbnf import parse_grammar
 from grammar_peers import RECORD_FIELDS, mask_costs, record_schema, whitespace_lover
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
 from nlp_common.draw.figures import render
 from nlp_common.draw.plots import COLORS
+from nlp_common.lm.automaton import Matcher
 from nlp_common.lm.chatml import prompt_ids, whole_pieces
+from nlp_common.lm.gbnf import parse_grammar
 from nlp_common.lm.generation import stop_tokens
 from nlp_common.lm.loading import load_causal_lm
+from nlp_common.lm.schema_fits import is_json
+from nlp_common.lm.schema_grammar import schema_to_grammar
+from nlp_common.lm.token_masks import TokenMasks, make_masks
 from nlp_common.tiny import world
 from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
-from schema_grammar import is_json, schema_to_grammar
-from token_masks import TokenMasks, make_masks
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B-Chat"

@@ -9,8 +9,9 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from schema_grammar import is_json, schema_to_grammar
-from token_masks import make_masks, token_bytes
+from nlp_common.lm.schema_fits import is_json
+from nlp_common.lm.schema_grammar import schema_to_grammar
+from nlp_common.lm.token_masks import make_masks, token_bytes
 
 SEPARATORS = (", ", ": ")  # 与 schema_grammar.py 相同的唯一一种空白
 

@@ -7,10 +7,10 @@ import re
 import numpy as np
 import pytest
 
-from automaton import Matcher
-from gbnf import parse_grammar
 from nlp_common.base.errors import UserError
-from token_masks import TokenMasks, token_bytes
+from nlp_common.lm.automaton import Matcher
+from nlp_common.lm.gbnf import parse_grammar
+from nlp_common.lm.token_masks import TokenMasks, token_bytes
 
 
 def matcher(text: str) -> Matcher:
@@ -186,7 +186,7 @@ def test_bad_grammars_say_what_is_wrong(text, said):
 
 
 def test_too_many_states_is_said(monkeypatch):
-    import automaton
+    from nlp_common.lm import automaton
 
     monkeypatch.setattr(automaton, "MAX_STATES", 50)
     with pytest.raises(UserError, match="太复杂"):

@@ -1,15 +1,21 @@
-"""自动机的一个状态 → 许可哪些 token。constrained_decoding.py 的第三步。
+"""自动机（automaton.py）的一个状态 → 许可哪些 token。
 
 词表里每个 token 的字节排成一张表，从这个状态出发一列一列地走，走得通的就许可。同一个状态的掩码只算一次，以后查表。
 """
 
+from __future__ import annotations
+
 import re
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from automaton import DEAD, Matcher
-from gbnf import parse_grammar
+from nlp_common.lm.automaton import DEAD, Matcher
+from nlp_common.lm.gbnf import parse_grammar
 from nlp_common.lm.generation import stop_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def byte_table() -> dict[str, int]:
@@ -19,7 +25,7 @@ def byte_table() -> dict[str, int]:
     return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
-def token_bytes(tokenizer) -> list[bytes]:
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     """词表里每个 token 是哪几个字节；特殊符号是空的：它们不是文字。"""
     table = byte_table()
     special = set(tokenizer.all_special_ids) | {
@@ -122,7 +128,7 @@ class TokenMasks:
         return int(states[place]) if place < len(tokens) and tokens[place] == token else DEAD
 
 
-def make_masks(grammar: str, tokenizer, size: int) -> TokenMasks:
+def make_masks(grammar: str, tokenizer: PreTrainedTokenizerBase, size: int) -> TokenMasks:
     """文法的文字 → 掩码；size 是模型输出层的大小，比分词器多出来的都不许可。"""
     words = token_bytes(tokenizer)
     words += [b""] * (size - len(words))

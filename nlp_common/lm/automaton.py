@@ -1,4 +1,4 @@
-"""文法的树 → 下推自动机：状态是一组栈，读一个字节换一个状态。constrained_decoding.py 的第二步。
+"""文法的树 → 下推自动机：状态是一组栈，读一个字节换一个状态。text_generation/constrained_decoding.py 与 agent/tool_schema.py 的约束解码都用它。
 
 算过的换法都记下来，同样的状态只算一次；没有递归的文法，用着用着就成了一张有限的表。
 """
@@ -80,7 +80,7 @@ class Matcher:
     def _push(self, node: tuple, below: Frame | None) -> Frame:
         key = (id(node), id(below))
         if key not in self._frames:
-            need = self._node_least(node, self.least) + (below.need if below else 0)
+            need = (self._node_least(node, self.least) or 0) + (below.need if below else 0)
             self._frames[key] = Frame(node, below, need)
         return self._frames[key]
 
@@ -158,7 +158,8 @@ class Matcher:
             return None if one is None else one * node[2]
         parts = [self._node_least(part, least) for part in body]
         if kind == "seq":
-            return None if None in parts else sum(parts)
+            known = [part for part in parts if part is not None]
+            return sum(known) if len(known) == len(parts) else None
         return min((part for part in parts if part is not None), default=None)
 
     def _least_bytes(self) -> dict[str, int | None]:

@@ -1,27 +1,25 @@
 """JSON schema → 文法（gbnf.py 的 GBNF）。空白只有一种写法：逗号、冒号后面一个空格，别处没有。
+\\u 后面不许写半个代理对（那不是一个字），指数至多两位（再大，读出来是无穷大）。
 
 支持：type（object、array、string、integer、number、boolean、null，可以写几种）、properties、required、items、
-minItems/maxItems、enum、const、anyOf/oneOf、minimum/maximum（整数）、minLength/maxLength、format: date/time/date-time、
-$ref（#/$defs/…，可以自己套自己）。不认识的限制是 UserError：悄悄不管，写出来的就不合 schema。
+additionalProperties（没有 properties 时）、minItems/maxItems、enum、const、anyOf/oneOf、minimum/maximum、minLength/maxLength、
+format: date/time/date-time、nullable、$ref（#/$defs/…，可以自己套自己）。不认识的限制是 UserError：悄悄不管，写出来的就不合 schema。
 """
 
-import datetime
+from __future__ import annotations
+
 import json
+import math
+from collections.abc import Callable
+from typing import Any
 
 from nlp_common.base.errors import UserError
+from nlp_common.lm.schema_fits import BOUNDS, KNOWN, fits, integer_bounds, is_any_object, lookup
 
 NOTES = {"title", "description", "$schema", "$defs", "definitions", "default", "examples", "$comment", "$id"}
-KNOWN = {
-    "object": {"properties", "required", "additionalProperties"},
-    "array": {"items", "minItems", "maxItems"},
-    "string": {"minLength", "maxLength", "format"},
-    "integer": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"},
-    "number": set(),
-    "boolean": set(),
-    "null": set(),
-}
+Rule = Callable[[str], str]  # 式子 → 起好的规则名
+Ref = Callable[[str, str], str]  # $ref 与它在哪里 → 规则名
 COUNTS = ("minItems", "maxItems", "minLength", "maxLength")
-BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 LISTS = ("enum", "anyOf", "oneOf", "required")
 BASE = r"""
 value   ::= object | array | string | number | "true" | "false" | "null"
@@ -29,9 +27,11 @@ object  ::= "{" (member (", " member)*)? "}"
 member  ::= string ": " value
 array   ::= "[" (value (", " value)*)? "]"
 string  ::= "\"" char* "\""
-char    ::= [^"\\\x00-\x1f] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4})
+char    ::= [^"\\\x00-\x1f] | "\\" (["\\/bfnrt] | "u" escaped)
+escaped ::= [0-9abcefABCEF] hex{3} | [dD] [0-7] hex{2} | [dD] [89abAB] hex{2} "\\u" [dD] [c-fC-F] hex{2}
+hex     ::= [0-9a-fA-F]
 integer ::= "-"? ("0" | [1-9] [0-9]*)
-number  ::= integer ("." [0-9]+)? ([eE] [+\-]? [0-9]+)?
+number  ::= integer ("." [0-9]+)? ([eE] [+\-]? [0-9]{1,2})?
 year    ::= "000" [1-9] | "00" [1-9] [0-9] | "0" [1-9] [0-9]{2} | [1-9] [0-9]{3}
 leap    ::= [0-9]{2} ("0" [48] | [2468] [048] | [13579] [26]) | ("0" [48] | [2468] [048] | [13579] [26]) "00"
 day28   ::= "0" [1-9] | "1" [0-9] | "2" [0-8]
@@ -49,7 +49,7 @@ def quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-def literal_of(value) -> str:
+def literal_of(value: Any) -> str:
     """一个固定的 JSON 值。"""
     return quoted(json.dumps(value, ensure_ascii=False))
 
@@ -78,23 +78,16 @@ def schema_to_grammar(schema: dict) -> str:
     return f"root ::= {root}\n" + "\n".join(lines) + BASE
 
 
-def lookup(schema: dict, path: str, where: str) -> dict:
-    """#/$defs/名字 → 那一段 schema。"""
-    found = schema
-    for part in path.removeprefix("#").strip("/").split("/") if path != "#" else []:
-        if not isinstance(found, dict) or part not in found:
-            raise UserError(f"{where} 的 $ref {path!r} 找不到：只支持同一个 schema 里的 #/$defs/…。")
-        found = found[part]
-    return found
-
-
-def convert(schema, where: str, rule, ref) -> str:
+def convert(schema: Any, where: str, rule: Rule, ref: Ref) -> str:
     """一段 schema → 一个文法的式子。"""
     if schema is True or schema == {}:
         return "value"
     if not isinstance(schema, dict):
         raise UserError(f"{where} 应当是一个对象，写的是 {schema!r}。")
     check_shapes(schema, where)
+    if schema.get("nullable") is True:
+        rest = {name: value for name, value in schema.items() if name != "nullable"}
+        return f'({convert(rest, where, rule, ref)} | "null")'
     if "$ref" in schema:
         only(schema, "$ref", where)
         return ref(schema["$ref"], where)
@@ -109,20 +102,19 @@ def convert(schema, where: str, rule, ref) -> str:
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     if strange := [kind for kind in kinds if kind not in KNOWN]:
         raise UserError(f"{where} 的 type {strange[0]!r} 不认识：可以是 {'、'.join(KNOWN)}。")
-    allowed = NOTES | {"type", "const", "enum"} | set().union(*(KNOWN[kind] for kind in kinds))
+    allowed = NOTES | {"type", "const", "enum", "nullable"} | set().union(*(KNOWN[kind] for kind in kinds))
     if strange := [name for name in schema if name not in allowed]:
         raise UserError(f"{where} 的 {strange[0]!r} 还不支持：去掉它，或把要求写成文法（--grammar）。")
-    if "number" in kinds and (strange := KNOWN["integer"] & schema.keys()):
-        raise UserError(f"{where} 的 {min(strange)!r} 只支持整数：type 要写成 integer，不能有 number。")
     if "const" in schema or "enum" in schema:
         return choice_rule(schema, where)
-    makers = {"object": object_rule, "array": array_rule, "string": string_rule, "integer": integer_rule}
+    makers = {"object": object_rule, "array": array_rule, "string": string_rule}
+    makers |= {"integer": integer_rule, "number": number_rule}
     options = []
     for kind in kinds:
         if kind in makers:
             options.append(makers[kind](schema, where, rule, ref))
         else:
-            options.append({"number": "number", "boolean": '("true" | "false")', "null": '"null"'}[kind])
+            options.append({"boolean": '("true" | "false")', "null": '"null"'}[kind])
     return options[0] if len(options) == 1 else "(" + " | ".join(options) + ")"
 
 
@@ -131,8 +123,8 @@ def check_shapes(schema: dict, where: str) -> None:
     for name, value in schema.items():
         good, shape = True, ""
         if name in COUNTS or name in BOUNDS:
-            shape = "不小于 0 的整数" if name in COUNTS else "整数"
-            good = type(value) is int and (name in BOUNDS or value >= 0)
+            shape = "不小于 0 的整数" if name in COUNTS else "数"
+            good = type(value) is int and value >= 0 if name in COUNTS else type(value) in (int, float)
         elif name in LISTS:
             good, shape = isinstance(value, list), "列表 […]"
             if good and not value and name != "required":
@@ -166,12 +158,18 @@ def choice_rule(schema: dict, where: str) -> str:
     return "(" + " | ".join(map(literal_of, kept)) + ")"
 
 
-def object_rule(schema: dict, where: str, rule, ref) -> str:
+def object_rule(schema: dict, where: str, rule: Rule, ref: Ref) -> str:
     """各栏按写下的次序；没有列在 required 里的可有可无。什么也没有限制的，就是任意的对象。"""
     if is_any_object(schema):
         return "object"
-    if "properties" not in schema and isinstance(schema.get("additionalProperties"), dict):
-        raise UserError(f"{where} 的 'additionalProperties' 还不支持：把各栏写进 properties。")
+    more = schema.get("additionalProperties")
+    if isinstance(more, dict) and more:
+        if schema.get("properties") or schema.get("required"):
+            raise UserError(
+                f"{where} 的 properties 旁边还有 additionalProperties，还不支持：把各栏写进 properties。"
+            )
+        one = rule(f"string {quoted(': ')} {convert(more, f'{where}[]', rule, ref)}")
+        return f'"{{" ({one} (", " {one})*)? "}}"'
     fields_of = schema.get("properties", {})
     required = set(map(str, schema.get("required", [])))
     if missing := required - set(fields_of):
@@ -191,12 +189,7 @@ def object_rule(schema: dict, where: str, rule, ref) -> str:
     return f'"{{" {rule(first)} "}}"'
 
 
-def is_any_object(schema: dict) -> bool:
-    free = schema.get("additionalProperties", True) in (True, {})
-    return "properties" not in schema and not schema.get("required") and free
-
-
-def array_rule(schema: dict, where: str, rule, ref) -> str:
+def array_rule(schema: dict, where: str, rule: Rule, ref: Ref) -> str:
     item = rule(convert(schema.get("items", {}), f"{where}[]", rule, ref))
     low, high = schema.get("minItems", 0), schema.get("maxItems")
     if high is not None and high < low:
@@ -208,7 +201,7 @@ def array_rule(schema: dict, where: str, rule, ref) -> str:
     return f'"[" {some} "]"' if low else f'"[" ({some})? "]"'
 
 
-def string_rule(schema: dict, where: str, rule, ref) -> str:
+def string_rule(schema: dict, where: str, rule: Rule, ref: Ref) -> str:
     kinds = {"date": "date", "time": "time", "date-time": "datetime"}
     if "format" in schema:
         if schema["format"] not in kinds:
@@ -222,35 +215,72 @@ def string_rule(schema: dict, where: str, rule, ref) -> str:
     return f'"\\"" char{{{low},{"" if high is None else high}}} "\\""'
 
 
-def integer_rule(schema: dict, where: str, rule, ref) -> str:
+def integer_rule(schema: dict, where: str, rule: Rule, ref: Ref) -> str:
     low, high = integer_bounds(schema)
     if low is None and high is None:
         return "integer"
-    if low is None or high is None:
-        raise UserError(f"{where} 只写了一边的界限：整数请同时写 minimum 与 maximum。")
-    if high < low:
+    if low is not None and high is not None and high < low:
         raise UserError(f"{where} 的 maximum {high} 小于 minimum {low}：没有这样的整数。")
     options = []
-    if low < 0:
-        options += [f'"-" {each}' for each in digits(max(1, -high), -low)]
-        low = 0
-    if high >= low:
-        options += digits(low, high)
+    if low is None or low < 0:
+        most = None if low is None else -low
+        options += [f'"-" {each}' for each in digits(1 if high is None else max(1, -high), most)]
+    if high is None or high >= 0:
+        options += digits(max(0, low or 0), high)
     return "(" + " | ".join(options) + ")"
 
 
-def integer_bounds(schema: dict) -> tuple[int | None, int | None]:
-    """最小、最大；两种写法都有时，取更紧的一个。"""
-    lows = [schema["minimum"]] if "minimum" in schema else []
-    lows += [schema["exclusiveMinimum"] + 1] if "exclusiveMinimum" in schema else []
-    highs = [schema["maximum"]] if "maximum" in schema else []
-    highs += [schema["exclusiveMaximum"] - 1] if "exclusiveMaximum" in schema else []
-    return max(lows, default=None), min(highs, default=None)
+def number_rule(schema: dict, where: str, rule: Rule, ref: Ref) -> str:
+    """有界限的数：小数至多六位，不用科学记数。界限不是整数的，往里收成整数：少了几个值，不会多。"""
+    if not set(BOUNDS) & schema.keys():
+        return "number"
+    lows = [
+        (math.ceil(schema[name]), name == "exclusiveMinimum")
+        for name in ("minimum", "exclusiveMinimum")
+        if name in schema
+    ]
+    highs = [
+        (math.floor(schema[name]), name == "exclusiveMaximum")
+        for name in ("maximum", "exclusiveMaximum")
+        if name in schema
+    ]
+    low, open_low = max(lows, default=(None, False))
+    high, open_high = min(highs, key=lambda each: (each[0], not each[1]), default=(None, False))
+    options = []
+    if low is None or low < 0:  # 负的：减号后面的大小
+        ends_below_zero = high is not None and high <= 0
+        nearest, nearest_open = (-high, open_high) if high is not None and ends_below_zero else (0, True)
+        options += [
+            f'"-" {each}' for each in decimals(nearest, nearest_open, low if low is None else -low, open_low)
+        ]
+    if high is None or high >= 0:
+        starts_above = low is not None and low >= 0
+        options += decimals(max(0, low or 0), open_low and starts_above, high, open_high)
+    if not options:
+        raise UserError(f"{where} 的界限之间写不出数（不是整数的界限，往里收成了整数）。")
+    return "(" + " | ".join(options) + ")"
 
 
-def digits(low: int, high: int) -> list[str]:
-    """low 到 high（都不小于 0）的十进制写法：按位数分段，每段再按最高位分。"""
+def decimals(low: int, open_low: bool, high: int | None, open_high: bool) -> list[str]:
+    """low 到 high（都不小于 0）之间的数；open：不含这一头。"""
     found = []
+    if high is None or low < high:
+        if open_low:
+            found.append(f'"{low}." [0-9]{{0,5}} [1-9]')
+        inside = digits(low + open_low, None if high is None else high - 1)
+        found += [f'{each} ("." [0-9]{{1,6}})?' for each in inside]
+    if high is not None and low <= high and not open_high and not (low == high and open_low):
+        found.append(f'"{high}" ("." "0"{{1,6}})?')
+    return found
+
+
+def digits(low: int, high: int | None) -> list[str]:
+    """low 到 high（都不小于 0；None 是没有上限）的十进制写法：按位数分段，每段再按最高位分。"""
+    found = []
+    if high is None:
+        size = len(str(low))
+        found.append(f"[1-9] [0-9]{{{size},}}")
+        high = 10**size - 1
     while low <= high:
         end = min(high, 10 ** len(str(low)) - 1)  # 同样多位的最后一个
         found += same_digits(str(low), str(end))
@@ -274,76 +304,3 @@ def same_digits(low: str, high: str) -> list[str]:
     if first <= last:
         found.append(f"[{first}-{last}] [0-9]{{{n}}}")
     return found + tail
-
-
-# ---------------------------------------------------------------- 核对：写出来的合不合 schema
-
-
-def fits(value, schema, root: dict | None = None) -> bool:
-    """一个 JSON 值合不合 schema；只看上面支持的那些限制。与文法是两条路，互相核对。"""
-    root = schema if root is None else root
-    if schema is True or schema == {}:
-        return True
-    if "$ref" in schema:
-        return fits(value, lookup(root, schema["$ref"], "schema"), root)
-    if "const" in schema and not same(value, schema["const"]):
-        return False
-    if "enum" in schema and not any(same(value, each) for each in schema["enum"]):
-        return False
-    for name in ("anyOf", "oneOf"):
-        if name in schema:
-            return any(fits(value, each, root) for each in schema[name])
-    kinds = schema.get("type", list(KNOWN))
-    return any(
-        fits_kind(value, kind, schema, root) for kind in ([kinds] if isinstance(kinds, str) else kinds)
-    )
-
-
-def same(a, b) -> bool:
-    return type(a) is type(b) and a == b
-
-
-def fits_kind(value, kind: str, schema: dict, root: dict) -> bool:
-    if kind == "null":
-        return value is None
-    if kind == "boolean":
-        return isinstance(value, bool)
-    if kind in ("integer", "number"):
-        if isinstance(value, bool) or not isinstance(value, int if kind == "integer" else int | float):
-            return False
-        low, high = integer_bounds(schema)
-        return kind == "number" or ((low is None or low <= value) and (high is None or value <= high))
-    if kind == "string":
-        if not isinstance(value, str):
-            return False
-        readers = {
-            "date": datetime.date.fromisoformat,
-            "time": datetime.time.fromisoformat,
-            "date-time": datetime.datetime.fromisoformat,
-        }
-        if "format" in schema:
-            try:
-                readers[schema["format"]](value)
-            except ValueError:
-                return False
-        return schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", float("inf"))
-    if kind == "array":
-        size_ok = isinstance(value, list) and schema.get("minItems", 0) <= len(value)
-        size_ok = size_ok and len(value) <= schema.get("maxItems", float("inf"))
-        return size_ok and all(fits(each, schema.get("items", {}), root) for each in value)
-    if not isinstance(value, dict):
-        return False
-    fields = schema.get("properties")
-    if is_any_object(schema):
-        return True
-    fields = fields or {}
-    known = all(name in fields and fits(each, fields[name], root) for name, each in value.items())
-    return known and all(name in value for name in schema.get("required", []))
-
-
-def is_json(text: str, schema: dict) -> bool:
-    """一段文字是不是合 schema 的 JSON。"""
-    try:
-        return fits(json.loads(text), schema)
-    except ValueError:
-        return False

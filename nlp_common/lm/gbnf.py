@@ -1,4 +1,4 @@
-"""文法的文字 → 树。constrained_decoding.py 的第一步。
+"""文法的文字 → 树。约束解码（text_generation/constrained_decoding.py、agent/tool_schema.py）的第一步。
 
 文法写成 GBNF（llama.cpp、xgrammar 用的那一种 EBNF）：
 
