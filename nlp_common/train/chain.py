@@ -50,7 +50,7 @@ def run_stage(
     if settings.dry_run:
         from nlp_common.train.dry_run_qwen import dry_run
 
-        return {"dry_run": dryrun_script(name, settings, chain.full_model)}
+        return {"dry_run": dry_run(name, settings, chain.full_model)}
     out = settings.output_dir or chain.home / "outputs" / settings.preset / name
     out = Path(out).expanduser().resolve()
     if settings.preset == "full" and "base" in parents.values() and not settings.model:
@@ -95,7 +95,7 @@ def find_trained(given: str | None, folder: Path, source: str = "hf", verify: bo
 
     run 是运行记录，不是我们训练的没有。文件夹不完整、得不到 given 是 UserError。
     """
-    run = None if given else loadrun_script(folder)
+    run = None if given else load_run(folder)
     if run is None and not given:
         return None
     path = require_model(given or str(folder), source, verify)  # 复制、解压时坏了的文件，在这里就说出来
@@ -147,7 +147,7 @@ def _tiny_base(settings: StageSettings, root: Path) -> dict:
 
     sources = [Path(module.__file__) for module in (qwen, world)]
     wanted = {"seed": settings.seed, "sources": [file_sha256(path)[:12] for path in sources]}
-    with openrun_script(root / "base") as folder:
+    with open_run(root / "base") as folder:
         run = None if settings.retrain else folder.finished(wanted)
         if run is None:
             record = {"stage": "base", "fingerprint": wanted, "versions": library_versions()}
