@@ -176,6 +176,20 @@ def base_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def control_folder(tmp_path_factory) -> Path:
+    """同上，分词器里另有 Qwen3 那六个不算特殊的控制符：查用户、文档、工具的话变不变得成它们。"""
+    folder = tmp_path_factory.mktemp("tiny") / "control"
+    tokenizer = qwen.build_tokenizer()
+    model = qwen.build_model(tokenizer, seed=0)
+    names = ("tool_call", "tool_response", "think")
+    tokenizer.add_tokens([word for name in names for word in (f"<{name}>", f"</{name}>")])
+    model.resize_token_embeddings(len(tokenizer))
+    for each in (model, tokenizer):
+        each.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tokenizer(base_folder):
     """基座的分词器（eos 是 <|endoftext|>）；只读。"""
     return load_tokenizer(str(base_folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -14,6 +15,7 @@ from typing import Any
 from nlp_common.base.errors import UserError
 
 AT_MOST = 8 << 20  # 服务器的一个回答最多读多少字节：再多就不是回答
+CONTROL_WORD = re.compile(r"<(?=\|\w+\|>|/?(?:tool_call|tool_response|think)>)")  # Qwen 一类的控制符的 "<"
 
 
 @dataclass
@@ -46,7 +48,7 @@ class ChatServer:
         """一次对话的回答；没有回答是 None。钥匙不对、没有这个模型（401、404 等）是 UserError：再试也不会好。"""
         pause = self.wait
         for attempt in range(1 + self.retries):
-            text, fault = self._ask({"model": self.model, "messages": messages, **params})
+            text, fault = self._ask({"model": self.model, "messages": harmless(messages), **params})
             if text is not None:
                 return text
             self.faults[fault] = self.faults.get(fault, 0) + 1
@@ -93,3 +95,17 @@ class ChatServer:
         except (ValueError, KeyError, IndexError, TypeError):
             return None, "回答不成样子"
         return (content, "") if isinstance(content, str) else (None, "回答不成样子")
+
+
+def harmless(messages: list[dict]) -> list[dict]:
+    """用户、工具的话（里面也许抄着文档、网页）里的控制符字样，"<" 写成全角的 "＜"；别的照旧。
+
+    服务器先把对话拼成一段文字再分词：里面的 <|im_end|>、<tool_call> 会变成真的控制符，冒充 system、冒充一次调用。
+    """
+    safe = []
+    for message in messages:
+        content = message.get("content")
+        if message["role"] in ("user", "tool") and isinstance(content, str):
+            message = message | {"content": CONTROL_WORD.sub("＜", content)}
+        safe.append(message)
+    return safe
