@@ -100,7 +100,8 @@ def is_json(text: str, schema: dict) -> bool:
 def lookup(schema: dict, path: str, where: str) -> dict:
     """#/$defs/名字 → 那一段 schema。"""
     found = schema
-    for part in path.removeprefix("#").strip("/").split("/") if path != "#" else []:
+    parts = path.removeprefix("#").strip("/").split("/") if path != "#" else []
+    for part in [part.replace("~1", "/").replace("~0", "~") for part in parts]:
         if not isinstance(found, dict) or part not in found:
             raise UserError(f"{where} 的 $ref {path!r} 找不到：只支持同一个 schema 里的 #/$defs/…。")
         found = found[part]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +31,8 @@ string  ::= "\"" char* "\""
 char    ::= [^"\\\x00-\x1f] | "\\" (["\\/bfnrt] | "u" escaped)
 escaped ::= [0-9abcefABCEF] hex{3} | [dD] [0-7] hex{2} | [dD] [89abAB] hex{2} "\\u" [dD] [c-fC-F] hex{2}
 hex     ::= [0-9a-fA-F]
-integer ::= "-"? ("0" | [1-9] [0-9]*)
-number  ::= integer ("." [0-9]+)? ([eE] [+\-]? [0-9]{1,2})?
+integer ::= "0" | "-"? [1-9] [0-9]*
+number  ::= "-"? ("0" | [1-9] [0-9]*) ("." [0-9]+)? ([eE] [+\-]? [0-9]{1,2})?
 year    ::= "000" [1-9] | "00" [1-9] [0-9] | "0" [1-9] [0-9]{2} | [1-9] [0-9]{3}
 leap    ::= [0-9]{2} ("0" [48] | [2468] [048] | [13579] [26]) | ("0" [48] | [2468] [048] | [13579] [26]) "00"
 day28   ::= "0" [1-9] | "1" [0-9] | "2" [0-8]
@@ -67,7 +68,8 @@ def schema_to_grammar(schema: dict) -> str:
     def ref(path: str, where: str) -> str:
         if path not in names:
             lookup(schema, path, where)
-            names[path] = f"ref{len(names)}"
+            name = path.rpartition("/")[2]
+            names[path] = name if is_free(name) and name not in names.values() else f"ref{len(names)}"
             waiting.append(path)
         return names[path]
 
@@ -76,6 +78,14 @@ def schema_to_grammar(schema: dict) -> str:
         path = waiting.pop()
         lines.append(f"{names[path]} ::= {convert(lookup(schema, path, path), path, rule, ref)}")
     return f"root ::= {root}\n" + "\n".join(lines) + BASE
+
+
+def is_free(name: str) -> bool:
+    """能不能用作规则的名字：是一个词，这里没有用过。"""
+    used = re.fullmatch(r"root|call|ref\d+|r\d+", name) or re.search(
+        rf"^{re.escape(name)}\s", BASE, re.MULTILINE
+    )
+    return name.isidentifier() and not used
 
 
 def convert(schema: Any, where: str, rule: Rule, ref: Ref) -> str:
@@ -152,10 +162,10 @@ def only(schema: dict, name: str, where: str) -> None:
 def choice_rule(schema: dict, where: str) -> str:
     """const、enum：列出的值里，合旁边别的限制（type、minLength……）的那几个。"""
     values = [schema["const"]] if "const" in schema else schema["enum"]
-    kept = [value for value in values if fits(value, schema)]
+    kept = [literal_of(value) for value in values if fits(value, schema)]
     if not kept:
         raise UserError(f"{where} 的 const 或 enum 里，没有一个值合旁边的限制。")
-    return "(" + " | ".join(map(literal_of, kept)) + ")"
+    return kept[0] if len(kept) == 1 else "(" + " | ".join(kept) + ")"
 
 
 def object_rule(schema: dict, where: str, rule: Rule, ref: Ref) -> str:
@@ -175,10 +185,25 @@ def object_rule(schema: dict, where: str, rule: Rule, ref: Ref) -> str:
     if missing := required - set(fields_of):
         raise UserError(f"{where} 的 required 里有 {sorted(missing)[0]!r}，properties 里却没有它。")
     fields = [
-        (f"{literal_of(name)} {quoted(': ')} {convert(each, f'{where}.{name}', rule, ref)}", name in required)
+        (
+            f"{quoted(json.dumps(name, ensure_ascii=False) + ': ')} {convert(each, f'{where}.{name}', rule, ref)}",
+            name in required,
+        )
         for name, each in fields_of.items()
     ]
-    first, rest = '""', '""'  # 从第 i 栏起：前面还一栏也没写；前面已经写了，要先写逗号
+    if not fields:
+        return '"{}"'
+    if not fields[0][1]:
+        return f'"{{" {_fields_rule(fields, rule)} "}}"'
+    parts = [fields[0][0]]  # 第一栏非写不可：后面的都是先写逗号，要么有、要么没有
+    for body, is_required in fields[1:]:
+        parts.append(f'", " {body}' if is_required else f'(", " {body})?')
+    return f'"{{" {" ".join(parts)} "}}"'
+
+
+def _fields_rule(fields: list[tuple[str, bool]], rule: Rule) -> str:
+    """各栏 (式子, 非写不可) → 规则；第一栏可有可无，所以要记着前面写过没有：写过了，先写逗号。"""
+    first, rest = '""', '""'  # 从第 i 栏起：前面还一栏也没写；前面已经写了
     for body, is_required in reversed(fields):
         one = rule(body)
         tail = rule(rest)
@@ -186,11 +211,13 @@ def object_rule(schema: dict, where: str, rule: Rule, ref: Ref) -> str:
             first, rest = f"{one} {tail}", f'", " {one} {tail}'
         else:
             first, rest = f"({one} {tail} | {rule(first)})", f'(", " {one})? {tail}'
-    return f'"{{" {rule(first)} "}}"'
+    return rule(first)
 
 
 def array_rule(schema: dict, where: str, rule: Rule, ref: Ref) -> str:
-    item = rule(convert(schema.get("items", {}), f"{where}[]", rule, ref))
+    item = convert(schema.get("items", {}), f"{where}[]", rule, ref)
+    if not item.isidentifier():  # 下面要写两遍，给它起个名字
+        item = rule(item)
     low, high = schema.get("minItems", 0), schema.get("maxItems")
     if high is not None and high < low:
         raise UserError(f"{where} 的 maxItems {high} 小于 minItems {low}：写不出这样的数组。")
