@@ -9,6 +9,7 @@ import re
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,11 +47,23 @@ class ChatServer:
 
     def chat(self, messages: list[dict], **params: Any) -> str | None:
         """一次对话的回答；没有回答是 None。钥匙不对、没有这个模型（401、404 等）是 UserError：再试也不会好。"""
+        answer = self._try(messages, params, _has_content)
+        return None if answer is None else answer["content"]
+
+    def message(self, messages: list[dict], **params: Any) -> dict | None:
+        """同 chat，要整条回答：``{"content", "tool_calls", …, "finish_reason", "usage"}``。params 里可以有 tools。
+
+        content 与 tool_calls 至少有一样，不然就是没有回答。messages 里可以有 tool_calls 与工具的结果。
+        """
+        return self._try(messages, params, _has_content_or_calls)
+
+    def _try(self, messages: list[dict], params: dict, fits: Callable[[dict], bool]) -> dict | None:
         pause = self.wait
         for attempt in range(1 + self.retries):
-            text, fault = self._ask({"model": self.model, "messages": harmless(messages), **params})
-            if text is not None:
-                return text
+            answer, fault = self._ask({"model": self.model, "messages": harmless(messages), **params})
+            if answer is not None and fits(answer):
+                return answer
+            fault = fault or "回答不成样子"
             self.faults[fault] = self.faults.get(fault, 0) + 1
             if attempt < self.retries:
                 time.sleep(pause)
@@ -65,8 +78,8 @@ class ChatServer:
                 f"{self.url} 上的 {self.model} 没有回答：{reasons}。请看服务器开了没有、网址到 /v1 为止对不对。"
             )
 
-    def _ask(self, body: dict) -> tuple[str | None, str]:
-        """问一次 → (回答, 为什么没有回答)。"""
+    def _ask(self, body: dict) -> tuple[dict | None, str]:
+        """问一次 → (第一条回答，带上 finish_reason 与 usage；为什么没有回答)。"""
         request = urllib.request.Request(
             self.url.rstrip("/") + "/chat/completions",
             data=json.dumps(body, ensure_ascii=False).encode("utf-8"),
@@ -77,7 +90,9 @@ class ChatServer:
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                 answered = json.loads(answer.read(AT_MOST))
-            content = answered["choices"][0]["message"]["content"]
+            first = answered["choices"][0]
+            more = {"finish_reason": first.get("finish_reason"), "usage": answered.get("usage")}
+            return {**first["message"], **more}, ""
         except urllib.error.HTTPError as error:
             said = error.read(300).decode("utf-8", "replace")
             if error.code in (400, 413, 422):  # 这一句它不收（太长、有不许说的词），别的句子还可以问
@@ -92,9 +107,18 @@ class ChatServer:
         except (OSError, http.client.HTTPException) as error:
             timed_out = isinstance(getattr(error, "reason", None), TimeoutError)
             return None, f"{self.timeout:g} 秒没有回答" if timed_out else f"连不上（{error}）"
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             return None, "回答不成样子"
-        return (content, "") if isinstance(content, str) else (None, "回答不成样子")
+
+
+def _has_content(answer: dict) -> bool:
+    return isinstance(answer.get("content"), str)
+
+
+def _has_content_or_calls(answer: dict) -> bool:
+    calls = answer.get("tool_calls") or []
+    well = isinstance(calls, list) and all(isinstance(each, dict) for each in calls)
+    return well and (bool(calls) or _has_content(answer))
 
 
 def harmless(messages: list[dict]) -> list[dict]:
