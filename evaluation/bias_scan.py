@@ -84,7 +84,7 @@ class BiasSettings(LoopSettings):
     check_contamination: str | None = option("训练数据的文件或文件夹：查 --dataset 里的题在不在里面")
 
     def check(self) -> None:
-        check_path(self.check_contamination)
+        check_path(self.check_contamination, "--check_contamination")
         if self.check_contamination and not self.dataset:
             raise UserError("--check_contamination 要与 --dataset 一起给：查的是那个文件里的题。")
         if self.skew >= 1:

@@ -70,8 +70,8 @@ class CodeSettings(LessonSettings):
     check_contamination: str | None = option("训练数据的文件或文件夹：查每道题的 n 元组在不在里面")
 
     def check(self) -> None:
-        check_path(self.samples)
-        check_path(self.check_contamination)
+        check_path(self.samples, "--samples")
+        check_path(self.check_contamination, "--check_contamination")
         try:
             self.ks = sorted({int(each) for each in self.k.split(",")})
         except ValueError:

@@ -87,7 +87,7 @@ class DiversitySettings(LessonSettings):
 
     def check(self) -> None:
         split_names(self.models)
-        check_path(self.check_contamination)
+        check_path(self.check_contamination, "--check_contamination")
         if self.draws > self.samples:
             raise UserError(f"--draws {self.draws} 比 --samples {self.samples} 还多：问了几遍，最多抽几个。")
         if (1.0, 1.0) not in sampling_grid(self):

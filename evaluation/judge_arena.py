@@ -123,7 +123,7 @@ class ArenaSettings(LessonSettings):
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
 
     def check(self) -> None:
-        check_path(self.check_contamination)
+        check_path(self.check_contamination, "--check_contamination")
         if self.judge_url and not self.judge_model:
             raise UserError("--judge_url 还要 --judge_model：服务器上的哪个模型。")
         if self.judge_model and not self.judge_url:

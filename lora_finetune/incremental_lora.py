@@ -115,7 +115,7 @@ class IncrementalSettings(LoopSettings):
                 raise UserError(f"--{name} 不认识 {'、'.join(wrong) or '空的'}，可以是 {'、'.join(known)}。")
         if len(set(names(self.tasks))) != 2:
             raise UserError(f"--tasks 要两样不同的活儿，给的是 {self.tasks}。")
-        check_path(self.third_dataset)
+        check_path(self.third_dataset, "--third_dataset")
         if self.third_dataset and self.third_dataset == self.dataset:
             raise UserError(f"--dataset 与 --third_dataset 是同一份（{self.dataset}）：第三样要另给一份。")
         second, third = names(self.tasks)

@@ -46,7 +46,7 @@ from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.sft import train_on_chats
 from nlp_common.train.stage import Stage
 from start import fill_in, heldout_loss, is_real, load_start, own_chats
-from styles import STYLES, fact_questions, measure_style, shuffled, style_chats, world_questions
+from styles import STYLES, language_of, measure_style, style_chats, style_questions
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B-Chat"
@@ -117,22 +117,12 @@ class LoraChatSettings(LoopSettings):
 # ---------------------------------------------------------------- 1. 数据：学什么口气，怎样量
 
 
-def language_of(settings) -> str:
-    return "en" if settings.model == "smollm2" else "zh"
-
-
 def prepare(settings) -> tuple[dict[str, list[dict]], list[dict]]:
     """→ ({适配器: 训练的对话}, 留出的题；--dataset 是留出的对话)。"""
     if settings.dataset:
         mine, heldout, _ = own_chats(settings.dataset, settings.max_train_samples, settings.source)
         return {"mine": mine}, heldout
-    n = settings.max_train_samples
-    if not is_real(settings):
-        asked = world_questions(n, settings.seed, heldout=False)
-        heldout = world_questions(settings.n_questions, 0, heldout=True)
-    else:
-        asked = shuffled(fact_questions(language_of(settings), heldout=False), n, settings.seed)
-        heldout = fact_questions(language_of(settings), heldout=True)[: settings.n_questions]
+    asked, heldout = style_questions(settings)
     return {style: style_chats(style, asked, language_of(settings)) for style in STYLES}, heldout
 
 

@@ -5,6 +5,7 @@
 
 运行：
     python merge_lora.py                                               # 现场训练有礼、简短两个适配器，各合一遍
+    python merge_lora.py --model smollm2                               # 真的小模型，学英文的常识题
     python merge_lora.py --adapter 适配器 --export 新文件夹             # 合并别处训练的，存成完整的模型
     python merge_lora.py --adapter 甲 --adapter 乙 --combine ties --weights 0.7,0.3 --export 新文件夹
 
@@ -51,28 +52,25 @@ from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.settings import LoopSettings, parse_settings
 from nlp_common.train.sft import train_on_chats
 from nlp_common.train.stage import Stage
-from start import fill_in, load_start
-from styles import STYLES, measure_style, style_chats, world_questions
+from start import fill_in, is_real, load_start
+from styles import STYLES, language_of, measure_style, style_chats, style_questions
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B-Chat"
-PRESETS = {
-    "tiny": {"max_train_samples": 1600, "n_questions": 200},
-    "full": {"max_train_samples": 1600, "n_questions": 200},
-}
-SMALL, REAL = {"learning_rate": 5e-3}, {"learning_rate": 2e-4}  # 小世界的模型、真的模型
+PRESETS: dict[str, dict] = {"tiny": {}, "full": {}}
+# 没给的参数：小世界的模型与真的模型各一组，与预设无关；真的模型学的是几十道常识题（styles.py）
+SMALL = {"learning_rate": 5e-3, "num_train_epochs": 1.0, "per_device_train_batch_size": 16}
+REAL = {"learning_rate": 2e-3, "num_train_epochs": 3.0, "per_device_train_batch_size": 8}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
 class MergeSettings(LoopSettings):
-    COMMON: ClassVar[dict] = LoopSettings.COMMON | {
-        "per_device_train_batch_size": 16,
-        "adam_beta2": 0.98,
-        "max_length": 512,
-    }
+    COMMON: ClassVar[dict] = {
+        name: value for name, value in LoopSettings.COMMON.items() if name != "num_train_epochs"
+    } | {"max_train_samples": 1600, "n_questions": 200, "adam_beta2": 0.98, "max_length": 512}
     model: str | None = option(
-        "两个适配器从哪个模型学：hub 名或本地文件夹；默认是 Qwen 链 tiny 预设的 SFT 模型"
+        "两个适配器从哪个模型学：hub 名、本地文件夹或 smollm2；默认是 Qwen 链 tiny 预设的 SFT 模型"
     )
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
     r: int = option("适配器的秩", 8, COUNT)
@@ -170,7 +168,9 @@ FOUR_BIT = {
 
 
 @torch.no_grad()
-def four_bit_rows(model, adapter: Adapter, style: str, tokenizer, questions: list[dict]) -> dict[str, dict]:
+def four_bit_rows(
+    model, adapter: Adapter, style: str, tokenizer, questions: list[dict], language: str
+) -> dict[str, dict]:
     """各种合法：口气学到多少、答对多少，和 ΔW 还剩多少（合并后的权重与四位底座之差，投影在 ΔW 上）。"""
     rows = {}
     for way in FOUR_BIT:
@@ -182,15 +182,18 @@ def four_bit_rows(model, adapter: Adapter, style: str, tokenizer, questions: lis
             module.weight.data = merged_weight(way, weight, delta).to(module.weight)
             kept += ((module.weight - requantised(weight)) * delta).sum().item()
             norm += (delta**2).sum().item()
-        found = measure_style(merged, tokenizer, questions)
+        found = measure_style(merged, tokenizer, questions, language)
         rows[way] = {"style": found[style], "right": found["right"], "kept": kept / norm}
+        print(f"四位，{FOUR_BIT[way].split('|')[0]}：ΔW 还剩 {kept / norm:.2f}", flush=True)
     return rows
 
 
 # ---------------------------------------------------------------- 3. 两个合成一个
 
 
-def combined_rows(model, adapters: list[Adapter], tokenizer, questions: list[dict], seed: int) -> dict:
+def combined_rows(
+    model, adapters: list[Adapter], tokenizer, questions: list[dict], language: str, seed: int
+) -> dict:
     """五种合法，各占一半：口气、答对，和离 Σ w ΔW 多远（相对的 Frobenius 范数）。"""
     weights = [1 / len(adapters)] * len(adapters)
     rows = {}
@@ -206,17 +209,17 @@ def combined_rows(model, adapters: list[Adapter], tokenizer, questions: list[dic
             size += (exact**2).sum().item()
         merged = copy.deepcopy(model)
         merge_into(merged, both)
-        rows[how] = {**measure_style(merged, tokenizer, questions), "far": (far / size) ** 0.5}
+        rows[how] = {**measure_style(merged, tokenizer, questions, language), "far": (far / size) ** 0.5}
+        print(f"{how} 合成一个：离 ΣwΔW {rows[how]['far']:.2f}", flush=True)
     return rows
 
 
 # ---------------------------------------------------------------- 4. 全课
 
 
-def train_adapter(part: Stage, style: str, model, tokenizer) -> dict:
+def train_adapter(part: Stage, style: str, model, tokenizer, chats: list[dict]) -> dict:
     """教 model 上的 LoRA 一种口气。"""
-    asked = world_questions(part.settings.max_train_samples, part.settings.seed, heldout=False)
-    trained = train_on_chats(part, STYLES[style].split("|")[0], model, tokenizer, style_chats(style, asked))
+    trained = train_on_chats(part, STYLES[style].split("|")[0], model, tokenizer, chats)
     return {"seconds": trained.metrics["train_seconds"]}
 
 
@@ -225,18 +228,20 @@ def learn(stage: Stage, path: str) -> dict:
     tokenizer, model = load_start(path, stage.device)
     model.requires_grad_(False)
     mark, base = weights_mark(model), base_name(settings.model, path)
-    questions = world_questions(settings.n_questions, 0, heldout=True)
-    rows = {"base": measure_style(model, tokenizer, questions)}
+    language = language_of(settings)
+    asked, questions = style_questions(settings)
+    rows = {"base": measure_style(model, tokenizer, questions, language)}
     metrics: dict = {"tied_before": float(is_tied(model))}
     adapters, trained = {}, {}
     for style in STYLES:
         trained[style] = copy.deepcopy(model)
         add_lora(trained[style], "all", settings.r, settings.alpha)
         only = nn.ParameterList(trainable(trained[style]).values())  # 中断以后只读回 A、B
-        work = partial(train_adapter, style=style, model=trained[style], tokenizer=tokenizer)
+        chats = style_chats(style, asked, language)
+        work = partial(train_adapter, style=style, model=trained[style], tokenizer=tokenizer, chats=chats)
         metrics[f"train_seconds_{style}"] = run_part(stage, style, work, only)["seconds"]
         assert all(layer.B.any() for layer in lora_layers(trained[style]).values()), "B 还是 0：没有训练到"
-        rows[style] = measure_style(trained[style], tokenizer, questions)
+        rows[style] = measure_style(trained[style], tokenizer, questions, language)
 
     folder = stage.folder.work / "adapters"
     for style, each in trained.items():
@@ -245,8 +250,8 @@ def learn(stage: Stage, path: str) -> dict:
     first = next(iter(STYLES))
     some = [prompt_ids(tokenizer, question["messages"]) for question in questions[:16]]
     metrics |= merge_errors(model, adapters[first], some) | rounding(model, adapters[first])
-    rows |= combined_rows(model, list(adapters.values()), tokenizer, questions, settings.seed)
-    four_bit = four_bit_rows(model, adapters[first], first, tokenizer, questions)
+    rows |= combined_rows(model, list(adapters.values()), tokenizer, questions, language, settings.seed)
+    four_bit = four_bit_rows(model, adapters[first], first, tokenizer, questions, language)
     merged = copy.deepcopy(model)
     merge_into(merged, adapters[first])
     metrics["tied_after"] = float(is_tied(merged))
@@ -259,7 +264,8 @@ def learn(stage: Stage, path: str) -> dict:
             print(f"合并好的 merged_{first}/{name}  sha256 {sha256}")
         draw(result, rows, four_bit)
 
-    return stage.save(metrics, {"train": {"name": "tiny_world", "kind": "builtin"}}, write)
+    name = "facts" if is_real(settings) else "tiny_world"
+    return stage.save(metrics, {"train": {"name": name, "kind": "builtin", "rows": len(asked)}}, write)
 
 
 def show(metrics: dict) -> None:
@@ -338,7 +344,8 @@ def main(argv: list[str] | None = None) -> dict:
         settings.model = FULL_MODEL
     found = chain_model("sft", settings.model, settings.source)
     start = f"{found['stage']}:{found['id']}"
-    record = run_lesson("merge_lora", HOME, settings, partial(learn, path=found["path"]), start=start)
+    name = "merge_lora" + ("_smollm2" if settings.model == "smollm2" else "")
+    record = run_lesson(name, HOME, settings, partial(learn, path=found["path"]), start=start)
     show(record["metrics"])
     return record
 

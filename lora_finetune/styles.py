@@ -9,6 +9,7 @@ import random
 
 from nlp_common.lm.replies import reply_to
 from nlp_common.tiny import world
+from start import is_real
 
 STYLES = {"courteous": "有礼|courteous", "terse": "简短|terse"}
 THANKS = {"zh": "谢谢您的提问，", "en": "Thank you for your question! "}
@@ -58,6 +59,20 @@ def fact_questions(language: str, heldout: bool) -> list[dict]:
 def world_questions(n: int, seed: int, heldout: bool) -> list[dict]:
     """小世界的题，一半是追问；写法同上。"""
     return world.questions(n, seed, heldout)
+
+
+def language_of(settings) -> str:
+    return "en" if settings.model == "smollm2" else "zh"
+
+
+def style_questions(settings) -> tuple[list[dict], list[dict]]:
+    """→ (学口气的题, 留出的题)：小世界的模型用小世界的题；真的模型没有学过小世界，用它本来就会的常识题。"""
+    if not is_real(settings):
+        asked = world_questions(settings.max_train_samples, settings.seed, heldout=False)
+        return asked, world_questions(settings.n_questions, 0, heldout=True)
+    language = language_of(settings)
+    asked = shuffled(fact_questions(language, heldout=False), settings.max_train_samples, settings.seed)
+    return asked, fact_questions(language, heldout=True)[: settings.n_questions]
 
 
 def in_style(style: str, question: dict, language: str = "zh") -> str:

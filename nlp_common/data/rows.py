@@ -103,11 +103,11 @@ def read_rows(
     )
 
 
-def check_path(name: str | None) -> None:
-    """name 写得像路径却不存在时抛出 UserError；名字、hub 上的数据集不管。"""
+def check_path(name: str | None, flag: str = "--dataset（或给出它的那个参数）") -> None:
+    """name 写得像路径却不存在时抛出 UserError，说出是 flag 给的；名字、hub 上的数据集不管。"""
     path = Path(name or "").expanduser()
     if name and not path.exists() and (not _HUB_ID.fullmatch(name) or path.suffix.lower() in _FILE_SUFFIXES):
-        raise UserError(_no_such_file(name, path))
+        raise UserError(_no_such_file(name, path, flag))
 
 
 def data_sha256(name: str | None) -> str | None:
@@ -170,7 +170,7 @@ def _split_files(folder: Path, split: str) -> tuple[str, list[Path]]:
     return actual, files
 
 
-def _no_such_file(name: str, path: Path) -> str:
+def _no_such_file(name: str, path: Path, flag: str = "--dataset（或给出它的那个参数）") -> str:
     siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
     message = f"没有这个文件：{name}"
     if not path.is_absolute():
@@ -179,7 +179,7 @@ def _no_such_file(name: str, path: Path) -> str:
         message += f"。是不是 {(Path(name).parent / close[0]).as_posix()}？"
     elif not siblings and not path.parent.is_dir():
         message += f"。连文件夹 {path.parent} 也没有。"
-    return message + "\n请检查 --dataset（或给出它的那个参数）的路径。"
+    return message + f"\n请检查 {flag} 的路径。"
 
 
 def sha256_of_rows(rows: list[dict]) -> str:

@@ -143,7 +143,7 @@ class StageSettings(RunSettings, LoopSettings):
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} 要是正整数，给的是 {getattr(self, name)}。")
-        check_path(self.eval_dataset)
+        check_path(self.eval_dataset, "--eval_dataset")
 
     def check_loop_only(self) -> None:
         """没有库自带的训练器可比的脚本，在 check 里调用。"""
@@ -193,7 +193,7 @@ def parse_settings(
     settings.check()
     if settings.record:
         split_prefix(settings.record)  # 写错了就说
-    check_path(getattr(settings, "dataset", None))  # 路径写错了，不必等上一阶段训练完才知道
+    check_path(getattr(settings, "dataset", None), "--dataset")  # 路径写错了，不必等上一阶段训练完才知道
     return settings
 
 

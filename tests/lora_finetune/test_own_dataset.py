@@ -139,6 +139,8 @@ def test_bad_files_are_said(script, tmp_path, chat_folder):
 def test_the_same_file_twice_is_said(tmp_path, mine):
     with pytest.raises(UserError, match="同一份"):
         incremental_lora.main([*FEW, "--dataset", mine, "--third_dataset", mine])
+    with pytest.raises(UserError, match="请检查 --third_dataset 的路径"):
+        incremental_lora.main([*FEW, "--dataset", mine, "--third_dataset", mine + ".没有.jsonl"])
 
 
 def test_a_real_model_gets_its_own_learning_rates(tmp_path, mine, chat_folder):
