@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 import text_metrics as tm
-from intervals import Interval, statistic_interval
+from nlp_common.base.intervals import Interval, statistic_interval
 
 # 指标 → 给人看的名字；次序就是表里的次序
 NAMES = {

@@ -7,10 +7,10 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from intervals import Interval
 from judges import points_of
 from matches import Match, turn_quality
 from nlp_common.base.console import padded
+from nlp_common.base.intervals import Interval
 from nlp_common.base.runs import write_text
 from nlp_common.draw.plots import bar_chart, line_chart
 from results import item, write_result

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Literal
 
 from benchmark_page import page
-from intervals import Interval, paired_difference
 from nlp_common.base.arguments import COUNT, option, parse_arguments
 from nlp_common.base.errors import UserError
+from nlp_common.base.intervals import Interval, paired_difference
 from nlp_common.base.runs import write_json, write_text
 from results import FORMAT, find_results, is_neutral, lower_is_better, same_questions, shown
 

@@ -36,10 +36,10 @@ from bias_tests import ALPHA, holm, same_template_trap, sign_flip_p, simulate
 from bias_texts import sentence_pairs, skewed_chats, world_pairs
 from cbbq import bias_scores, read_cbbq
 from contamination import check_questions
-from intervals import Interval, bootstrap_interval, proportion_interval
 from nlp_common.base.arguments import COUNT, SHARE, Limits, option
 from nlp_common.base.console import padded
 from nlp_common.base.errors import UserError
+from nlp_common.base.intervals import Interval, bootstrap_interval, proportion_interval
 from nlp_common.data.rows import check_path, data_sha256
 from nlp_common.draw.plots import bar_chart, line_chart
 from nlp_common.lm.replies import reply_to

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from intervals import Interval, statistic_interval
 from nlp_common.base.errors import UserError
+from nlp_common.base.intervals import Interval, statistic_interval
 from question_files import place_of, read_questions
 
 FIELDS = ("context", "question", "ans0", "ans1", "ans2", "label", "question_polarity", "context_condition")

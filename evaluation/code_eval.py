@@ -27,10 +27,10 @@ from typing import Literal
 from answering import find_answerer, split_names
 from code_answers import ABILITY, answers_of_all, code_of, load_samples, load_tasks
 from contamination import check_questions
-from intervals import Interval, mean_interval
 from nlp_common.base.arguments import COUNT, POSITIVE, option
 from nlp_common.base.console import padded
 from nlp_common.base.errors import UserError
+from nlp_common.base.intervals import Interval, mean_interval
 from nlp_common.data.rows import check_path, data_sha256
 from nlp_common.draw.plots import line_chart
 from nlp_common.train.progress import progress_bar

@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from answering import find_answerer
-from intervals import mean_interval, proportion_interval
 from mc_prompts import WORDINGS, text_ask
 from mc_questions import Question, load_questions
 from mc_score import log_likelihoods
 from nlp_common.base.arguments import COUNT, SHARE, Limits, option
 from nlp_common.base.errors import UserError
+from nlp_common.base.intervals import mean_interval, proportion_interval
 from nlp_common.data.files import READERS, read_file, row_place
 from nlp_common.draw.plots import bar_chart
 from nlp_common.lm.loading import load_chat_lm

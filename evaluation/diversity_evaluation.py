@@ -32,10 +32,10 @@ import torch
 
 from answering import Answerer, as_text, find_answerer, load_answerer, replies, split_names
 from contamination import check_questions
-from intervals import mean_interval, paired_difference
 from nlp_common.base.arguments import COUNT, SHARE, option
 from nlp_common.base.console import padded, width
 from nlp_common.base.errors import UserError
+from nlp_common.base.intervals import mean_interval, paired_difference
 from nlp_common.data.rows import check_path, data_sha256
 from nlp_common.draw.figures import render
 from nlp_common.draw.plots import COLORS

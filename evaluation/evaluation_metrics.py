@@ -31,7 +31,6 @@ import numpy as np
 import correlation
 from answer_scores import NAMES, corpus_scores, default_scores, differences_to_peers, item_scores
 from answering import Answerer, find_answerer, load_answerer, replies, split_names
-from intervals import paired_difference, statistic_interval
 from language_metrics import (
     NgramModel,
     bits_per_char,
@@ -45,6 +44,7 @@ from language_metrics import (
 from metrics_report import draw_pictures, plain, show_agreement, show_all
 from nlp_common.base.arguments import COUNT, Limits, option
 from nlp_common.base.errors import UserError
+from nlp_common.base.intervals import paired_difference, statistic_interval
 from nlp_common.data.rows import data_sha256, sha256_of_rows
 from nlp_common.lm.chatml import encode_texts
 from nlp_common.tiny.judge import judge

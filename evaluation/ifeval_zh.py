@@ -31,9 +31,15 @@ from ifeval_report import draw_scores, pick_examples, print_examples, print_inst
 from instruction_files import read_answer_file, read_instruction_file
 from instruction_prompts import general_prompts, tiny_prompts
 from instructions_zh import follows_loose, follows_strict
-from intervals import Interval, mean_interval, paired_difference, proportion_interval, statistic_interval
 from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, POSITIVE, option
 from nlp_common.base.errors import UserError
+from nlp_common.base.intervals import (
+    Interval,
+    mean_interval,
+    paired_difference,
+    proportion_interval,
+    statistic_interval,
+)
 from nlp_common.data.rows import data_sha256
 from nlp_common.hub.chat_server import ChatServer
 from nlp_common.lm.replies import MAX_REPLY

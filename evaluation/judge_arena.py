@@ -35,7 +35,6 @@ from answer_files import read_answers
 from answering import find_answerer, load_answerer, split_names
 from arena_pages import show, write_all
 from contamination import check_questions
-from intervals import mean_interval
 from judge_bias import (
     Planted,
     coverage,
@@ -60,6 +59,7 @@ from matches import Match, games_by_question, make_asks, turn_quality
 from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, POSITIVE, option
 from nlp_common.base.device import pick_device
 from nlp_common.base.errors import UserError
+from nlp_common.base.intervals import mean_interval
 from nlp_common.base.runs import file_sha256
 from nlp_common.data.rows import check_path, data_sha256
 from nlp_common.hub.chat_server import ChatServer

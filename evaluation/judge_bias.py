@@ -8,9 +8,9 @@ from functools import partial
 
 import numpy as np
 
-from intervals import Interval, mean_interval
 from judges import POINTS, A, Ask, B, Verdict, both_ways, points_of, quality
 from length_control import fit_logistic, sigmoid
+from nlp_common.base.intervals import Interval, mean_interval
 from nlp_common.tiny.world import WORLD
 
 SKILL = 4.0  # 种了偏见的评判也看得出好坏：质量差 1，对数胜算多 4

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from intervals import Interval
+from nlp_common.base.intervals import Interval
 
 RIDGE = 0.01  # 场场都赢时 θ 没有有限的解：一点点往 0 拉的力（相当于标准差 10 的先验）
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from intervals import Interval, mean_interval, paired_difference
 from nlp_common.base.console import padded, width
+from nlp_common.base.intervals import Interval, mean_interval, paired_difference
 from nlp_common.draw.plots import bar_chart
 
 METHODS = {"letter": "按字母", "text": "按全文", "generate": "生成"}

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from answer_scores import NAMES
-from intervals import Interval
 from nlp_common.base.console import padded
+from nlp_common.base.intervals import Interval
 from nlp_common.draw.plots import bar_chart, line_chart
 from rating_tables import paradox_table
 

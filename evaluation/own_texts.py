@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 
 from answering import find_answerer, split_names
-from intervals import statistic_interval
 from language_metrics import bits_per_char, corpus_perplexity, strided_losses, token_losses
 from metrics_report import plain, row
 from nlp_common.base.device import pick_device
 from nlp_common.base.errors import UserError
+from nlp_common.base.intervals import statistic_interval
 from nlp_common.data.files import row_place
 from nlp_common.data.rows import read_rows
 from nlp_common.lm.chatml import encode_text

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from intervals import Interval, Z, mean_interval, proportion_interval
+from nlp_common.base.intervals import Interval, Z, mean_interval, proportion_interval
 
 DRAWS = 2000
 

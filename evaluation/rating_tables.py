@@ -13,8 +13,8 @@ from itertools import combinations
 from pathlib import Path
 
 import agreement as ag
-from intervals import statistic_interval
 from nlp_common.base.errors import UserError
+from nlp_common.base.intervals import statistic_interval
 from nlp_common.data.files import row_place
 from nlp_common.data.rows import read_rows
 

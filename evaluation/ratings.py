@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import binom
 
-from intervals import Interval
+from nlp_common.base.intervals import Interval
 
 Game = tuple[int, int, float]
 PER_NAT = 400 / math.log(10)  # Bradley–Terry 的强弱 → Elo 的分：差 400 分，胜算 10 : 1

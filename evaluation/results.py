@@ -21,9 +21,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from intervals import Interval, mean_interval
 from nlp_common.base.console import padded, width
 from nlp_common.base.errors import UserError
+from nlp_common.base.intervals import Interval, mean_interval
 from nlp_common.base.runs import RUN_FILE, write_json
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from answer_scores import NAMES, corpus_scores, default_scores, item_scores
 from contamination import Overlap, check_questions
-from intervals import mean_interval, paired_difference
 from metrics_report import plain, show_file
 from nlp_common.base.errors import UserError
+from nlp_common.base.intervals import mean_interval, paired_difference
 from nlp_common.data.files import row_place
 from nlp_common.data.rows import read_rows
 from nlp_common.train.stage import Stage

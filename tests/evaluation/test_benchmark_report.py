@@ -10,8 +10,8 @@ import pytest
 
 import benchmark_page as bp
 import results as rs
-from intervals import Interval
 from nlp_common.base.errors import UserError
+from nlp_common.base.intervals import Interval
 
 
 def write(folder, benchmark, model, scores, name="accuracy", answer="答", **more):

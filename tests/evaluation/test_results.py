@@ -5,8 +5,8 @@ import json
 import pytest
 
 import results as rs
-from intervals import Interval
 from nlp_common.base.errors import UserError
+from nlp_common.base.intervals import Interval
 
 
 def items(scores):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-import intervals as iv
+from nlp_common.base import intervals as iv
 
 
 def test_mean_interval_equals_the_normal_one_for_many_values():
@@ -92,3 +92,29 @@ def test_an_interval_as_people_read_it():
     assert iv.Interval(0.5, 0.25, 0.75, 0.1, 8).text(2) == "0.50（0.25–0.75，n=8）"
     assert iv.Interval(0.5, float("nan"), float("nan"), 0.1, 8).text() == "0.500（区间算不出来，n=8）"
     assert iv.Interval(0.5, None, None, None, 8).text() == "0.500（区间算不出来，n=8）"
+
+
+def test_mean_of_categories_weighs_them_alike():
+    """两类，一类 10 道对 5 道，一类 1000 道全对：均值 0.75；一类的时候，就是它自己的区间。"""
+    few, many = iv.proportion_interval(5, 10), iv.proportion_interval(1000, 1000)
+    both = iv.mean_of_intervals([few, many])
+    assert both.value == 0.75 and both.n == 1010
+    assert both.low == pytest.approx(0.75 - math.hypot(few.value - few.low, 1 - many.low) / 2)
+    assert both.high == pytest.approx(0.75 + (few.high - few.value) / 2)
+    alone = iv.mean_of_intervals([few])
+    assert (alone.low, alone.high) == pytest.approx((few.low, few.high))
+    with pytest.raises(ValueError, match="一类也没有"):
+        iv.mean_of_intervals([])
+
+
+def test_mean_of_categories_holds_the_truth_about_95_times_in_100():
+    rng = np.random.default_rng(0)
+    rates, sizes = (0.9, 0.5, 0.98), (30, 80, 50)
+    hits = 0
+    for _ in range(400):
+        parts = [
+            iv.proportion_interval(int(rng.binomial(n, p)), n) for p, n in zip(rates, sizes, strict=True)
+        ]
+        found = iv.mean_of_intervals(parts)
+        hits += found.low <= sum(rates) / 3 <= found.high
+    assert 0.92 <= hits / 400 <= 0.98

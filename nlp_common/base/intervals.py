@@ -43,23 +43,23 @@ def mean_interval(values: Sequence[float], seed: int = 0, draws: int = DRAWS) ->
 
     对错不用 bootstrap：全对的题重抽多少次也是全对，它会说"1.000–1.000"，而 20 道全对，真的正确率可能只有 0.84。
     """
-    values = np.asarray(values, dtype=float)  # (n,)
-    if not np.isin(values, (0.0, 1.0)).all():
+    scores = np.asarray(values, dtype=float)  # (n,)
+    if not np.isin(scores, (0.0, 1.0)).all():
         return bootstrap_interval(values, seed, draws)
-    if not len(values):
+    if not len(scores):
         raise ValueError("一个分数也没有，算不了均值。")
-    wilson = proportion_interval(int(values.sum()), len(values))
-    return replace(wilson, stderr=_stderr(values))
+    wilson = proportion_interval(int(scores.sum()), len(scores))
+    return replace(wilson, stderr=_stderr(scores))
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0, draws: int = DRAWS) -> Interval:
     """一组数的均值，区间由 bootstrap 得来。没有数是 ValueError。"""
-    values = np.asarray(values, dtype=float)  # (n,)
-    if not len(values):
+    scores = np.asarray(values, dtype=float)  # (n,)
+    if not len(scores):
         raise ValueError("一个分数也没有，算不了均值。")
-    means = _resampled_means(values, seed, draws)
+    means = _resampled_means(scores, seed, draws)
     low, high = np.quantile(means, (0.025, 0.975))
-    return Interval(float(values.mean()), float(low), float(high), _stderr(values), len(values))
+    return Interval(float(scores.mean()), float(low), float(high), _stderr(scores), len(scores))
 
 
 def _stderr(values: np.ndarray) -> float:
@@ -91,10 +91,10 @@ def paired_difference(
     ours: Sequence[float], theirs: Sequence[float], seed: int = 0, draws: int = DRAWS
 ) -> Interval:
     """同样的题上，ours 的均值减 theirs 的：先一道题一道题地减，再 bootstrap。两边题数不同是 ValueError。"""
-    ours, theirs = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
-    if ours.shape != theirs.shape:
+    if len(ours) != len(theirs):
         raise ValueError(f"成对比较要同样的题：一边 {len(ours)} 道，一边 {len(theirs)} 道。")
-    return bootstrap_interval(ours - theirs, seed, draws)
+    gaps = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
+    return bootstrap_interval(gaps.tolist(), seed, draws)
 
 
 def statistic_interval(
@@ -105,10 +105,10 @@ def statistic_interval(
     重抽的一批算不出来（statistic 给出 NaN，例如相关系数遇到全都一样的分数）就不算它。
     """
     rng = np.random.default_rng(seed)
-    again = []
+    drawn = []
     for _ in range(draws):
-        again.append(statistic([items[i] for i in rng.integers(len(items), size=len(items))]))
-    again = np.asarray([value for value in again if not math.isnan(value)])
+        drawn.append(statistic([items[i] for i in rng.integers(len(items), size=len(items))]))
+    again = np.asarray([value for value in drawn if not math.isnan(value)])
     if len(again) < 2:
         nan = float("nan")
         return Interval(statistic(list(items)), nan, nan, nan, len(items))
@@ -116,3 +116,18 @@ def statistic_interval(
     return Interval(
         float(statistic(list(items))), float(low), float(high), float(again.std(ddof=1)), len(items)
     )
+
+
+def mean_of_intervals(parts: Sequence[Interval]) -> Interval:
+    """几类各有各的分，不论各有几道题，直接平均（每一类一样重）；n 是总题数。
+
+    区间由各类的区间合起来（MOVER，Zou & Donner 2008）：各类离自己的界限多远，平方相加再开方，除以类数。
+    """
+    if not parts:
+        raise ValueError("一类也没有，算不了均值。")
+    k = len(parts)
+    value = sum(part.value for part in parts) / k
+    below = math.sqrt(sum((part.value - part.low) ** 2 for part in parts)) / k
+    above = math.sqrt(sum((part.high - part.value) ** 2 for part in parts)) / k
+    stderr = math.sqrt(sum(part.stderr**2 for part in parts)) / k
+    return Interval(value, value - below, value + above, stderr, sum(part.n for part in parts))
