@@ -3,6 +3,7 @@
     python docs/readme_numbers.py fill        # 把各 README 里 <!-- numbers:名字 --> 之间的换成模板加数据，连同下一条的 page
     python docs/readme_numbers.py check       # 只看一样不一样；不一样的说出是哪个 README 的哪一块，退出码 1
     python docs/readme_numbers.py page        # 只写 docs/measurements/README.md：全部数字，每个是哪条命令量的
+    python docs/readme_numbers.py trim 主题     # 去掉没有一个模板用到、也不是一课总指标的细数（如每个区间、每个点的）
     python docs/readme_numbers.py record 主题 文件.json --command "python gpt/mini_gpt.py"
                                               # 不导入 nlp_common 的脚本：记它写出的 JSON 或 run.json（写 - 就读标准输入的最后一行）
 
@@ -34,6 +35,11 @@ BLOCK = re.compile(
 MARK = re.compile(r"^[ \t]*<!-- /?numbers:\S+ -->$", re.MULTILINE)
 CELL = re.compile(r"\{([^{}\n]+)\}")
 OVER_SEEDS = {"mean": mean, "min": min, "max": max}
+# 一行一种方法的表里说好要量的：模板没有用到也留着
+ALWAYS_KEPT = {
+    "recall_at_1", "recall_at_5", "mrr", "precision", "recall", "task1_before", "task1_after", "task2_after",
+    "qa_accuracy", "heldout_loss", "bytes", "preferred_rate",
+}  # fmt: skip
 HEADINGS = "| 名字 | 值 | 单位 |\n|---|---|---|"
 
 
@@ -197,7 +203,37 @@ def page() -> None:
     write_text(measurements.FOLDER / "README.md", page_text())
 
 
-# ---------------------------------------------------------------- 4. 记下别的脚本写出的 JSON
+# ---------------------------------------------------------------- 4. 去掉用不到的
+
+
+def names_in(inside: str) -> set[str]:
+    """花括号里的一串用到的名字。"""
+    names = set()
+    for term in inside.partition(":")[0].split("/"):
+        found = re.fullmatch(r"(?:mean|min|max)\((.+)\)", term.strip())
+        names.add((found[1] if found else term.strip()).partition("@")[0])
+    return names
+
+
+def is_kept(name: str, used: set[str]) -> bool:
+    """模板用到的；一课的总指标（主题.课.指标，三段）；说好要量的。别的是细数，脚本自己的 run.json 里都有。"""
+    return name in used or name.count(".") <= 2 or name.rpartition(".")[2] in ALWAYS_KEPT
+
+
+def trim(topic: str) -> None:
+    """一个主题的数据里，只留下用得到的：一份文件不过 1 MB，翻得到要找的。"""
+    if not measurements.load_rows(topic):
+        raise UserError(f"没有 docs/measurements/{topic}.jsonl，或者它是空的。")
+    used = set()
+    for template in load_templates().values():
+        for found in CELL.finditer(template):
+            used |= names_in(found[1])
+    dropped = measurements.save_rows(topic, [], lambda row: is_kept(row["name"], used))
+    print(f"{topic} 去掉 {dropped} 个没有一个模板用到的细数。")
+    page()
+
+
+# ---------------------------------------------------------------- 5. 记下别的脚本写出的 JSON
 
 
 def record(topic: str, file: str, prefix: str, command: str, seed: int | None) -> None:
@@ -220,6 +256,8 @@ def main() -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     for name, text in (("fill", "填好各 README"), ("check", "看一样不一样"), ("page", "写全部数字的一页")):
         actions.add_parser(name, help=text)
+    trimmer = actions.add_parser("trim", help="去掉没有一个模板用到的细数")
+    trimmer.add_argument("topic", help="主题")
     recorder = actions.add_parser("record", help="记下一个 JSON 文件里的数")
     recorder.add_argument("topic", help="主题，也就是文件名：docs/measurements/主题.jsonl")
     recorder.add_argument("file", help="JSON 文件，- 是标准输入")
@@ -229,6 +267,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.action == "record":
         record(args.topic, args.file, args.prefix, args.command, args.seed)
+    elif args.action == "trim":
+        trim(args.topic)
     else:
         {"fill": fill, "check": check, "page": page}[args.action]()
 

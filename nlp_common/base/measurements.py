@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
@@ -165,17 +166,22 @@ def load_rows(topic: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def save_rows(topic: str, new: list[dict]) -> None:
-    """新的几行并进文件：同名、同种子的换掉；按名字、种子排好，改了什么一看 diff 就知道。"""
+def save_rows(topic: str, new: list[dict], keep: Callable[[dict], bool] | None = None) -> int:
+    """新的几行并进文件：同名、同种子的换掉；按名字、种子排好，改了什么一看 diff 就知道。
+
+    keep 说留不留这一行，没给就都留；返回去掉了几行。
+    """
     FOLDER.mkdir(parents=True, exist_ok=True)
     lock = Path(git("rev-parse", "--absolute-git-dir")) / "measurements.lock"
     with FileLock(lock):  # 两个种子可以同时跑，各用一个核
         rows = {(row["name"], row["seed"]): row for row in load_rows(topic) + new}
-        order = sorted(rows, key=lambda key: (key[0], -1 if key[1] is None else key[1]))
+        kept = {key: row for key, row in rows.items() if keep is None or keep(row)}
+        order = sorted(kept, key=lambda key: (key[0], -1 if key[1] is None else key[1]))
         lines = [
-            json.dumps({field: rows[key][field] for field in FIELDS}, ensure_ascii=False) for key in order
+            json.dumps({field: kept[key][field] for field in FIELDS}, ensure_ascii=False) for key in order
         ]
         write_text(FOLDER / f"{topic}.jsonl", "".join(f"{line}\n" for line in lines))
+    return len(rows) - len(kept)
 
 
 def record(

@@ -175,6 +175,26 @@ def test_record_from_a_json_file(numbers, folder, tmp_path):
         numbers.record("t", str(file), "", "python x.py", None)
 
 
+def test_trim_keeps_what_is_used(numbers, folder):
+    """模板用到的（几个种子都留）、一课的总指标、说好要量的留下；别的细数去掉；再做一次什么也不变。"""
+    (folder / "templates").mkdir(parents=True)
+    cells = "{t.a.grid.x@0:.2f} {mean(t.a.grid.y):.1f} {t.a.p.q.r/t.a.p.q.s:.2f}"
+    (folder / "templates" / "x.md").write_text(cells, encoding="utf-8")
+    grid = {"x": 1, "y": 2, "z": 3, "recall_at_1": 4}
+    for seed in (0, 1):
+        values = {"a": {"total": 9, "grid": grid, "p": {"q": {"r": 1, "s": 2, "t": 3}}}}
+        measurements.record("t", values, seed=seed, command="python x.py")
+    numbers.trim("t")
+    left = ["grid.recall_at_1", "grid.x", "grid.y", "p.q.r", "p.q.s", "total"]
+    rows = measurements.load_rows("t")
+    assert [(row["name"], row["seed"]) for row in rows] == [(f"t.a.{n}", s) for n in left for s in (0, 1)]
+    assert "grid.z" not in (folder / "README.md").read_text(encoding="utf-8")
+    numbers.trim("t")
+    assert measurements.load_rows("t") == rows
+    with pytest.raises(UserError, match=r"nothing\.jsonl"):
+        numbers.trim("nothing")
+
+
 # ---------------------------------------------------------------- 仓库里的
 
 
