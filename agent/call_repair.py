@@ -26,7 +26,8 @@ QUOTES = {
 OPEN_OBJECT, CLOSE_OBJECT = "{｛", "}｝"
 OPEN_ARRAY, CLOSE_ARRAY = "[［【", "]］】"
 CLOSERS = CLOSE_OBJECT + CLOSE_ARRAY
-COMMAS, COLONS = ",，、;；", ":："
+COMMAS, COLONS = ",，", ":："
+LONGEST, MOST_MENDED = 20_000, 100  # 再长、再坏，就不是差一点了
 WORDS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 WORDS |= {"null": None, "None": None, "NULL": None}
 ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
@@ -34,18 +35,30 @@ ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r":
 BLANK = re.compile(r"(?:\s|\ufeff|//[^\n]*|\#[^\n]*|/\*.*?\*/)*", re.DOTALL)  # 空白与注释
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 FENCE = re.compile(r"^\s*```\w*[ \t]*\n?(.*?)\n?[ \t]*(?:```\s*)?$", re.DOTALL)
-MARK = r"[\"'“”‘’＂「」`]"
-KEY = rf"(?:{MARK}[^\"'“”‘’＂「」`\n:：,，{{}}]*{MARK}|[^\W\d]\w*)\s*[{COLONS}]"  # 一个键和它的冒号
-# 一个引号后面跟着什么，才是字符串的结尾
+MARK = "[\"'“”‘’＂「」`]"
+QUOTED_KEY = rf"{MARK}[^\"'“”‘’＂「」`\n:：,，{{}}\[\]]*{MARK}\s*[{COLONS}]"  # 一个键和它的冒号，有引号
+ANY_KEY = rf"(?:{QUOTED_KEY}|{MARK}?[^\W\d]\w*{MARK}?\s*[{COLONS}])"  # 引号少了一个、两个也算
+CLOSER = f"[{re.escape(CLOSERS)}]"
+ITEM = rf"(?:{MARK}|[\[{{｛\d\-]|true\b|false\b|null\b|True\b|False\b|None\b)"  # 列表里的一项怎样开头
+
+# 一个引号后面跟着什么，才是字符串的结尾：不是的，是字符串里没有转义的引号
 AFTER_KEY = re.compile(rf"\s*[{COLONS}]")
 AFTER_VALUE = {
-    "object": re.compile(rf"\s*(?:[{COMMAS}]\s*)*(?:$|[{re.escape(CLOSERS)}]|//|/\*|\#|{KEY})"),
+    "object": re.compile(
+        rf"{BLANK.pattern}(?:$|{CLOSER}|(?:[{COMMAS}]{BLANK.pattern})+(?:{ANY_KEY}|{CLOSER}|$)|{QUOTED_KEY})",
+        re.DOTALL,
+    ),
     "array": re.compile(
-        rf"\s*(?:$|[{re.escape(CLOSERS)}]|//|/\*|\#|[{COMMAS}]\s*(?:[{COMMAS}{re.escape(CLOSERS)}\[{{\-\d]|{MARK}|\w+\s*[,\]]))"
+        rf"{BLANK.pattern}(?:$|{CLOSER}|(?:[{COMMAS}]{BLANK.pattern})+(?:{ITEM}|{CLOSER}|$)|(?<=\s){MARK})",
+        re.DOTALL,
     ),
     "top": re.compile(r"\s*$"),
 }
-NEXT_MEMBER = re.compile(rf"[{COMMAS}]\s*{KEY}")  # 逗号和下一个键：字符串里出现它，多半是少了一个引号
+# 字符串里出现了这样的：多半是前面少了一个引号，把后面的也读进来了
+SWALLOWED = {
+    "object": re.compile(rf"[{COMMAS}]\s*{QUOTED_KEY}|{CLOSER}+\s*[{COMMAS}]\s*[\"{{\[]"),
+    "array": re.compile(rf"[{COMMAS}]\s*\"|{CLOSER}+\s*[{COMMAS}]\s*[\"{{\[]"),
+}
 
 
 class Unclear(Exception):
@@ -58,6 +71,8 @@ def repair_json(text: str) -> tuple[Any, list[str]]:
         return json.loads(text, parse_constant=_refuse), []
     except (ValueError, RecursionError):
         pass
+    if len(text) > LONGEST:
+        return None, []
     mender = Mender(text)
     try:
         value = mender.document()
@@ -121,6 +136,9 @@ class Mender:
         self.open.append("object")
         found: dict[str, Any] = {}
         while not self.closed(CLOSE_OBJECT, CLOSE_ARRAY, "}", "array"):
+            if "array" in self.open and self.peek() in OPEN_OBJECT:
+                self.mended.append("补上 }")  # 键的地方来了一个对象：是列表的下一项，前面就该关上
+                break
             key = self.key()
             self.skip_blank()
             if not self.take(COLONS, ":"):
@@ -128,7 +146,7 @@ class Mender:
             if key in found:
                 raise Unclear  # 同一个键两次：不知道要哪一个
             found[key] = self.value("object")
-            self.comma(CLOSE_OBJECT)
+            self.comma()
         self.open.pop()
         return found
 
@@ -137,8 +155,11 @@ class Mender:
         self.open.append("array")
         found = []
         while not self.closed(CLOSE_ARRAY, CLOSE_OBJECT, "]", "object"):
+            if "object" in self.open and re.compile(QUOTED_KEY).match(self.text, self.place):
+                self.mended.append("补上 ]")  # 列表里没有键：前面就该关上
+                break
             found.append(self.value("array"))
-            self.comma(CLOSE_ARRAY)
+            self.comma()
         self.open.pop()
         return found
 
@@ -151,7 +172,7 @@ class Mender:
         if self.take(right, plain):
             return True
         if self.peek() in wrong:
-            if other in self.open:
+            if other in self.open and self.closers_left() < len(self.open):
                 self.mended.append(f"补上 {plain}")
             else:
                 self.place += 1
@@ -159,7 +180,16 @@ class Mender:
             return True
         return False
 
-    def comma(self, right: str) -> None:
+    def closers_left(self) -> int:
+        """后面的右括号比左括号多几个（字符串里的不算）：够数，就只是写错了；不够，才是少了一个。"""
+        if len(self.mended) > MOST_MENDED:
+            raise Unclear
+        rest = re.sub(r'"(?:[^"\\]|\\.)*"', "", self.text[self.place :])
+        return sum(rest.count(char) for char in CLOSERS) - sum(
+            rest.count(char) for char in OPEN_OBJECT + OPEN_ARRAY
+        )
+
+    def comma(self) -> None:
         """值后面的逗号：一个；多了的去掉，少了的补上。"""
         count = 0
         self.skip_blank()
@@ -196,24 +226,28 @@ class Mender:
                 break
             end += 1
         body, step = self.text[start:end], 1
-        if inside == "object" and (member := NEXT_MEMBER.search(body)):
-            body, end, step = body[: member.start()].rstrip(), start + member.start(), 0  # 下一个键都读进来了
+        found = (
+            SWALLOWED[inside].search(body) if inside in SWALLOWED and re.search(r'(?<!\\)"', body) else None
+        )
+        if inside == "key" and (end >= len(self.text) or re.search(r"[:：,，{}\[\]]", body)):
+            found = re.compile(r"(\w+)\s*(?=[:：])").match(body)
+            if not found:
+                raise Unclear
+            body, end, step = found[1], start + found.end(), 0
+            self.mended.append("补上引号")
+        elif found:
+            body, end, step = body[: found.start()].rstrip(), start + found.start(), 0
             self.mended.append("补上引号")
         elif end >= len(self.text):
-            body, end, step = *self.unclosed(inside, start), 0
+            body, end, step = *self.unclosed(start), 0
             self.mended.append("补上引号")
         if step and (self.text[start - 1] != '"' or self.text[end] != '"'):
             self.mended.append('引号改成 "')
         self.place = end + step
         return self.unescape(body, closers)
 
-    def unclosed(self, inside: str, start: int) -> tuple[str, int]:
-        """没有关上的字符串：键到冒号为止；值后面只剩右括号，而且正好是还开着的几个，就到它们为止。"""
-        if inside == "key":
-            found = re.compile(rf"(\w+)(?=\s*[{COLONS}])").match(self.text, start)
-            if found:
-                return found[1], found.end()
-            raise Unclear
+    def unclosed(self, start: int) -> tuple[str, int]:
+        """没有关上的字符串：后面只剩右括号，而且正好是还开着的几个，就到它们为止。"""
         body = self.text[start:].rstrip()
         kept = body.rstrip(CLOSERS + " \t\r\n")
         closers = [char for char in body[len(kept) :] if char in CLOSERS]

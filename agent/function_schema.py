@@ -13,12 +13,15 @@
 
 import dataclasses
 import enum
+import importlib.util
 import inspect
 import json
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, Union
 
 from nlp_common.base.errors import UserError
@@ -81,6 +84,29 @@ def function_schema(function: Callable) -> dict:
         "type": "function",
         "function": {"name": name, "description": description, "parameters": parameters},
     }
+
+
+def functions_in(path: str) -> list[Callable]:
+    """一个 Python 文件里写的函数（名字不以 _ 开头）。读不了、运行不了、一个也没有，是 UserError。"""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"没有文件 {file}。")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{file} 不是 Python 文件：要以 .py 结尾。")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclass 要按名字找到它
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{file} 运行不了：{type(error).__name__}: {error}") from None
+    found = [
+        each for name, each in vars(module).items() if inspect.isfunction(each) and not name.startswith("_")
+    ]
+    found = [each for each in found if each.__module__ == spec.name]
+    if not found:
+        raise UserError(f"{file} 里一个函数也没有（名字以 _ 开头的不算）。")
+    return found
 
 
 # ---------------------------------------------------------------- docstring

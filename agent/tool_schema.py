@@ -1,176 +1,299 @@
-"""工具调用的校验、修补与约束。"""
+"""模型写的调用能不能用：校验，修一修，或者一开始就只让它写得出合法的。
 
+学到什么：JSON schema 怎样逐层核对；差一点就对的 JSON 哪些修得、哪些不该修；约束解码：工具变成文法，文法变成自动机，
+自动机的每个状态是词表上的一张掩码，没训练过的模型也只写得出合法的调用。合法不等于对：该不该调用、参数填什么，还是模型的事。
 
-import difflib
+运行：
+    python tool_schema.py                                   # 没训练过的小模型：合法的调用 0 → 100%
+    python tool_schema.py --model smollm2                    # 真的小模型
+    python tool_schema.py --tools 我的工具.json               # 自己的工具（OpenAI 的写法），看它的文法
+    python tool_schema.py --call "{'name': …}" [--tools …]   # 修一修、核对一个调用
+
+预期输出（实测见本文件夹的 README.md）：写坏的 JSON 九成多修得好；合法的调用 0 → 1.000。
+
+参考：JSON Schema 2020-12；Willard & Louf 2023；Dong et al. 2024（xgrammar）。
+"""
+
+from nlp_common.base.cli import run_main
+
 import json
-import math
-import re
-from typing import Any
+import random
+import time
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
 
-from schema_words import check_schema, referred
-from tool_format import BrokenCall, Call
+import numpy as np
 
-# ---------------------------------------------------------------- 1. 校验
+from call_grammar import CallGrammar, generate_call
+from call_repair import repair_json
+from json_faults import FAULTS
+from nlp_common.base.arguments import COUNT, option
+from nlp_common.base.console import print_table
+from nlp_common.base.errors import UserError
+from nlp_common.draw.figures import render
+from nlp_common.draw.plots import COLORS
+from nlp_common.hub.models import require_model
+from nlp_common.lm.chatml import prompt_ids, whole_pieces
+from nlp_common.lm.loading import load_causal_lm
+from nlp_common.lm.tool_text import with_tools
+from nlp_common.train.lesson import run_lesson
+from nlp_common.train.settings import LessonSettings, parse_settings
+from nlp_common.train.stage import Stage
+from reply_parser import BrokenCall, Call, parse_reply
+from schema_check import check_call
+from schema_check import check_value as check_value  # 给别的脚本用
+from tool_examples import QUESTIONS, TOOLS, random_call
 
-KINDS = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
-NAMES = {
-    "object": "对象",
-    "array": "列表",
-    "string": "字符串",
-    "integer": "整数",
-    "number": "数",
-    "boolean": "true 或 false",
-    "null": "null",
+HOME = Path(__file__).resolve().parent
+PRESETS: dict[str, dict] = {
+    "tiny": {"n_calls": 60, "n_faults": 100},
+    "full": {"n_calls": 60, "n_faults": 100},
 }
 
 
-def check_value(value: Any, schema: dict | bool, where: str = "") -> list[str]:
-    """一个 JSON 值合不合 schema：每处不合一句话，空的就是合。where 是它在哪里，写在每句话的前面。
+@dataclass
+class SchemaSettings(LessonSettings):
+    model: str | None = option("用哪个模型：hub 名、本地文件夹或 smollm2；默认是没训练过的小模型")
+    source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
+    tools: str | None = option("工具的 JSON 文件：OpenAI 写法的列表")
+    call: str | None = option("一个调用的 JSON：修一修，再核对")
+    n_calls: int | None = option("让模型写几个调用", None, COUNT)
+    n_faults: int | None = option("每种写坏的样子试几个", None, COUNT)
+    max_new_tokens: int = option("一个调用最多写几个 token：到了就收尾，照样合法", 150)
 
-    schema 里有子集之外的关键字，是 UserError：悄悄不管，就会放过不合的。
+
+# ---------------------------------------------------------------- 1. 修补（call_repair.py）修得好多少
+
+
+def mend_all(n: int, seed: int) -> dict[str, dict[str, float]]:
+    """每种写坏的样子 n 个 → 修好的、没有修的、修错的，各占多少；修错了又通过校验的最危险，另数。装了 json-repair 也比。"""
+    repairers = {"": lambda text: repair_json(text)[0]}
+    if find_spec("json_repair"):
+        import json_repair
+
+        repairers["_json_repair"] = json_repair.loads
+    found: dict[str, dict[str, float]] = {}
+    for name, spoil in FAULTS.items():
+        rng, counts, tried = random.Random(f"{seed}-{name}"), {}, 0
+        for key in repairers:
+            counts |= {f"right{key}": 0, f"refused{key}": 0, f"wrong{key}": 0, f"dangerous{key}": 0}
+        while tried < n:
+            call = random_call(rng)
+            broken = spoil(json.dumps(call, ensure_ascii=False), rng)
+            if broken is None:
+                continue
+            tried += 1
+            for key, repair in repairers.items():
+                value = repair(broken)
+                is_call = isinstance(value, dict) and {"name", "arguments"} <= value.keys()
+                verdict = "right" if value == call else "wrong" if isinstance(value, dict) else "refused"
+                counts[verdict + key] += 1
+                counts["dangerous" + key] += verdict == "wrong" and is_call and not check_call(value, TOOLS)
+        found[name] = {key: value / n for key, value in counts.items()}
+    return found
+
+
+# ---------------------------------------------------------------- 2. 约束解码（call_grammar.py）
+
+
+def is_valid(text: str, tools: list[dict]) -> bool:
+    """一段文字正好是一个合法的调用。读与核对都不经过文法：是另一条路。"""
+    reply = parse_reply(text)
+    return len(reply.calls) == 1 and not reply.content and not check_call(reply.calls[0], tools)
+
+
+def write_calls(model, tokenizer, tools: list[dict], settings) -> dict:
+    """同样的问题，不加约束、加约束各写一遍 → 合法的比例，写出了几种工具。
+
+    一半贪心、一半按温度 1 抽：抽出来的五花八门，更容易碰到文法的角落。
     """
-    check_schema(schema, where or "schema")
-    return _faults(value, schema, where, schema)
+    started = time.perf_counter()
+    masks = CallGrammar(tools).masks(tokenizer, model.config.vocab_size)
+    compile_ms = 1000 * (time.perf_counter() - started)
+    has_room = model.config.max_position_embeddings > 1500  # 小模型读不懂，也装不下工具的说明
+    valid, names, first = {"before": 0, "after": 0}, set(), {}
+    for number in range(settings.n_calls):
+        system = [{"role": "system", "content": with_tools("", tools)}] if has_room else []
+        question = {"role": "user", "content": QUESTIONS[number % len(QUESTIONS)]}
+        prompt = prompt_ids(tokenizer, [*system, question])
+        temperature = 0.0 if number < settings.n_calls // 2 else 1.0
+        for label, used in (("before", None), ("after", masks)):
+            text = generate_call(model, tokenizer, prompt, used, settings.max_new_tokens, temperature, number)
+            valid[label] += is_valid(text, tools)
+            first.setdefault(label, text)
+            if label == "after":
+                names |= {call.name for call in parse_reply(text).calls if isinstance(call, Call)}
+    print(f"  不加约束：{first['before'][:150]!r}\n  加约束：　{first['after'][:150]!r}")
+    n = settings.n_calls
+    return {
+        "valid_before": valid["before"] / n,
+        "valid": valid["after"] / n,
+        "tools_used": len(names),
+        "grammar_ms": compile_ms,
+        "states": len(masks.matcher.states),
+    }
 
 
-def check_call(call: Call | BrokenCall | dict, tools: list[dict]) -> list[str]:
-    """一个调用能不能交给工具：有没有这个工具，参数少了、多了、不合，每处一句话。
-
-    schema 没有写 additionalProperties，JSON schema 的规定是许可别的参数；函数却接不住，所以这里当作不许可。
-    """
-    if isinstance(call, BrokenCall):
-        return [call.error]
-    if isinstance(call, dict):
-        call = Call(call["name"], call["arguments"])
-    name = call.name
-    known = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
-    if name not in known:
-        return [f"没有工具 {name}{_near(name, known)}；有的是：{'、'.join(known) or '一个也没有'}"]
-    schema = {"type": "object", "properties": {}, "additionalProperties": False} | known[name]
-    check_schema(schema, f"工具 {name} 的 parameters")
-    return [f"{name}：{fault}" for fault in _faults(call.arguments, schema, "", schema)]
+def example_walk(tokenizer, size: int) -> list[tuple[str, int, list[str]]]:
+    """一个调用从左到右：每个 token，这里许可几个，其中的几个是什么。"""
+    masks = CallGrammar(TOOLS).masks(tokenizer, size)
+    text = (
+        json.dumps({"name": "weather", "arguments": {"city": "北京", "days": 12}}, ensure_ascii=False) + "\n"
+    )
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    state, steps = masks.matcher.start, []
+    for token, piece in zip(ids, whole_pieces(tokenizer, ids), strict=True):
+        allowed = np.flatnonzero(masks.allowed(state))
+        steps.append((piece, len(allowed), [tokenizer.decode([each]) for each in allowed[:5]]))
+        state = masks.next(state, token)
+    return steps
 
 
-def _near(name: str, known: object) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"（是不是 {close[0]}？）" if close else ""
+def show_walk(steps: list[tuple[str, int, list[str]]]) -> None:
+    """只许可一个的，模型没有选择：连着的印在一起。"""
+    forced = ""
+    for piece, count, some in [*steps, ("", 0, [])]:
+        if count == 1:
+            forced += piece
+            continue
+        if forced:
+            print(f"  {forced!r}  没有选择")
+            forced = ""
+        if count:
+            more = " …" if count > len(some) else ""
+            print(f"  {piece!r}  许可 {count:,} 个：{'、'.join(map(repr, some))}{more}")
 
 
-def _faults(value: Any, schema: dict | bool, where: str, root: dict | bool) -> list[str]:
-    """一层一层往下看：先看种类，再看这一种的限制。"""
-    it = where or "值"
-    if isinstance(schema, bool):
-        return [] if schema else [f"{it} 不许有"]
-    if value is None and schema.get("nullable") is True:
-        return []
-    kinds = schema.get("type", [])
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    if kinds and not any(is_kind(value, kind) for kind in kinds):
-        return [f"{it} 要是{'或'.join(NAMES[kind] for kind in kinds)}，给的是 {shown(value)}"]
-    faults = []
-    if "$ref" in schema:
-        faults += _faults(value, referred(root, schema["$ref"]), where, root)
-    if "const" in schema and not same(value, schema["const"]):
-        faults.append(f"{it} 只能是 {shown(schema['const'])}，给的是 {shown(value)}")
-    if "enum" in schema and not any(same(value, each) for each in schema["enum"]):
-        options = "、".join(map(shown, schema["enum"]))
-        faults.append(f"{it} 要是 {options} 之一，给的是 {shown(value)}")
-    for each in schema.get("allOf", []):
-        faults += _faults(value, each, where, root)
-    for name in ("anyOf", "oneOf"):
-        if name in schema:
-            found = [_faults(value, each, where, root) for each in schema[name]]
-            fitting = found.count([])
-            if fitting == 0:
-                faults.append(f"{it} 哪一种写法都不合：" + "；或者，".join(each[0] for each in found))
-            elif fitting > 1 and name == "oneOf":
-                faults.append(f"{it} 只能合一种写法，却合了 {fitting} 种")
-    if isinstance(value, dict):
-        faults += _object_faults(value, schema, where, root)
-    elif isinstance(value, list):
-        faults += _array_faults(value, schema, where, root)
-    elif isinstance(value, str):
-        faults += _string_faults(value, schema, it)
-    elif is_kind(value, "number"):
-        faults += _number_faults(value, schema, it)
-    return faults
+def draw_walk(path: Path, steps: list[tuple[str, int, list[str]]], size: int) -> None:
+    def bars(axes, text) -> None:
+        axes.bar(range(len(steps)), [count for _, count, _ in steps], color=COLORS[0])
+        axes.set_yscale("log")
+        axes.set_ylim(0.7, size * 1.5)
+        ticks = [10**i for i in range(len(str(size)))]
+        axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        labels = [
+            piece.replace(" ", "␣").replace("\n", "⏎").replace("|", "/") or "…" for piece, _, _ in steps
+        ]
+        axes.set_xticks(range(len(steps)), [text(label) for label in labels], fontsize=8)
+        axes.axhline(size, color="#999999", linewidth=1, linestyle="--")
+
+    title = f"写一个调用，每一步许可几个 token（虚线是全部 {size:,} 个）|Tokens allowed at each step of a call ({size:,} in all)"
+    render(path, bars, [], (title, "写出的 token|token", "许可几个|allowed"), min_width=1.1 * len(steps))
 
 
-def _object_faults(value: dict, schema: dict, where: str, root: dict | bool) -> list[str]:
-    inside = f"{where} 里" if where else ""
-    known = schema.get("properties", {})
-    faults = [f"{inside}少了 {name}" for name in schema.get("required", []) if name not in value]
-    more = schema.get("additionalProperties", True)
-    for name, each in value.items():
-        place = f"{where}.{name}" if where else name
-        if name in known:
-            faults += _faults(each, known[name], place, root)
-        elif more is False:
-            faults.append(f"{inside}多了 {name}{_near(name, known)}")
-        else:
-            faults += _faults(each, more, place, root)
-    for limit, fits, word in (("minProperties", int.__ge__, "至少"), ("maxProperties", int.__le__, "至多")):
-        if limit in schema and not fits(len(value), int(schema[limit])):
-            faults.append(f"{where or '值'} {word}要有 {schema[limit]} 栏，给的有 {len(value)} 栏")
-    return faults
+# ---------------------------------------------------------------- 3. 全课
 
 
-def _array_faults(value: list, schema: dict, where: str, root: dict | bool) -> list[str]:
-    it, faults = where or "值", []
-    if len(value) < schema.get("minItems", 0):
-        faults.append(f"{it} 至少要有 {schema['minItems']} 项，给的有 {len(value)} 项")
-    if len(value) > schema.get("maxItems", math.inf):
-        faults.append(f"{it} 至多有 {schema['maxItems']} 项，给的有 {len(value)} 项")
-    if schema.get("uniqueItems") and any(same(a, b) for i, a in enumerate(value) for b in value[:i]):
-        faults.append(f"{it} 里不许有重复的")
-    for i, each in enumerate(value):
-        faults += _faults(each, schema.get("items", True), f"{where}[{i}]", root)
-    return faults
+def learn(stage: Stage, path: str | None) -> dict:
+    settings = stage.settings
+    tools = read_tools(settings.tools)
+    print("1. 校验")
+    for call in (
+        {"name": "wether", "arguments": {}},
+        {"name": "weather", "arguments": {"cty": "北京", "days": "三"}},
+        {"name": "order", "arguments": {"items": [{"name": "苹果", "count": 1.5}], "pay": "赊账"}},
+    ):
+        print(f"  {json.dumps(call, ensure_ascii=False)}")
+        print("".join(f"    {fault}\n" for fault in check_call(call, TOOLS)), end="")
+    print("\n2. 修补：每种写坏的样子，修好、没有修、修错各占多少")
+    mended = mend_all(settings.n_faults, settings.seed)
+    print_table([("写坏的样子", "修好", "没有修", "修错"), *rates(mended)])
+    print("\n3. 约束：工具的文法（前几条）")
+    for line in CallGrammar(tools).text.splitlines()[: 3 + len(tools)]:
+        print(f"  {line[:150]}")
+    tokenizer, model = load_causal_lm(path) if path else untrained(settings.seed)
+    model = model.to(stage.device).eval()
+    metrics: dict = write_calls(model, tokenizer, tools, settings)
+    print(f"  合法的调用 {metrics['valid_before']:.3f} → {metrics['valid']:.3f}")
+    steps = example_walk(tokenizer, model.config.vocab_size)
+    show_walk(steps)
+    metrics["forced_share"] = sum(count == 1 for _, count, _ in steps) / len(steps)
+    metrics["vocabulary"] = model.config.vocab_size
+    for key in next(iter(mended.values())):
+        metrics[key] = float(np.mean([row[key] for name, row in mended.items() if name != "写到一半"]))
+        metrics[f"cut_{key}"] = mended["写到一半"][key]
+
+    def draw(folder: Path) -> None:
+        draw_walk(folder / "allowed.svg", steps, model.config.vocab_size)
+        (folder / "repair.json").write_text(
+            json.dumps(mended, ensure_ascii=False, indent=1), encoding="utf-8"
+        )
+
+    return stage.save(
+        metrics,
+        {
+            "tools": {
+                "name": Path(settings.tools).name if settings.tools else "tool_examples",
+                "kind": "local" if settings.tools else "builtin",
+            }
+        },
+        draw,
+    )
 
 
-def _string_faults(value: str, schema: dict, it: str) -> list[str]:
-    faults = []
-    if len(value) < schema.get("minLength", 0):
-        faults.append(f"{it} 至少要有 {schema['minLength']} 个字，给的是 {shown(value)}")
-    if len(value) > schema.get("maxLength", math.inf):
-        faults.append(f"{it} 至多 {schema['maxLength']} 个字，给的有 {len(value)} 个字")
-    if "pattern" in schema and not re.search(schema["pattern"], value):
-        faults.append(f"{it} 要合正则式 {schema['pattern']}，给的是 {shown(value)}")
-    return faults
+def rates(mended: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
+    return [
+        (name, *(f"{row[key]:.2f}" for key in ("right", "refused", "wrong"))) for name, row in mended.items()
+    ]
 
 
-def _number_faults(value: float, schema: dict, it: str) -> list[str]:
-    faults = []
-    if value < schema.get("minimum", -math.inf):
-        faults.append(f"{it} 不能小于 {schema['minimum']}，给的是 {value}")
-    if value > schema.get("maximum", math.inf):
-        faults.append(f"{it} 不能大于 {schema['maximum']}，给的是 {value}")
-    if value <= schema.get("exclusiveMinimum", -math.inf):
-        faults.append(f"{it} 要大于 {schema['exclusiveMinimum']}，给的是 {value}")
-    if value >= schema.get("exclusiveMaximum", math.inf):
-        faults.append(f"{it} 要小于 {schema['exclusiveMaximum']}，给的是 {value}")
-    return faults
+def untrained(seed: int):
+    """没训练过的小模型，与它的分词器（会用工具的小模型就是从它开始的）。"""
+    from tiny_agent import build_base, build_tokenizer  # 它要用到 tool_world，那里要用到这里：用到才导入
+
+    tokenizer = build_tokenizer()
+    return tokenizer, build_base(tokenizer, seed)
 
 
-def is_kind(value: Any, kind: str) -> bool:
-    """JSON schema 的规定：true 不是数，1.0 是整数。"""
-    if kind in ("integer", "number"):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and (kind == "number" or value == math.floor(value))
-    return isinstance(value, KINDS[kind])
+def read_tools(path: str | None) -> list[dict]:
+    """工具的 JSON 文件；没给就是 tool_examples.py 里的几件。写错了是 UserError，说出是哪一件。"""
+    if path is None:
+        return TOOLS
+    file = Path(path).expanduser()
+    try:
+        tools = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        why = "没有这个文件" if not file.exists() else f"不是 UTF-8 的 JSON（{error}）"
+        raise UserError(f"读不了 {file}：{why}。") from None
+    for number, tool in enumerate(tools if isinstance(tools, list) else [None], 1):
+        if not isinstance(tool, dict) or not isinstance((tool.get("function") or {}).get("name"), str):
+            shape = '[{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}]'
+            raise UserError(f"{file} 的第 {number} 件工具写得不对：要写成 {shape}。")
+    return tools
 
 
-def same(a: Any, b: Any) -> bool:
-    """两个 JSON 值相不相等：1 与 1.0 相等，1 与 true 不相等。"""
-    if isinstance(a, bool) or isinstance(b, bool):
-        return a is b
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
-    return a == b
+def look_at(text: str, tools: list[dict]) -> dict:
+    """读者自己的一个调用：修一修，再核对。"""
+    value, mended = repair_json(text)
+    if value is None:
+        print("读不懂，也拿不准怎样修：请模型重写。")
+        return {"value": None}
+    print(
+        f"读成 {json.dumps(value, ensure_ascii=False)}" + (f"\n修了：{'；'.join(mended)}" if mended else "")
+    )
+    is_call = isinstance(value, dict) and isinstance(value.get("name"), str)
+    call = (
+        Call(value["name"], value.get("arguments", {}))
+        if is_call
+        else BrokenCall(text, "调用要有 name 与 arguments")
+    )
+    faults = check_call(call, tools)
+    print("合法" if not faults else "\n".join(faults))
+    return {"value": value, "mended": mended, "faults": faults}
 
 
-def shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:40] + "…"
+def main(argv: list[str] | None = None) -> dict:
+    settings = parse_settings(SchemaSettings, PRESETS, argv)
+    if settings.call is not None:
+        return look_at(settings.call, read_tools(settings.tools))
+    path = require_model(settings.model, settings.source) if settings.model else None
+    name = "tool_schema" + ("_smollm2" if settings.model == "smollm2" else "")
+    return run_lesson(name, HOME, settings, partial(learn, path=path), model_id=settings.model or "untrained")
+
+
+if __name__ == "__main__":
+    run_main(main)
