@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -197,10 +198,12 @@ def as_call(value: object, text: str) -> Call | BrokenCall:
 def read_values(text: str) -> list:
     """一个接一个的 JSON 值，中间可以有逗号、换行；外面套着 […] 就是里面的几个。不是的，ValueError 说出哪里不对。
 
-    比 json.loads 严：同一个键写了两次、NaN、半个代理对（写不成 UTF-8）都不认，免得这里与别处读出的不一样。
+    比 json.loads 严：同一个键写了两次、NaN、大得成了无穷的数、半个代理对（写不成 UTF-8）都不认，免得这里与别处读出的不一样。
     """
-    decoder = json.JSONDecoder(object_pairs_hook=_no_repeats, parse_constant=_no_constants)
-    values, place = [], 0
+    decoder = json.JSONDecoder(
+        object_pairs_hook=_no_repeats, parse_constant=_no_constants, parse_float=_float, parse_int=_int
+    )
+    values, place, text = [], 0, text.strip()
     while place < len(text):
         try:
             value, place = decoder.raw_decode(text, place)
@@ -228,3 +231,15 @@ def _no_repeats(pairs: list[tuple[str, object]]) -> dict:
 
 def _no_constants(word: str) -> None:
     raise ValueError(f"{word} 不是 JSON 的数")
+
+
+def _float(written: str) -> float:
+    if math.isinf(value := float(written)):
+        raise ValueError(f"数 {written[:20]} 太大")
+    return value
+
+
+def _int(written: str) -> int:
+    if len(written) > 300:
+        raise ValueError(f"数 {written[:20]}… 太大")
+    return int(written)
