@@ -13,7 +13,7 @@ import tool_world
 from agent_models import LocalModel, Model, ServerModel
 from agent_run import WHY, Agent, Budget, Run
 from agent_secrets import Hider, marked_secrets
-from agent_trace import write_trace
+from agent_trace import visible, write_trace
 from failing_tools import world_tools
 from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, POSITIVE, Limits, option
 from nlp_common.base.device import describe, pick_device
@@ -86,7 +86,7 @@ def make_agent(settings: TalkSettings) -> Iterator[Agent]:
         for address in settings.mcp or []:
             add_tools(tools, opened.enter_context(mcp_tools(address)), address)
         system = "" if settings.tiny_world else settings.system
-        print(f"{model.name}；工具：{'、'.join(tools) or '一个也没有'}")
+        print(f"工具：{'、'.join(map(visible, tools)) or '一个也没有'}")
         yield Agent(model, tools, system, budget, hider=hider)
 
 
@@ -110,6 +110,7 @@ def open_model(settings: TalkSettings) -> Model:
     if settings.base_url:
         server = ChatServer(settings.base_url, settings.server_model, settings.api_key_env, settings.timeout)
         server.check()
+        print(f"{settings.server_model}（{settings.base_url}）")
         return ServerModel(server, settings.temperature, settings.context)
     path = tool_model()["path"] if settings.tiny_world else require_model(settings.model, settings.source)
     tokenizer, model = load_causal_lm(path)
@@ -119,7 +120,7 @@ def open_model(settings: TalkSettings) -> Model:
     )
     if settings.thinking == "on" and not local.thinks:
         print(f"（{name} 的模板里没有思考的开关，--thinking on 不起作用。）")
-    print(f"{name}（{describe(local.model.device)}）")
+    print(f"{name}，{describe(local.model.device)}")
     return local
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from agent_confirm import describe
 from agent_run import WHY, Agent, CallRecord, Run, Step, Watcher
 from agent_secrets import Hider
-from agent_setup import TalkSettings, save_trace
+from agent_setup import TalkSettings, example_questions, save_trace
 from agent_trace import KINDS, visible
 from nlp_common.base.errors import UserError
 from reply_parser import BrokenCall, Call, StreamParser
@@ -72,6 +72,8 @@ def talk(agent: Agent, run_agent: Callable[[Run], Run], settings: TalkSettings) 
     """一行一问，直到 quit。history 记着整段对话；小世界的模型一次只会一问，每问从头开始。"""
     history: list[dict] = []
     said, place = 0, ""
+    if settings.tiny_world:
+        print(f"小世界的模型只会查故事、找故事、算两个数，一次一问。可以问：{'　'.join(example_questions())}")
     print("命令：clear、tools、trace、help、quit。")
     while (line := read_line()) is not None:
         command = COMMANDS.get(line.lower(), line.lower())

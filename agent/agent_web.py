@@ -83,7 +83,7 @@ class Visitor(Watcher):
         self.agent = replace(agent, watcher=self, confirm=self.confirm)
         self.forgetful = forgetful  # 小世界的模型一次只会一问
         self.history: list[dict] = []
-        self.shown: list[dict] = []  # 页面上的各条
+        self.showing: list[dict] = []  # 正在答的这一句写在哪里
         self.trace = ""
         self.stop = threading.Event()
         self.asking: Asking | None = None
@@ -91,8 +91,8 @@ class Visitor(Watcher):
         self.clear()
 
     def clear(self) -> None:
-        self.history, self.shown, self.trace = [], [], ""
-        self.parser, self.line, self.thought = StreamParser(), None, None
+        self.history, self.shown, self.trace = [], [], ""  # 还没有停下的那个回答，接着写它自己的 showing
+        self.parser, self.line, self.words, self.thought = StreamParser(), None, "", None
 
     # 循环说给这里听的（在它的线程里）
 
@@ -113,25 +113,26 @@ class Visitor(Watcher):
             self.say(f"（{note}）")
 
     def calling(self, call: Call | BrokenCall) -> None:
-        self.fold(f"→ {call.name} …", "", pending=True)
+        self.doing = self.fold(f"→ {call.name} …", "", pending=True)
 
     def called(self, record: CallRecord) -> None:
         arguments = json.dumps(record.arguments, ensure_ascii=False)
         again = f"，试了 {record.attempts} 次" if record.attempts > 1 else ""
         title = f"→ {record.name}（{KINDS[record.kind]}，{record.seconds:.2f} 秒{again}）"
-        self.shown.pop()
-        self.fold(title, f"参数　{arguments}\n结果　{record.result}")
+        self.doing["content"] = self.plainly(f"参数　{arguments}\n结果　{record.result}")
+        self.doing["metadata"] = {"title": self.plainly(title), "status": "done"}
 
     def add_words(self, text: str) -> None:
         if not text:
             return
         if self.line is None:
-            self.line = self.say("")
-        self.line["content"] += self.plainly(text)
+            self.line, self.words = self.say(""), ""
+        self.words += text
+        self.line["content"] = self.plainly(self.words)
 
     def say(self, text: str, role: str = "assistant") -> dict:
-        self.shown.append({"role": role, "content": self.plainly(text)})
-        return self.shown[-1]
+        self.showing.append({"role": role, "content": self.plainly(text)})
+        return self.showing[-1]
 
     def fold(self, title: str, text: str, pending: bool = False) -> dict:
         """折起来的一条，点开看 text；pending 的转着圈。"""
@@ -173,6 +174,7 @@ class Visitor(Watcher):
         if self.forgetful:
             self.history = []
         self.stop.clear()
+        self.showing = self.shown
         self.say(question, "user")
         self.history.append({"role": "user", "content": question})
         run, errors = Run.begin(self.agent, self.history, self.stop), []
@@ -182,11 +184,11 @@ class Visitor(Watcher):
             yield
             job.join(EVERY)
         if errors:
-            self.history.pop()
+            run.history.pop()
             self.say(f"（{errors[0]}）")
         elif run.why != "answered":
             self.say(f"（停下了：{WHY[run.why]}）")
-        if run.why:
+        if run.why and self.showing is self.shown:  # 没有被清空
             self.trace = trace_page(trace_rows(run, self.agent.hider), WHY[run.why])
         yield
 
