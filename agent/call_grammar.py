@@ -39,6 +39,8 @@ def call_schema(tools: list[dict]) -> dict:
     kinds, parts = [], {}
     for tool in tools:
         name = tool["function"]["name"]
+        if name in parts:
+            raise UserError(f"两件工具都叫 {name}：不知道调用的是哪一件，改掉一个名字。")
         parameters = {"type": "object", "properties": {}} | (tool["function"].get("parameters") or {})
         check_schema(parameters, f"工具 {name} 的 parameters")
         parts[name] = writable(parameters, name)

@@ -9,6 +9,7 @@
 """
 
 import json
+import math
 import re
 from typing import Any
 
@@ -45,14 +46,13 @@ ITEM = rf"(?:{MARK}|[\[{{｛\d\-]|true\b|false\b|null\b|True\b|False\b|None\b)" 
 AFTER_KEY = re.compile(rf"\s*[{COLONS}]")
 AFTER_VALUE = {
     "object": re.compile(
-        rf"{BLANK.pattern}(?:$|{CLOSER}|(?:[{COMMAS}]{BLANK.pattern})+(?:{ANY_KEY}|{CLOSER}|$)|{QUOTED_KEY})",
+        rf"{BLANK.pattern}(?:$|{CLOSER}|(?:[{COMMAS}]{BLANK.pattern})+(?:{ANY_KEY}|{CLOSER}|[{{｛]|$)|{QUOTED_KEY})",
         re.DOTALL,
     ),
     "array": re.compile(
         rf"{BLANK.pattern}(?:$|{CLOSER}|(?:[{COMMAS}]{BLANK.pattern})+(?:{ITEM}|{CLOSER}|$)|(?<=\s){MARK})",
         re.DOTALL,
     ),
-    "top": re.compile(r"\s*$"),
 }
 # 字符串里出现了这样的：多半是前面少了一个引号，把后面的也读进来了
 SWALLOWED = {
@@ -101,24 +101,26 @@ class Mender:
             self.text = found[1]
             self.mended.append("去掉代码栏 ```")
         start = re.search(rf"[{re.escape(OPEN_OBJECT + OPEN_ARRAY)}]", self.text)
-        if start and self.text[: start.start()].strip("\ufeff \t\r\n"):
-            if re.search(MARK, self.text[: start.start()]):
-                raise Unclear
-            self.place = start.start()
+        if not start or re.search(MARK, self.text[: start.start()]):
+            raise Unclear
+        self.place = start.start()
+        if self.text[: self.place].strip("\ufeff \t\r\n"):
             self.mended.append("去掉前面的话")
-        value = self.value("top")
+        value = self.object() if self.peek() in OPEN_OBJECT else self.array()
         self.skip_blank()
         rest = self.text[self.place :]
         if rest.strip(CLOSERS + " \t\r\n"):
             if re.search(rf"[{re.escape(OPEN_OBJECT + OPEN_ARRAY)}]|{MARK}", rest.replace("```", "")):
                 raise Unclear  # 后面还有一个值，或者前面就读错了
             self.mended.append("去掉后面的话")
+        elif len(rest.strip()) > 5:
+            raise Unclear
         elif rest.strip():
             self.mended.append("去掉多余的括号")
         return value
 
     def value(self, inside: str) -> Any:
-        """读一个值；inside 是它在哪里面："object"、"array"、"top"（最外面）。"""
+        """读一个值；inside 是它在哪里面："object"、"array"。"""
         self.skip_blank()
         char = self.peek()
         if char and char in OPEN_OBJECT:
@@ -299,7 +301,7 @@ class Mender:
         quoted = re.compile(rf"([^\W\d]\w*){MARK}?").match(self.text, self.place)
         if word[0].lower() in ("nan", "infinity", "undefined", "nil", "none", "true", "false", "null"):
             raise Unclear
-        if quoted and inside != "top" and self.ends_at(quoted.end(), inside):
+        if quoted and self.ends_at(quoted.end(), inside):
             self.place = quoted.end()
             self.mended.append("补上引号")
             return quoted[1]
@@ -310,10 +312,10 @@ class Mender:
         digits = plain.lstrip("-")
         if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit():
             raise Unclear  # 007：也许是字符串
-        if "." in plain or "e" in plain.lower():
-            value: int | float = float(plain)
-        else:
-            value = int(plain)
+        is_whole = plain.lstrip("-").isdigit()
+        value: int | float = int(plain) if is_whole and len(plain) < 300 else float(plain)
+        if math.isinf(value):
+            raise Unclear
         try:
             json.loads(written)
         except ValueError:

@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+from nlp_common.base.errors import UserError
 from reply_parser import BrokenCall, Call
 from schema_words import check_schema, referred
 
@@ -27,7 +28,10 @@ def check_value(value: Any, schema: dict | bool, where: str = "") -> list[str]:
     schema 里有子集之外的关键字，是 UserError：悄悄不管，就会放过不合的。
     """
     check_schema(schema, where or "schema")
-    return _faults(value, schema, where, schema)
+    try:
+        return _faults(value, schema, where, schema)
+    except RecursionError:
+        raise UserError("schema 的 $ref 一层也不深入就又套着自己，或者值套得太深。") from None
 
 
 def check_call(call: Call | BrokenCall | dict, tools: list[dict]) -> list[str]:

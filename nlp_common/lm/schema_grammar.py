@@ -1,5 +1,5 @@
 """JSON schema → 文法（gbnf.py 的 GBNF）。空白只有一种写法：逗号、冒号后面一个空格，别处没有。
-\\u 后面不许写半个代理对（那不是一个字），指数至多两位（再大，读出来是无穷大）。
+\\u 后面不许写半个代理对（那不是一个字）；整数部分至多 18 位（64 位整数装得下），指数至多两位（再大，读出来是无穷大）。
 
 支持：type（object、array、string、integer、number、boolean、null，可以写几种）、properties、required、items、
 additionalProperties（没有 properties 时）、minItems/maxItems、enum、const、anyOf/oneOf、minimum/maximum、minLength/maxLength、
@@ -31,8 +31,8 @@ string  ::= "\"" char* "\""
 char    ::= [^"\\\x00-\x1f] | "\\" (["\\/bfnrt] | "u" escaped)
 escaped ::= [0-9abcefABCEF] hex{3} | [dD] [0-7] hex{2} | [dD] [89abAB] hex{2} "\\u" [dD] [c-fC-F] hex{2}
 hex     ::= [0-9a-fA-F]
-integer ::= "0" | "-"? [1-9] [0-9]*
-number  ::= "-"? ("0" | [1-9] [0-9]*) ("." [0-9]+)? ([eE] [+\-]? [0-9]{1,2})?
+integer ::= "0" | "-"? [1-9] [0-9]{0,17}
+number  ::= "-"? ("0" | [1-9] [0-9]{0,17}) ("." [0-9]+)? ([eE] [+\-]? [0-9]{1,2})?
 year    ::= "000" [1-9] | "00" [1-9] [0-9] | "0" [1-9] [0-9]{2} | [1-9] [0-9]{3}
 leap    ::= [0-9]{2} ("0" [48] | [2468] [048] | [13579] [26]) | ("0" [48] | [2468] [048] | [13579] [26]) "00"
 day28   ::= "0" [1-9] | "1" [0-9] | "2" [0-8]
@@ -306,7 +306,7 @@ def digits(low: int, high: int | None) -> list[str]:
     found = []
     if high is None:
         size = len(str(low))
-        found.append(f"[1-9] [0-9]{{{size},}}")
+        found.append(f"[1-9] [0-9]{{{size},{max(size, 17)}}}")
         high = 10**size - 1
     while low <= high:
         end = min(high, 10 ** len(str(low)) - 1)  # 同样多位的最后一个
