@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from nlp_common.base.errors import UserError
+from nlp_common.data.chats import to_chats
 from nlp_common.draw.tokens import LEARNED
 from nlp_common.tiny import qwen
 
@@ -133,3 +134,20 @@ def test_preferences_may_prefer_a_call(base, tmp_path, dpo):
     data = write(tmp_path / "pairs.jsonl", pairs)
     record = dpo.main(options(base, tmp_path / "dpo", data))
     assert record["data"]["train"]["rows"] == len(pairs)
+
+
+def test_the_examples_of_the_readme_are_the_same_conversation():
+    """README 里的两行，读进来一字不差。"""
+    text = (HOME / "README.md").read_text(encoding="utf-8").split("### 带工具的对话")[1]
+    block, decoder, rows = text.split("```json\n")[1].split("```")[0].strip(), json.JSONDecoder(), []
+    while block:
+        row, end = decoder.raw_decode(block)
+        rows.append(row)
+        block = block[end:].strip()
+    first, second = (to_chats([row], "README") for row in rows)
+    assert first == second and [m["role"] for m in first[0]["messages"]][1:] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
