@@ -59,8 +59,11 @@ class ChatServer:
 
     def _try(self, messages: list[dict], params: dict, fits: Callable[[dict], bool]) -> dict | None:
         pause = self.wait
+        tools = {"tools": plain_words(params["tools"])} if "tools" in params else {}  # 说明也许是陌生人写的
         for attempt in range(1 + self.retries):
-            answer, fault = self._ask({"model": self.model, "messages": harmless(messages), **params})
+            answer, fault = self._ask(
+                {"model": self.model, "messages": harmless(messages), **params, **tools}
+            )
             if answer is not None and fits(answer):
                 return answer
             fault = fault or "回答不成样子"
@@ -128,8 +131,18 @@ def harmless(messages: list[dict]) -> list[dict]:
     """
     safe = []
     for message in messages:
-        content = message.get("content")
-        if message["role"] in ("user", "tool") and isinstance(content, str):
-            message = message | {"content": CONTROL_WORD.sub("＜", content)}
+        if message["role"] in ("user", "tool"):
+            message = message | {"content": plain_words(message.get("content"))}
         safe.append(message)
     return safe
+
+
+def plain_words(value: Any) -> Any:
+    """字符串（列表、对象里的也是）里的控制符字样，"<" 写成全角。"""
+    if isinstance(value, str):
+        return CONTROL_WORD.sub("＜", value)
+    if isinstance(value, list):
+        return [plain_words(each) for each in value]
+    if isinstance(value, dict):
+        return {name: plain_words(each) for name, each in value.items()}
+    return value
