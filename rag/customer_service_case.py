@@ -66,6 +66,8 @@ class ServiceSettings(LessonSettings):
     def check(self) -> None:
         if not 0.5 <= self.refuse < 1:
             raise UserError(f"--refuse 要在 0.5 到 1 之间，给的是 {self.refuse}。")
+        if self.ask is not None and not self.ask.strip():
+            raise UserError("--ask 后面还没有写问题。")
 
 
 # ---------------------------------------------------------------- 全貌
@@ -109,6 +111,7 @@ def a_day(stage: Stage) -> dict:
 
 def open_desk(settings: ServiceSettings, work: Path) -> tuple["Desk", list[Chunk], list[Ask]]:
     """建知识库，训练分类器；返回柜台、全部资料、要问的话。"""
+    generator = load_generator(settings.generator)
     products = shops(settings.products, settings.seed)
     chunks = shop_chunks(products, settings.seed)
     embedder = load_embedder(settings.embedder)
@@ -122,7 +125,6 @@ def open_desk(settings: ServiceSettings, work: Path) -> tuple["Desk", list[Chunk
     store.delete(known - {chunk.id for chunk in chunks})
     store.upsert(new, embedder.passages([chunk.text for chunk in new]))
     asks = make_asks(products, settings.asks, settings.seed)
-    generator = load_generator(settings.generator)
     return Desk(store, embedder, generator, Router([ask for ask in asks[::2]]), rarity(chunks)), chunks, asks
 
 

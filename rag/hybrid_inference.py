@@ -31,7 +31,7 @@ import numpy as np
 
 from circuit_breaker import CircuitBreaker, Clock
 from hybrid_services import LABELS, RUBBISH, WINDOWS, Down, Services, Table, make_tables
-from nlp_common.base.arguments import COUNT, POSITIVE, option
+from nlp_common.base.arguments import COUNT, POSITIVE, Limits, option
 from nlp_common.base.console import print_table
 from nlp_common.draw.plots import bar_chart
 from nlp_common.tiny.world import UNHELPFUL
@@ -65,8 +65,10 @@ LATER = "现在查不了，已经记下，好了再答您。"
 
 @dataclass
 class HybridSettings(LessonSettings):
-    stories: int | None = option("资料里多少篇故事", limits=COUNT)
-    questions: int | None = option("资料里有的、都不知道的各多少题（一半用来定门槛）", limits=COUNT)
+    stories: int | None = option("资料里多少篇故事", limits=Limits(at_least=20))
+    questions: int | None = option(
+        "资料里有的、都不知道的各多少题（一半用来定门槛）", limits=Limits(at_least=10)
+    )
     requests: int | None = option("出毛病的那一天一共多少次请求", limits=COUNT)
     stage: str = option("用 Qwen 链的哪个模型", "dpo", choices=("sft", "dpo", "ppo", "grpo"))
     gap: float = option("一次答完，过几秒来下一次", 0.1, limits=POSITIVE)

@@ -30,6 +30,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nlp_common.base.arguments import COUNT, SHARE, option
+from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import bar_chart, line_chart
 from nlp_common.lm.loading import load_causal_lm
 from nlp_common.lm.replies import reply_to
@@ -96,6 +97,12 @@ class HybridSettings(LessonSettings):
     store: str | None = option("知识库的网址，例如 qdrant://文件夹；默认 faiss://，用完就删")
     weight: float = option("加权融合里 BM25 占多少，其余归向量", 0.5, limits=SHARE)
     threads: int = option("算向量用几个线程", 1, limits=COUNT)
+
+    def check(self) -> None:
+        if (self.generator or "").startswith(("http://", "https://")):
+            raise UserError(
+                f"--generator {self.generator}：HyDE 的模型在本机运行，这里要 hub 名、本地文件夹或 none，不能是网址。"
+            )
 
 
 # ---------------------------------------------------------------- 1. 从头到尾

@@ -74,7 +74,7 @@ class SelectionSettings(LessonSettings):
         if min(numbers(self.sizes, "sizes")) < 5 * CHANGED:
             raise UserError(f"--sizes 里最小的也要有 {5 * CHANGED} 条，给的是 {self.sizes}。")
         numbers(self.crossing, "crossing")
-        unknown = [name for name in self.only.split(",") if name not in BASES]
+        unknown = [name or "空的" for name in self.only.split(",") if name not in BASES]
         if unknown:
             raise UserError(f"--only 里不认识 {'、'.join(unknown)}，可以是 {'、'.join(BASES)}。")
         if self.dim % 8:
@@ -110,6 +110,9 @@ def learn(stage: Stage) -> dict:
                 row = run_part(stage, f"{name}-{size}", work)
                 rows.setdefault(name, {})[f"n{size}"] = row
                 print_row(BASES[name][0], row)
+    faults = {name: row["fault"] for name, each in rows.items() for row in each.values() if "fault" in row}
+    if set(faults) == set(rows):
+        raise UserError("一种也没有比成：\n  " + "\n  ".join(dict.fromkeys(faults.values())))
     crossing = run_part(stage, "crossing", find_crossing)
     print_crossing(crossing)
 

@@ -107,9 +107,7 @@ def available(servers: dict[str, str | None], only: list[str]) -> list[str]:
         else:
             names.append(name)
     if not names:
-        raise UserError(
-            f"一种也比不了：装上其中一种再来，例如 pip install {BASES[only[0]][2] or 'faiss-cpu'}"
-        )
+        raise UserError("一种也比不了：照上面说的装上一种、给出一个服务器，或者加上不必装的 --only sqlite。")
     return names
 
 

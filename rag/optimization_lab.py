@@ -100,7 +100,11 @@ class LabSettings(LessonSettings):
         if self.questions < 4:
             raise UserError(f"--questions 至少 4 题，一半用来挑，给的是 {self.questions}。")
         if self.extra is not None:
-            changed(Config(), self.extra)  # 写错了马上就说
+            wanted = changed(Config(), self.extra)  # 写错了马上就说
+            if wanted.reader == "model" and not self.generator:
+                raise UserError(
+                    '--try 里的 reader=model 要说是哪个模型：加上 --generator smollm2、文件夹，或 "网址 模型名"。'
+                )
 
 
 # ---------------------------------------------------------------- 1. 从头到尾

@@ -102,7 +102,10 @@ class ArchitectureSettings(LessonSettings):
 
 def learn(stage: Stage) -> dict:
     settings = stage.settings
-    generator, reader = load_generator(settings.generator, 32), load_generator(settings.reader)
+    generator, reader = (
+        load_generator(settings.generator, 32),
+        load_generator(settings.reader, flag="--reader"),
+    )
     for each in (generator, reader):  # 没有开的服务器，现在就说，不要算到最后全是 0
         if isinstance(each, FromServer):
             each.server.check()

@@ -56,6 +56,8 @@ class WebSettings:
 
 def main(argv: list[str] | None = None) -> dict | None:
     settings = parse_arguments(WebSettings, argv)
+    if settings.ask is not None and not settings.ask.strip():
+        raise UserError("--ask 后面还没有写问题。")
     if settings.ask is None:
         import_gradio()  # 没有装，现在就说，不等编码完
     library = open_library(settings)
@@ -92,7 +94,7 @@ def files_of(place: Path) -> list[Path]:
 
 def ask_once(library: Library, settings: WebSettings) -> dict:
     found = library.ask(settings.ask, settings.k, settings.way)
-    print(f"\n问　{settings.ask}\n答　{found.answer.text}")
+    print(f"\n问　{settings.ask}\n答　{found.answer.text or '（模型没有回答）'}")
     for number, chunk in enumerate(found.sources):
         mark = "→" if number in found.answer.cited else " "
         print(
@@ -133,7 +135,7 @@ def build_page(library: Library, settings: WebSettings):
             found = library.ask(question, int(k), way)
         except UserError as error:
             return f"（{error}）", ""
-        return found.answer.text, sources_html(question, found)
+        return found.answer.text or "（模型没有回答）", sources_html(question, found)
 
     with gr.Blocks(analytics_enabled=False, title="问文档") as page:
         gr.Markdown("## 问文档\n文档、索引、回答都在这台机器上，不联网。")

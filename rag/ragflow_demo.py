@@ -74,6 +74,12 @@ class RAGFlowSettings(LessonSettings):
     wait_seconds: float = option("最多等多久解析完", 600.0, limits=Limits(above=0))
     keep: bool = option("走完以后把知识库留在服务器上（默认删掉）", False)
 
+    def check(self) -> None:
+        if self.question is not None and not self.question.strip():
+            raise UserError("--question 后面还没有写问题。")
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise UserError(f"--url {self.url} 不是网址：例如 http://127.0.0.1:9380。")
+
 
 # ---------------------------------------------------------------- 全貌
 

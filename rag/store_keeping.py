@@ -10,7 +10,7 @@ from catalogue import Product
 from rag_common.audit import AuditLog
 from rag_common.chunking import Chunk, make_chunks, recursive, text_hash
 from rag_common.embed import Embedder
-from rag_common.store import Store, open_store
+from rag_common.store import Store, check_url, open_store
 
 CHUNK = 64  # 字；一段一块上下
 AT_ONCE = 32  # 一次编码、写进去几块：断了最多白做这么多
@@ -28,6 +28,10 @@ class StorePlace:
     given: str | None
     folder: Path
     embedder: Embedder
+
+    def __post_init__(self) -> None:
+        if self.given:
+            check_url(self.given)  # 写错了，照读者写的说，不带后面接上的名字
 
     def url(self, name: str) -> str:
         name = text_hash(name)[:8]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nlp_common.base.errors import UserError
-from nlp_common.data.files import read_file, sha256_of
+from nlp_common.data.files import read_file, row_place, sha256_of
 from nlp_common.data.people_daily import people_daily, tagged_people_daily
 from nlp_common.tiny.world import SLOTS, STORY, WORLD, Draw, draw_slots, write_story
 from rag_common.chunking import structure
@@ -261,14 +261,16 @@ def best_recall(questions: Sequence[Question], k: int, known: str = "matches") -
 def cmrc_corpus(path: str | Path, n_documents: int, n_questions: int, seed: int = 0) -> Corpus:
     """问答的文件：相同的 context 是一篇文档，问题的 gold 就是它。"""
     path = Path(path)
-    rows = list(_squad_rows(path) or read_file(path))
+    nested = _squad_rows(path)
+    rows = list(nested or read_file(path))
     names: dict[str, str] = {}
     questions, empty = [], 0
     for number, row in enumerate(rows, 1):
         context, asked = row.get("context", row.get("context_text")), row.get("question")
         if not isinstance(context, str) or not isinstance(asked, str):
+            where = f"第 {number} 题" if nested else row_place(path, number - 1)
             raise UserError(
-                f"{path} 第 {number} 条：要有 context（一段文字）与 question，有的栏是 {'、'.join(row)}。"
+                f"{path} {where}：要有 context（一段文字）与 question，有的栏是 {'、'.join(row)}。"
             )
         if not context.strip() or not asked.strip():
             empty += 1
@@ -282,6 +284,10 @@ def cmrc_corpus(path: str | Path, n_documents: int, n_questions: int, seed: int 
         )
     documents = [Document(name, context) for context, name in names.items()]
     notes = [f"{path} 有 {empty} 条的问题或文字是空的，不用。"] if empty else []
+    texts = {document.id: document.text for document in documents}
+    apart = sum(bool(q.answer) and all(q.answer not in texts[name] for name in q.gold) for q in questions)
+    if apart:
+        notes.append(f"{path} 有 {apart} 题的答案不是文字里的原话：怎样切、怎样抄，这些题都算不上对。")
     if not questions:
         raise UserError(f"{path} 里没有一个能用的问题。")
     return Corpus(path.name, documents, _sample(questions, n_questions, seed), notes)
@@ -298,11 +304,20 @@ def _squad_rows(path: Path) -> list[dict]:
     if not isinstance(value, dict) or "data" not in value:
         return []
     rows = []
-    for article in value["data"]:
-        for paragraph in article["paragraphs"]:
-            for qa in paragraph["qas"]:
-                answers = [answer["text"] for answer in qa.get("answers", [])]
-                rows.append({"context": paragraph["context"], "question": qa["question"], "answers": answers})
+    try:
+        for article in value["data"]:
+            for paragraph in article["paragraphs"]:
+                for qa in paragraph["qas"]:
+                    answers = [answer["text"] for answer in qa.get("answers", [])]
+                    row = {"context": paragraph["context"], "question": qa["question"], "answers": answers}
+                    rows.append(row)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} 里有 data，像 SQuAD 的嵌套写法，可是第 {len(rows) + 1} 题那里不成样子："
+            '要写成 {"data": [{"paragraphs": [{"context": "…", "qas": [{"question": "…", "answers": [{"text": "…"}]}]}]}]}。'
+        ) from error
+    if not rows:
+        raise UserError(f"{path} 的 data 里没有一道题。")
     return rows
 
 
@@ -342,7 +357,7 @@ def _asked(path: Path, documents: list[Document]) -> list[Question]:
         gold = frozenset(d.id for d in here if answer in d.text)
         if not row.get("question") or not gold or not (answer or file):
             raise UserError(
-                f"{path} 第 {number} 条：要有 question，和在文档里找得到原话的 answer，或文件名 document。"
+                f"{path} {row_place(path, number - 1)}：要有 question，和在文档里找得到原话的 answer，或文件名 document。"
             )
         questions.append(Question(str(row["question"]), answer, gold))
     return questions

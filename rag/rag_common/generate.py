@@ -46,17 +46,20 @@ class Generator(Protocol):
     def answer(self, questions: Sequence[str], passages: Sequence[Sequence[str]]) -> list[Answer]: ...
 
 
-def load_generator(name: str = "extract", max_new_tokens: int = 96) -> Generator:
-    """extract：抄最像的一句；chain：Qwen 链 tiny 的 SFT 模型（只会小世界）；hub 名、文件夹、smollm2；"网址 模型名"。"""
+def load_generator(name: str = "extract", max_new_tokens: int = 96, flag: str = "--generator") -> Generator:
+    """extract：抄最像的一句；chain：Qwen 链 tiny 的 SFT 模型（只会小世界）；hub 名、文件夹、smollm2；"网址 模型名"。
+
+    服务器先问一句话：连不上现在就说（flag 是读者写的那个参数），不等编码完。
+    """
     if name == "extract":
         return Extractive()
     if name.startswith(("http://", "https://")):
         url, _, model = name.partition(" ")
         if not model:
-            raise UserError(
-                f'--generator {name}：网址后面要有模型名，写成 "http://127.0.0.1:8000/v1 模型名"。'
-            )
-        return FromServer(ChatServer(url, model), max_new_tokens)
+            raise UserError(f'{flag} {name}：网址后面要有模型名，写成 "http://127.0.0.1:8000/v1 模型名"。')
+        server = ChatServer(url, model)
+        server.check()
+        return FromServer(server, max_new_tokens)
     return FromModel(name, max_new_tokens)
 
 

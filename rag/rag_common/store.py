@@ -69,20 +69,18 @@ class Store(Protocol):
 
 def open_store(url: str, fingerprint: str, dim: int) -> Store:
     """打开或新建一个知识库。已有的是用别的 embedder 建的，是 UserError：两种向量不能放在一起比。"""
-    scheme, _, rest = url.partition("://")
-    if not rest:
-        raise UserError(f"--store {url} 不是网址：要写成 faiss://文件夹、qdrant://文件夹、pgvector://… 等。")
+    scheme, rest = check_url(url)
     if scheme == "faiss":
         from rag_common.store_sqlite import SqliteStore
 
         folder, options = _path_and_options(rest)
         return SqliteStore(folder, fingerprint, dim, **options)
-    if scheme in ("qdrant", "qdrant+http", "qdrant+https"):
+    if scheme in KNOWN["qdrant"]:
         need("qdrant_client", "qdrant-client")
         from rag_common.store_qdrant import QdrantStore
 
         return QdrantStore(url, fingerprint, dim)
-    if scheme in ("milvus", "milvus+http", "milvus+https"):
+    if scheme in KNOWN["milvus"]:
         need("pymilvus", "pymilvus milvus-lite")
         from rag_common.store_milvus import MilvusStore
 
@@ -92,16 +90,33 @@ def open_store(url: str, fingerprint: str, dim: int) -> Store:
         from rag_common.store_pgvector import PgvectorStore
 
         return PgvectorStore(url, fingerprint, dim)
-    if scheme in ("elasticsearch", "elasticsearch+https"):
+    if scheme in KNOWN["elasticsearch"]:
         from rag_common.store_elasticsearch import ElasticsearchStore
 
         return ElasticsearchStore(url, fingerprint, dim)
-    if scheme in ("opensearch", "opensearch+https"):
-        from rag_common.store_opensearch import OpenSearchStore
+    from rag_common.store_opensearch import OpenSearchStore
 
-        return OpenSearchStore(url, fingerprint, dim)
-    known = "faiss、qdrant、milvus、pgvector、elasticsearch、opensearch"
-    raise UserError(f"--store {url}：不认识 {scheme}，可以是 {known}。")
+    return OpenSearchStore(url, fingerprint, dim)
+
+
+KNOWN = {  # 后端 → 网址的开头可以怎样写
+    "faiss": ("faiss",),
+    "qdrant": ("qdrant", "qdrant+http", "qdrant+https"),
+    "milvus": ("milvus", "milvus+http", "milvus+https"),
+    "pgvector": ("pgvector",),
+    "elasticsearch": ("elasticsearch", "elasticsearch+https"),
+    "opensearch": ("opensearch", "opensearch+https"),
+}
+
+
+def check_url(url: str) -> tuple[str, str]:
+    """--store 的写法对不对 → (开头, 其余)；不对是 UserError。"""
+    scheme, _, rest = url.partition("://")
+    if not rest:
+        raise UserError(f"--store {url} 不是网址：要写成 faiss://文件夹、qdrant://文件夹、pgvector://… 等。")
+    if not any(scheme in ways for ways in KNOWN.values()):
+        raise UserError(f"--store {url}：不认识 {scheme}，可以是 {'、'.join(KNOWN)}。")
+    return scheme, rest
 
 
 def _path_and_options(rest: str) -> tuple[Path, dict[str, str]]:

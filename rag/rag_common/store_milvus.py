@@ -39,6 +39,7 @@ class MilvusStore:
                 self.name, self.client = "rag", MilvusClient(uri=str(path))
             else:
                 address, self.name = shared.server_address(url)
+                shared.must_listen(address, 19530)
                 self.client = MilvusClient(uri=address, timeout=10)
             self._make()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import socket
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -37,6 +38,13 @@ def server_address(url: str) -> tuple[str, str]:
     parts = urlsplit(url)
     plain = "https" if parts.scheme.endswith("https") else "http"
     return f"{plain}://{parts.netloc}", parts.path.strip("/") or "rag"
+
+
+def must_listen(address: str, port: int) -> None:
+    """服务器在不在听；不在是 OSError。有的客户端连不上会自己重试几分钟，先问一声。"""
+    parts = urlsplit(address)
+    with socket.create_connection((parts.hostname or "", parts.port or port), timeout=10):
+        pass
 
 
 def check_rows(chunks: Sequence[Chunk], vectors: np.ndarray, dim: int) -> np.ndarray:

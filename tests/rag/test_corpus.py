@@ -105,10 +105,26 @@ def test_cmrc_layouts(tmp_path):
     )
     assert cmrc_corpus(nested, 10, 10).questions[0].answer == "小刚"
     flat.write_text('{"text": "没有问题的一行"}', encoding="utf-8")
-    with pytest.raises(UserError, match="第 1 条：要有 context"):
+    with pytest.raises(UserError, match="第 1 行：要有 context"):
         load_corpus(str(flat), 10, 10)
     with pytest.raises(UserError, match="people_daily"):
         load_corpus(str(tmp_path / "没有"), 10, 10)
+    for value in ({"data": 3}, {"data": [{"paragraphs": [{"context": "只有文字"}]}]}):
+        nested.write_text(json.dumps(value), "utf-8")
+        with pytest.raises(UserError, match="嵌套写法"):
+            cmrc_corpus(nested, 10, 10)
+    nested.write_text(json.dumps({"data": []}), "utf-8")
+    with pytest.raises(UserError, match="没有一道题"):
+        cmrc_corpus(nested, 10, 10)
+
+
+def test_answers_that_are_not_in_the_text_are_said(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [
+        {"context": "借期三十天。", "question": "几天？", "answers": [each]} for each in ("三十天", "九十天")
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    assert "1 题的答案不是文字里的原话" in cmrc_corpus(path, 10, 10).notes[0]
 
 
 def test_a_folder_of_the_readers_documents(tmp_path):
@@ -124,7 +140,7 @@ def test_a_folder_of_the_readers_documents(tmp_path):
     (question,) = folder_corpus(tmp_path, 10, 10).questions
     assert question.gold == {"乙.md#1"}
     asked.write_text('{"question": "能借几本？", "answer": "六本"}', encoding="utf-8")
-    with pytest.raises(UserError, match="第 1 条"):
+    with pytest.raises(UserError, match="第 1 行"):
         folder_corpus(tmp_path, 10, 10)
     assert made_up([Document("a", "短")]) == []
 

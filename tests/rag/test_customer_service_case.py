@@ -189,7 +189,12 @@ def test_ask_one(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("flags", "said"),
-    [(["--refuse", "1"], "0.5 到 1"), (["--asks", "10"], "80"), (["--tenant", "丁店"], "丁店")],
+    [
+        (["--refuse", "1"], "0.5 到 1"),
+        (["--asks", "10"], "80"),
+        (["--tenant", "丁店"], "丁店"),
+        (["--ask", " "], "没有写问题"),
+    ],
 )
 def test_bad_settings(flags, said):
     with pytest.raises(UserError, match=said):

@@ -38,14 +38,18 @@ def test_a_local_model_answers_in_batch(chat_folder):
     assert len(answers) == 2 and all(isinstance(answer, g.Answer) for answer in answers)
 
 
-def test_a_server_answers_or_is_empty(chat_server):
+def test_a_server_answers_or_is_empty(chat_server, monkeypatch):
+    monkeypatch.setattr("nlp_common.hub.chat_server.time.sleep", lambda seconds: None)
     chat_server.answer = lambda body: "十天[1]"
     generator = g.load_generator(f"{chat_server.url} m")
     generator.server.retries = 0
     assert generator.answer(["新书？"], [PASSAGES]) == [g.Answer("十天[1]", [0])]
-    asked = chat_server.asked[0][2]
+    assert len(chat_server.asked) == 2  # 先问一句话，看它在不在
+    asked = chat_server.asked[1][2]
     assert asked["model"] == "m" and asked["temperature"] == 0
     chat_server.answer = lambda body: (500, b"")
     assert generator.answer(["新书？"], [PASSAGES]) == [g.Answer("")]
-    with pytest.raises(UserError, match="要有模型名"):
-        g.load_generator("http://127.0.0.1:8000/v1")
+    with pytest.raises(UserError, match=r"--reader .*要有模型名"):
+        g.load_generator("http://127.0.0.1:8000/v1", flag="--reader")
+    with pytest.raises(UserError, match=f"{chat_server.url} 上的 m 没有回答"):
+        g.load_generator(f"{chat_server.url} m")

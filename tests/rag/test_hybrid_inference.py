@@ -221,7 +221,15 @@ def test_rubbish_never_has_confidence(made):
     assert {services.say(random.Random(0).choice(tables), None)[1] for _ in range(20)} == {0.0}
 
 
-@pytest.mark.parametrize(("flags", "said"), [(["--rest", "0"], "rest"), (["--stage", "没有"], "没有")])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--rest", "0"], "rest"),
+        (["--stage", "没有"], "没有"),
+        (["--questions", "1"], "questions 不能小于 10"),
+        (["--stories", "1"], "stories 不能小于 20"),
+    ],
+)
 def test_bad_settings(flags, said):
     with pytest.raises(UserError, match=said):
         hi.main(["--preset", "tiny", *flags])

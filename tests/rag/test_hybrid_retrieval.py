@@ -55,6 +55,8 @@ def test_the_lesson(finished):
     assert hr.main(arguments) == json.loads((folder / "run.json").read_text(encoding="utf-8"))  # 第二次直接用
     with pytest.raises(UserError, match="weight"):
         hr.main([*arguments, "--weight", "0.3"])
+    with pytest.raises(UserError, match="HyDE 的模型在本机运行"):
+        hr.main([*arguments, "--generator", "http://127.0.0.1:9/v1 m"])
 
 
 def small() -> Corpus:

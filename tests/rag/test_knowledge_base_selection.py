@@ -106,7 +106,7 @@ def test_what_is_missing_is_said(monkeypatch, capsys):
         if packages:
             assert f"跳过 {label}：没有安装，pip install {install}" in said, name
     assert "--elasticsearch" in said and "--opensearch opensearch://" in said
-    with pytest.raises(UserError, match="pip install chromadb"):
+    with pytest.raises(UserError, match="一种也比不了"):
         kb.available(NO_SERVERS, ["chroma"])
 
 
@@ -126,6 +126,15 @@ def test_wrong_settings():
     ):
         with pytest.raises(UserError, match=said):
             kbs.main(["--preset", "tiny", *argv])
+
+
+def test_nothing_measured_is_no_result(tmp_path):
+    """一种也没有比成：说为什么，不存成结果（不然第二次运行会当成做完了）。"""
+    argv = ["--preset", "tiny", "--sizes", "600", "--crossing", "250", "--only", "opensearch"]
+    argv += ["--opensearch", "opensearch://127.0.0.1:9/x", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="一种也没有比成：\n  连不上 opensearch"):
+        kbs.main(argv)
+    assert not (tmp_path / "out/run.json").exists()
 
 
 def test_the_script_goes_on_without_a_server(tmp_path, capsys):

@@ -93,6 +93,7 @@ def test_own_experiment(finished, capsys):
         ("weight=nan", "weight 要在 0 到 1"),
         ("fusion=both", "fusion 没有 both，可以是 bm25"),
         ("chunk=64 overlap=64", "overlap.*小"),
+        ("reader=model", "--generator"),
     ],
 )
 def test_an_experiment_that_is_none(text, message, tmp_path):

@@ -232,6 +232,8 @@ def test_doctor_of_server_key_and_models(url, monkeypatch, capsys):
         (["--documents", "没有的文件夹"], "没有文件"),
         (["--url", "http://127.0.0.1:9"], "没有钥匙"),
         (["--do", "clean"], "要 --url"),
+        (["--url", "127.0.0.1:9380"], "不是网址"),
+        (["--question", ""], "没有写问题"),
     ],
 )
 def test_bad_settings(flags, said, tmp_path, monkeypatch):

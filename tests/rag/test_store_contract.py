@@ -384,6 +384,8 @@ def test_unknown_addresses_are_refused(tmp_path):
     for url, message in (
         ("knowledge", "不是网址"),
         ("redis://x", "不认识 redis"),
+        ("faiss+http://x", "不认识 faiss\\+http"),
+        ("milvus+http://127.0.0.1:1/x", "打不开.*milvus"),
         (f"faiss://{tmp_path}/s?index=ivf", "index=ivf"),
         ("elasticsearch://127.0.0.1:1/x", "连不上.*Elasticsearch 启动"),
         ("opensearch://127.0.0.1:1/x", "连不上.*OpenSearch 启动"),

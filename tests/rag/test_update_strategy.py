@@ -228,7 +228,8 @@ def test_script_as_a_reader_runs_it(tmp_path, capsys):
     [
         (["--changed", "0"], "0 到 0.5"),
         (["--products", "5"], "至少 10 件"),
-        (["--store", "某个文件夹"], "不是网址"),
+        (["--store", "某个文件夹"], "--store 某个文件夹 不是网址"),
+        (["--store", "faiss+http://x"], "不认识 faiss.http"),
     ],
 )
 def test_bad_settings(flags, said, tmp_path):
