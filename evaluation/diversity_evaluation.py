@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from answering import Answerer, as_text, find_answerer, load_answerer, replies, split_names
 from contamination import check_questions
@@ -173,7 +174,7 @@ def measure_one(part: Stage, name: str, questions: list[dict]) -> dict:
     settings = part.settings
     answerer = load_answerer(name, settings.source)
     found: dict = {"grid": {}}
-    for temperature, top_p in sampling_grid(settings):
+    for temperature, top_p in tqdm(sampling_grid(settings), desc=name, leave=False, disable=None):
         groups = ask_many_times(answerer, questions, settings, temperature, top_p)
         entropies = answer_entropies(answerer, questions, groups, temperature, top_p)
         scores = [
