@@ -8,7 +8,7 @@
   5. 每一步都留下记录：提示、思考、调用、结果、时间；钥匙一类的秘密进不了记录。
 
 怎么运行
-  python react_agent.py                                  # 量一量：工具坏到几成，还能答对几成
+  python react_agent.py                                  # 量一量：工具坏到几成，还能答对几成（--model 换一个模型量）
   python react_agent.py --ask "小军拂晓去了哪里？"           # 问一句，留下 trace.html
   python react_agent.py --chat                           # 在终端里聊；Ctrl-C 只停下这个回答
   python react_agent.py --chat --model Qwen/Qwen3-0.6B --thinking on
@@ -37,12 +37,12 @@ from agent_setup import TalkSettings, make_agent, save_trace
 from agent_terminal import TerminalWatcher, talk
 from call_repair import repair_json
 from failing_tools import Unreliable, attacked, false_word, spoiled_text, world_tools
-from nlp_common.base.arguments import COUNT, option
+from nlp_common.base.arguments import COUNT, option, parse_arguments
 from nlp_common.base.console import print_table
 from nlp_common.base.device import pick_device
 from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import line_chart
-from nlp_common.lm.loading import load_chat_lm
+from nlp_common.lm.loading import load_causal_lm
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
@@ -52,7 +52,7 @@ from tool_world import ERROR, is_right, tasks
 from tools import run_call
 
 HOME = Path(__file__).resolve().parent
-PRESETS = {"tiny": {"n_questions": 80}, "full": {"n_questions": 400}}
+PRESETS = {"tiny": {"n_questions": 60}, "full": {"n_questions": 400}}
 RATES = (0.0, 0.1, 0.3, 0.5)
 NEED_TOOLS = {"look_up": 0.25, "search": 0.15, "calculate": 0.25, "two_step": 0.25, "parallel": 0.1}
 WAYS = {
@@ -154,9 +154,9 @@ def mend(notes: list[str], text: str) -> tuple[object, list[str]]:
 # ---------------------------------------------------------------- 2. 量一量：工具坏到几成，还能答对几成
 
 
-def learn(stage: Stage) -> dict:
+def learn(stage: Stage, path: str) -> dict:
     model, questions = (
-        load_tiny(),
+        load_model(path),
         tasks(stage.settings.n_questions, EVAL_SEED + stage.settings.seed, True, NEED_TOOLS),
     )
     success: dict = {way: {} for way in WAYS}
@@ -179,9 +179,9 @@ def learn(stage: Stage) -> dict:
     return stage.save(metrics, {"tasks": "tool_world"}, partial(draw, success=success))
 
 
-def load_tiny() -> LocalModel:
-    tokenizer, model = load_chat_lm(tool_model()["path"], pick_device())
-    return LocalModel(model, tokenizer, "小世界的工具模型")
+def load_model(path: str) -> LocalModel:
+    tokenizer, model = load_causal_lm(path)
+    return LocalModel(model.to(pick_device()), tokenizer, Path(path).name)
 
 
 def play_unreliable(
@@ -309,7 +309,7 @@ def draw(folder: Path, success: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    settings = parse_settings(ReactSettings, PRESETS, argv)
+    settings = parse_arguments(ReactSettings, argv)
     if settings.ask is not None and settings.chat:
         raise UserError("--ask 和 --chat 只能给一个。")
     if settings.ask is not None or settings.chat:
@@ -317,7 +317,11 @@ def main(argv: list[str] | None = None) -> dict:
             agent.watcher = TerminalWatcher(agent.hider)
             agent.confirm = partial(confirm_at_terminal, hider=agent.hider)
             return talk(agent, run_agent, settings) if settings.chat else ask_once(agent, settings)
-    record = run_lesson("react_agent", HOME, settings, learn)
+    settings = parse_settings(ReactSettings, PRESETS, argv)
+    found = tool_model(settings.model, settings.source)
+    record = run_lesson(
+        "react_agent", HOME, settings, partial(learn, path=found["path"]), model_id=found["id"]
+    )
     show(record["metrics"])
     return record
 
