@@ -50,7 +50,7 @@ from tool_examples import QUESTIONS, TOOLS, random_call
 HOME = Path(__file__).resolve().parent
 PRESETS: dict[str, dict] = {
     "tiny": {"n_calls": 60, "n_faults": 100},
-    "full": {"n_calls": 60, "n_faults": 100},
+    "full": {"n_calls": 12, "n_faults": 100},
 }
 
 
