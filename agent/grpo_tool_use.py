@@ -5,7 +5,8 @@
   2. 工具的结果不是模型说的：算进损失，就是在教模型背工具的话。遮住它，结果那些位置的梯度恰好是 0（测试证明）；
      --learn_results 不遮，看坏在哪里。
   3. 没有人写过"应当怎样调用"：程序只会判对错，每次调用扣一点点分，多余的调用就没有了。
-  4. 与 ../qwen_chinese_finetune/grpo_alignment.py 同一个公式，只是采样换成了一局一局地玩。
+  4. 练的地方比教的地方难：SFT 的数据里，工具失灵了再来一次总会成；这里每次调用有三成失灵，要自己学会再三地试。
+  5. 与 ../qwen_chinese_finetune/grpo_alignment.py 同一个公式，只是采样换成了一局一局地玩。
 
 怎么运行
   python grpo_tool_use.py                          # 小世界，CPU，约两分钟（要 sft_tool_call.py 的结果，没有就先训练）
@@ -20,6 +21,7 @@
 
 from nlp_common.base.cli import run_main
 
+import random
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from episodes import LONGEST_REPLY, Episode, measure, play
+from episodes import LONGEST_REPLY, MOST_TURNS, Episode, measure, play
 from nlp_common.base.arguments import COUNT, Limits, option
 from nlp_common.base.console import print_table
 from nlp_common.base.errors import UserError
@@ -44,18 +46,25 @@ from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.setup import make_accelerator
 from nlp_common.train.stage import Stage
 from tiny_agent import tool_model
-from tool_world import is_right, tasks
+from tool_world import ERROR, PASSING, is_right, run_tool, tasks
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen3-0.6B"
 PRESETS = {
-    "tiny": {"max_steps": 40, "n_tasks": 8, "learning_rate": 3e-4, "micro_batch_size": 32, "n_questions": 400,
+    "tiny": {"max_steps": 40, "n_tasks": 8, "learning_rate": 3e-4, "micro_batch_size": 32, "n_questions": 300,
              "max_new_tokens": LONGEST_REPLY},
     "full": {"max_steps": 100, "n_tasks": 8, "learning_rate": 1e-6, "micro_batch_size": 4, "n_questions": 200,
              "max_new_tokens": 256},
 }  # fmt: skip
 EVAL_SEED = 1000  # 留出的题，与训练的种子无关；同 sft_tool_call.py
 EPSILON = 1e-4  # 除以标准差时加上它
+WAYS = (  # 留出的题怎样玩：名字，温度，每次调用几成失灵
+    ("greedy", 0.0, 0.0),
+    ("sampled", 1.0, 0.0),
+    ("greedy_failing", 0.0, 0.3),
+    ("sampled_failing", 1.0, 0.3),
+)
+FAILURES = [ERROR + each for each in PASSING]  # 工具失灵时说的；再试一次也许就好
 
 
 @dataclass
@@ -70,6 +79,9 @@ class GRPOSettings(LessonSettings):
     temperature: float = option("采样的温度", 1.0, Limits(above=0))
     max_new_tokens: int | None = option("模型一次最多说几个 token", limits=COUNT)
     call_cost: float = option("每次调用扣几分；答对得 1 分", 0.05, Limits(at_least=0, below=0.25))
+    failing: float = option(
+        "练的时候，每次调用有几成失灵（留出的题，失灵的、不失灵的都量）", 0.3, Limits(at_least=0, at_most=0.9)
+    )
     learn_results: bool = option("工具的结果也算损失（错的，只用来看坏在哪里）", False)
     learning_rate: float | None = option("学习率，线性降到 0", limits=Limits(above=0))
     max_grad_norm: float = option("梯度裁剪的范数", 1.0, Limits(above=0))
@@ -89,14 +101,8 @@ def grpo_step(policy, optimizer, questions: list[dict], tokenizer, settings, acc
     group = settings.num_generations
     each = [task for task in questions for _ in range(group)]  # 同一道题的几局相邻
     with accelerator.autocast():
-        episodes = play(
-            accelerator.unwrap_model(policy),
-            tokenizer,
-            each,
-            settings.temperature,
-            seed,
-            max_new_tokens=settings.max_new_tokens,
-        )
+        model = accelerator.unwrap_model(policy)
+        episodes = play_with(model, tokenizer, each, settings.temperature, seed, settings.failing, settings)
     rewards = torch.tensor([reward(episode, settings.call_cost) for episode in episodes])  # (N,)
     advantages = group_advantages(rewards, group)  # (N,)
     rows = [
@@ -104,9 +110,8 @@ def grpo_step(policy, optimizer, questions: list[dict], tokenizer, settings, acc
         for episode, advantage in zip(episodes, advantages.tolist(), strict=True)
     ]
     n_tokens = sum(label != IGNORE for row in rows for label in row["labels"])
-    rows = [
-        row for row in rows if row["advantage"] != 0
-    ]  # 一组全对或全错：梯度恰好是 0，不必算，可是照样算进分母
+    # 一组全对或全错，梯度恰好是 0，不必算，可是照样算进分母
+    rows = [row for row in rows if row["advantage"] != 0]
     rows.sort(key=lambda row: len(row["input_ids"]))  # 长短相近的在一起
     policy.train()
     for start in range(0, len(rows), settings.micro_batch_size):
@@ -127,6 +132,19 @@ def grpo_step(policy, optimizer, questions: list[dict], tokenizer, settings, acc
     }
 
 
+def play_with(
+    model, tokenizer, questions, temperature: float, seed: int, failing: float, settings
+) -> list[Episode]:
+    """每道题一局，每次调用有 failing 成失灵。失灵了要再试，一局可以多说几次。"""
+    tool = partial(shaky_tool, random.Random(seed), failing)
+    turns = MOST_TURNS + 3 if failing else MOST_TURNS
+    return play(model, tokenizer, questions, temperature, seed, tool, turns, settings.max_new_tokens)
+
+
+def shaky_tool(rng: random.Random, failing: float, task: dict, call: dict) -> str:
+    return rng.choice(FAILURES) if rng.random() < failing else run_tool(task, call)
+
+
 def reward(episode: Episode, call_cost: float) -> float:
     """验证器：最后的回答不对、没有说完是 0；对是 1，每次调用扣 call_cost。怎样调用才对，它不看。
 
@@ -144,8 +162,9 @@ def n_calls(episode: Episode) -> int:
 
 
 def needless_calls(episode: Episode) -> int:
-    """比这道题要的多几次；只用来看，不进奖励。"""
-    return max(0, n_calls(episode) - sum(map(len, episode.task["steps"])))
+    """比这道题要的多几次，工具失灵的不算；只用来看，不进奖励。"""
+    failed = sum(message["content"] in FAILURES for message in episode.messages)
+    return max(0, n_calls(episode) - failed - sum(map(len, episode.task["steps"])))
 
 
 def group_advantages(rewards: Tensor, group: int) -> Tensor:
@@ -224,22 +243,19 @@ def learn(stage: Stage, start: dict) -> dict:
     _, before = load_chat_lm(start["path"], accelerator.device)
     metrics: dict = {}
     for name, model in (("before", before), ("after", policy)):
-        for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            metrics[f"{name}_{how}"] = score(model, tokenizer, heldout, temperature, settings)
-    for how in ("greedy", "sampled"):
+        for how, temperature, failing in WAYS:
+            metrics[f"{name}_{how}"] = score(model, tokenizer, heldout, temperature, failing, settings)
+    for how, _, _ in WAYS:
         for key in ("final_accuracy", "needless_calls"):
             metrics |= {f"{key}_{how}_{name}": metrics[f"{name}_{how}"][key] for name in ("before", "after")}
     end_chat_turns(policy, tokenizer)
-    return stage.finish(
-        policy, tokenizer, metrics, {"train": "tool_world"}, history, draw=partial(draw, history=history)
-    )
+    picture = partial(draw, history=history)
+    return stage.finish(policy, tokenizer, metrics, {"train": "tool_world"}, history, draw=picture)
 
 
-def score(model, tokenizer, questions: list[dict], temperature: float, settings) -> dict:
+def score(model, tokenizer, questions: list[dict], temperature: float, failing: float, settings) -> dict:
     """留出的题上玩一遍：episodes.measure 的各个分，另有每局几次多余的调用。"""
-    episodes = play(
-        model.eval(), tokenizer, questions, temperature, EVAL_SEED, max_new_tokens=settings.max_new_tokens
-    )
+    episodes = play_with(model.eval(), tokenizer, questions, temperature, EVAL_SEED, failing, settings)
     needless = sum(map(needless_calls, episodes)) / len(episodes)
     return measure(episodes) | {"needless_calls": needless}
 
@@ -248,18 +264,17 @@ def score(model, tokenizer, questions: list[dict], temperature: float, settings)
 
 
 def show(metrics: dict) -> None:
-    models = ("before_greedy", "after_greedy", "before_sampled", "after_sampled")
-    rows = [["", "SFT 贪心", "GRPO 贪心", "SFT 采样", "GRPO 采样"]]
+    rows = [["", "贪心", "采样", "贪心，三成失灵", "采样，三成失灵"]]
     for name, title in (
         ("final_accuracy", "最后答对"),
         ("two_step_accuracy", "两步的题答对"),
-        ("argument_exact", "每一步的参数都对"),
         ("no_call_when_unneeded", "不必用就不用"),
         ("needless_calls", "每局多余的调用"),
     ):
-        rows.append([title, *(f"{metrics[model][name]:.3f}" for model in models)])
+        pairs = [(metrics[f"before_{how}"][name], metrics[f"after_{how}"][name]) for how, _, _ in WAYS]
+        rows.append([title, *(f"{before:.3f} → {after:.3f}" for before, after in pairs)])
     print_table(rows)
-    print(f"  留出的 {metrics['after_greedy']['n']} 道题")
+    print(f"  SFT → GRPO，留出的 {metrics['after_greedy']['n']} 道题")
 
 
 def draw(folder: Path, history: list[dict]) -> None:

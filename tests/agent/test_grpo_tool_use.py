@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +104,18 @@ def test_advantages_are_computed_within_each_task():
     )
     assert found[1].tolist() == [0.0] * 4  # 全一样：没有信号
     assert found[2, 0] > 0 > found[2, 1] and found[2].sum().item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_tool_that_fails_is_no_needless_call(tokenizer, task):
+    failing = partial(g.shaky_tool, random.Random(0), 1.0)
+    call = {"name": "look_up", "arguments": task["steps"][0][0]["arguments"]}
+    assert all(failing(task, call) in g.FAILURES for _ in range(5))
+    steady = partial(g.shaky_tool, random.Random(0), 0.0)
+    assert steady(task, call) == tw.run_tool(task, call)
+    episode = scripted(tokenizer, task, [*right_lines(task)[:1], *right_lines(task)])
+    assert g.needless_calls(episode) == 1
+    episode.messages = [{"role": "tool", "content": g.FAILURES[0]}]  # 头一次失灵，再来一次
+    assert g.needless_calls(episode) == 0
 
 
 # ---- 掩码 ----
@@ -250,7 +264,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(folder, tmp_path, monkeyp
     assert all(torch.equal(first[name], second[name]) for name in first)
     start = load_file(folder / "model.safetensors")
     assert any(not torch.equal(first[name], start[name]) for name in first)  # 真的更新了
-    assert "GRPO 采样" in capsys.readouterr().out and (tmp_path / "whole" / "grpo_tool_use.svg").exists()
+    assert "SFT → GRPO" in capsys.readouterr().out and (tmp_path / "whole" / "grpo_tool_use.svg").exists()
 
 
 def test_as_a_reader_runs_it(folder, tmp_path):
