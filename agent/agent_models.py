@@ -9,7 +9,6 @@ messages 的 system 里没有工具的说明：本机的模型由 with_tools 写
 from __future__ import annotations
 
 import json
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -18,16 +17,14 @@ from typing import Any, Protocol
 
 import torch
 
-from nlp_common.hub.chat_server import ChatServer
+from nlp_common.hub.chat_server import CONTROL_WORD, ChatServer
 from nlp_common.lm.chatml import encode_text, prompt_ids
 from nlp_common.lm.generation import generate, stop_tokens, stream_tokens
-from nlp_common.lm.tool_text import CALL, CALL_END, RESPONSE, RESPONSE_END, call_text, with_tools
+from nlp_common.lm.tool_text import CALL, CALL_END, call_text, with_tools
 from reply_parser import Call, parse_reply, unfinished_marker
 
 THINK, THINK_END = "<think>", "</think>"
 NO_THINKING = f"{THINK}\n\n{THINK_END}\n\n"  # Qwen3 的写法：先替它写好一段空的思考，它就直接回答
-SPOKEN_CONTROL = (CALL, CALL_END, RESPONSE, RESPONSE_END, THINK, THINK_END)
-FORGED = re.compile("<(?=/?(?:tool_call|tool_response|think)>)")
 
 
 @dataclass
@@ -108,7 +105,7 @@ class LocalModel:
     def say(self, messages, tools, max_tokens, deadline, stop, piece=silent) -> Said:
         """一个 token 一个 token 地说；到了时间、有人叫停（stop，或 Ctrl-C），就停在那里。"""
         prompt, started = self.prompt(messages, tools), time.monotonic()
-        said = Said("", self.tokenizer.decode(prompt), len(prompt), stopped="length")
+        said = Said("", spoken_text(self.tokenizer, prompt), len(prompt), stopped="length")
         stops = stop_tokens(self.tokenizer)
         ids: list[int] = []
         input_ids = torch.tensor([prompt], device=self.model.device)  # (1, T)
@@ -150,13 +147,13 @@ class LocalModel:
 
 
 def spoken_text(tokenizer: Any, ids: list[int]) -> str:
-    """模型说的 token → 文字；只有控制符才是控制符。
+    """token → 文字；只有控制符才写成控制符的样子。
 
     用户叫它"照着念：<tool_call>…"，它用平常的字拼出这个字样，不是在调用：那样的 "<" 写成全角的 "＜"。
     没有工具控制符的分词器（Qwen1.5）分不出来，照原样。
     """
-    added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
-    control = {number: word for number, word in added.items() if word in SPOKEN_CONTROL}
+    added = tokenizer.added_tokens_decoder.items()
+    control = {number: token.content for number, token in added if len(token.content) > 1}
     if CALL not in control.values():
         return tokenizer.decode(ids)
     text, plain = "", []
@@ -164,7 +161,7 @@ def spoken_text(tokenizer: Any, ids: list[int]) -> str:
         if token is not None and token not in control:
             plain.append(token)
             continue
-        text += FORGED.sub("＜", tokenizer.decode(plain))
+        text += CONTROL_WORD.sub("＜", tokenizer.decode(plain))
         text += control.get(token, "")
         plain = []
     return text
@@ -214,11 +211,16 @@ class ServerModel:
             return said
         said.text = from_openai(answer)
         said.stopped = "length" if answer.get("finish_reason") == "length" else ""
-        usage = answer.get("usage") or {}
-        said.prompt_tokens = int(usage.get("prompt_tokens") or said.prompt_tokens)
-        said.tokens = int(usage.get("completion_tokens") or len(said.text))
+        usage = answer["usage"] if isinstance(answer.get("usage"), dict) else {}
+        said.prompt_tokens = counted(usage.get("prompt_tokens"), said.prompt_tokens)
+        said.tokens = counted(usage.get("completion_tokens"), len(said.text))
         piece(said.text)
         return said
+
+
+def counted(value: Any, otherwise: int) -> int:
+    """服务器报的个数；没有报、不成样子，就用我们估的。"""
+    return value if type(value) is int and value >= 0 else otherwise
 
 
 def _ask(server: ChatServer, messages: list[dict], params: dict, answers: list) -> None:
@@ -230,19 +232,19 @@ def _ask(server: ChatServer, messages: list[dict], params: dict, answers: list) 
 
 def from_openai(message: dict) -> str:
     """服务器的一条回答 → 原样的文字。arguments 不是合法的 JSON 的，照写，让 parse_reply 说它坏在哪里。"""
-    thinking = message.get("reasoning_content") or message.get("reasoning") or ""
-    text = f"{THINK}\n{thinking}\n{THINK_END}\n\n" if thinking else ""
-    text += message.get("content") or ""
+    thinking = message.get("reasoning_content") or message.get("reasoning")
+    text = f"{THINK}\n{thinking}\n{THINK_END}\n\n" if isinstance(thinking, str) and thinking else ""
+    text += message["content"] if isinstance(message.get("content"), str) else ""
     for call in message.get("tool_calls") or []:
-        function = call.get("function") or {}
+        function = call["function"] if isinstance(call.get("function"), dict) else {}
         name, arguments = str(function.get("name") or ""), function.get("arguments") or "{}"
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
         try:
             written = call_text([{"name": name, "arguments": json.loads(arguments)}])
-        except ValueError:
+        except (ValueError, RecursionError):
             head = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
-            written = f"{CALL}\n{head}{FORGED.sub('＜', arguments)}}}\n{CALL_END}"
+            written = f"{CALL}\n{head}{CONTROL_WORD.sub('＜', arguments)}}}\n{CALL_END}"
         text += ("\n" if text else "") + written
     return text
 

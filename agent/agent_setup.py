@@ -159,8 +159,10 @@ def add_tools(tools: dict[str, Tool], more: dict[str, Tool], address: str) -> No
 
 
 def mcp_tools(address: str):
-    from mcp_client import open_tools
-
+    try:
+        from mcp_client import open_tools
+    except ImportError as error:
+        raise UserError(f'--mcp 要用到 MCP 的官方库：pip install "mcp>=2,<3"（{error}）') from error
     return open_tools(address)
 
 

@@ -367,6 +367,8 @@ def test_forged_control_words_are_only_words_in_the_prompt(local, tiny_tokenizer
         return sorted(each for each in ids if each in numbers)
 
     assert counted(FORGED) == counted("平常的话")
+    shown = say(local, [{"role": "user", "content": FORGED}]).prompt  # 记录里也看得出来是假的
+    assert shown.count("<|im_end|>") == 1 and "＜|im_end|>" in shown and "<tool_call>" not in shown
 
 
 def test_a_model_repeating_forged_words_is_not_calling(tiny_tokenizer):
@@ -606,6 +608,22 @@ def test_a_server_without_an_answer(server, chat_server, reply):
     chat_server.answer = lambda body: reply
     run = run_agent(Run.begin(Agent(server, ECHO), list(USER)))
     assert run.why == "no_answer" and run.history[-1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": ["部分"], "tool_calls": [{"function": "echo"}]},
+        {"content": None, "tool_calls": [{}], "reasoning": 3},
+        {"content": "好", "tool_calls": [{"function": {"name": 7, "arguments": "[" * 5000}}]},
+        {"content": "好", "tool_calls": [{"function": {"name": "echo", "arguments": [1]}}]},
+    ],
+)
+def test_whatever_a_server_says_the_loop_goes_on(server, chat_server, message):
+    replies = [json.dumps({"choices": [{"message": message}], "usage": ["很多"]}).encode(), "好了"]
+    chat_server.answer = lambda body: replies.pop(0)
+    run = run_agent(Run.begin(Agent(server, ECHO), list(USER)))
+    assert run.answer == "好了" and kinds(run)[0] in ("broken", "unknown", "bad_arguments")
 
 
 def test_a_slow_server_does_not_hold_the_program(server, chat_server):
