@@ -140,9 +140,8 @@ def write_calls(model, tokenizer, tools: list[dict], settings) -> dict:
 def example_walk(tokenizer, size: int) -> list[tuple[str, int, list[str]]]:
     """一个调用从左到右：每个 token，这里许可几个，其中的几个是什么。"""
     masks = CallGrammar(TOOLS).masks(tokenizer, size)
-    text = (
-        json.dumps({"name": "weather", "arguments": {"city": "北京", "days": 12}}, ensure_ascii=False) + "\n"
-    )
+    arguments = {"text": "去花园", "when": "8:30", "again": True}
+    text = json.dumps({"name": "remind", "arguments": arguments}, ensure_ascii=False) + "\n"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     state, steps = masks.matcher.start, []
     for token, piece in zip(ids, whole_pieces(tokenizer, ids), strict=True):
@@ -164,7 +163,11 @@ def show_walk(steps: list[tuple[str, int, list[str]]]) -> None:
             forced = ""
         if count:
             more = " …" if count > len(some) else ""
-            print(f"  {piece!r}  许可 {count:,} 个：{'、'.join(map(repr, some))}{more}")
+            print(f"  {as_seen(piece)}  许可 {count:,} 个：{'、'.join(map(as_seen, some))}{more}")
+
+
+def as_seen(piece: str) -> str:
+    return repr(piece) if piece and "\ufffd" not in piece else "半个字"
 
 
 def draw_walk(path: Path, steps: list[tuple[str, int, list[str]]], size: int) -> None:
@@ -178,7 +181,7 @@ def draw_walk(path: Path, steps: list[tuple[str, int, list[str]]], size: int) ->
         labels = [
             piece.replace(" ", "␣").replace("\n", "⏎").replace("|", "/") or "…" for piece, _, _ in steps
         ]
-        axes.set_xticks(range(len(steps)), [text(label) for label in labels], fontsize=8)
+        axes.set_xticks(range(len(steps)), [text(label) for label in labels], fontsize=8, rotation=90)
         axes.axhline(size, color="#999999", linewidth=1, linestyle="--")
 
     title = f"写一个调用，每一步许可几个 token（虚线是全部 {size:,} 个）|Tokens allowed at each step of a call ({size:,} in all)"

@@ -75,7 +75,7 @@ def schema_to_grammar(schema: dict) -> str:
 
     root = convert(schema, "schema", rule, ref)
     while waiting:
-        path = waiting.pop()
+        path = waiting.pop(0)
         lines.append(f"{names[path]} ::= {convert(lookup(schema, path, path), path, rule, ref)}")
     return f"root ::= {root}\n" + "\n".join(lines) + BASE
 
@@ -223,8 +223,8 @@ def array_rule(schema: dict, where: str, rule: Rule, ref: Ref) -> str:
         raise UserError(f"{where} 的 maxItems {high} 小于 minItems {low}：写不出这样的数组。")
     if high == 0:
         return '"[]"'
-    most = "" if high is None else high - 1
-    some = f'{item} (", " {item}){{{max(0, low - 1)},{most}}}'
+    times = "*" if low <= 1 and high is None else f"{{{max(0, low - 1)},{'' if high is None else high - 1}}}"
+    some = f'{item} (", " {item}){times}'
     return f'"[" {some} "]"' if low else f'"[" ({some})? "]"'
 
 
