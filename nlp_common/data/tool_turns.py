@@ -34,14 +34,13 @@ def list_tools(row: dict, turns: list[dict]) -> list[dict]:
 
 def _tools(value: object, column: str) -> list[dict]:
     """一栏（列表，或写成 JSON 的字符串）→ 工具的列表；只写了函数的，包上 ``{"type": "function", …}``。"""
-    listed = _json(value, column)
+    listed = _json(_filled(value), column)
     if isinstance(listed, dict):
         listed = [listed]
     if not isinstance(listed, list | None):
         raise Malformed(f"{column} 应是工具的列表（或写成 JSON 的字符串），这里是{type_name(listed)}")
     tools = []
     for number, tool in enumerate(listed or [], 1):
-        tool = _filled(tool)
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Malformed(
@@ -53,13 +52,13 @@ def _tools(value: object, column: str) -> list[dict]:
 
 def with_calls(message: dict, content: str, place: str) -> tuple[str, list]:
     """助手的一轮 → (说的话后面接着调用, 各个调用的 id)；没有调用就是说的话。"""
-    asked = message.get("tool_calls")
-    asked = _json(asked, f"{place} tool_calls") or []
+    asked = _json(_filled(message.get("tool_calls")), f"{place} tool_calls") or []
     if not isinstance(asked, list):
         raise Malformed(f"{place} tool_calls 应是列表，这里是{type_name(asked)}")
     places = [f"{place} tool_calls 第 {number} 个" for number in range(1, len(asked) + 1)]
-    single = message.get("function_call")  # OpenAI 以前的写法；Parquet 里没有调用的一轮，里面全是 None
-    if single and (not isinstance(single, dict) or _filled(single)):
+    if single := _filled(
+        message.get("function_call")
+    ):  # OpenAI 以前的写法；Parquet 里没有调用的一轮，里面全是 None
         asked, places = [*asked, single], [*places, f"{place} function_call"]
     calls = [_call(each, where) for each, where in zip(asked, places, strict=True)]
     ids = [each.get("id") for each in asked if isinstance(each, dict)]
@@ -68,7 +67,7 @@ def with_calls(message: dict, content: str, place: str) -> tuple[str, list]:
 
 def called(value: object, place: str) -> str:
     """ShareGPT 的 function_call：一个调用或几个调用的列表（对象，或写成 JSON 的字符串）→ 调用的文字。"""
-    written = _json(value, place)
+    written = _json(_filled(value), place)
     calls = written if isinstance(written, list) else [written]
     if not calls or written is None:
         raise Malformed(f'{place} 是空的，应是 {{"name": …, "arguments": {{…}}}}')
@@ -82,7 +81,7 @@ def _call(value: Any, place: str) -> dict:
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"].strip():
         raise Malformed(f'{place} 没有 name，应是 {{"name": …, "arguments": {{…}}}}')
     arguments = _json(call.get("arguments", call.get("parameters")), f"{place}的 arguments")
-    arguments = {} if arguments is None else _filled(arguments)
+    arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
         raise Malformed(f"{place}的 arguments 应是对象，如 {{'x': 1}}，这里是{type_name(arguments)}")
     return {"name": call["name"], "arguments": arguments}
@@ -132,7 +131,7 @@ def _json(value: object, place: str) -> Any:
 
 
 def _filled(value: Any) -> Any:
-    """去掉值是 None 的键：Parquet 里每一行的键都补成一样的，这一行没有的就是 None。"""
+    """去掉值是 None 的键：Parquet 里每一行的键都补成一样的，这一行没有的就是 None。写成 JSON 字符串的原样，里面的 null 照写。"""
     if isinstance(value, list):
         return [_filled(each) for each in value]
     if isinstance(value, dict):

@@ -215,6 +215,12 @@ def test_parquet_fills_every_row_with_the_same_keys(tmp_path):
     assert chats[1]["messages"][2] == bot(call_text([calculate]))
 
 
+def test_a_null_written_in_json_is_kept():
+    for calls in ([openai("f", '{"x": null}')], json.dumps([{"name": "f", "arguments": {"x": None}}])):
+        row = {"messages": [user("问"), bot(None, tool_calls=calls)]}
+        assert '"arguments": {"x": null}' in to_chats([row], "x")[0]["messages"][1]["content"]
+
+
 # ---- 别的阶段 ----
 
 
