@@ -56,9 +56,8 @@ def with_calls(message: dict, content: str, place: str) -> tuple[str, list]:
     if not isinstance(asked, list):
         raise Malformed(f"{place} tool_calls 应是列表，这里是{type_name(asked)}")
     places = [f"{place} tool_calls 第 {number} 个" for number in range(1, len(asked) + 1)]
-    if single := _filled(
-        message.get("function_call")
-    ):  # OpenAI 以前的写法；Parquet 里没有调用的一轮，里面全是 None
+    # OpenAI 以前的写法；Parquet 里没有调用的一轮，里面全是 None
+    if single := _filled(message.get("function_call")):
         asked, places = [*asked, single], [*places, f"{place} function_call"]
     calls = [_call(each, where) for each, where in zip(asked, places, strict=True)]
     ids = [each.get("id") for each in asked if isinstance(each, dict)]
