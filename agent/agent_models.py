@@ -177,10 +177,7 @@ class ServerModel:
         self.server, self.name, self.room, self.temperature = server, server.name, room, temperature
 
     def count(self, messages: list[dict], tools: list[dict]) -> int:
-        """没有它的分词器，照字数估：一个汉字约一个 token，英文约四个字母一个。"""
-        text = json.dumps([to_openai(messages), tools], ensure_ascii=False)
-        plain = sum(char.isascii() for char in text)
-        return len(text) - plain + plain // 3
+        return estimated(json.dumps([to_openai(messages), tools], ensure_ascii=False))
 
     def say(self, messages, tools, max_tokens, deadline, stop, piece=silent) -> Said:
         """另开一个线程去问：Ctrl-C、停下、到时间，都不必等它答完。"""
@@ -213,9 +210,15 @@ class ServerModel:
         said.stopped = "length" if answer.get("finish_reason") == "length" else ""
         usage = answer["usage"] if isinstance(answer.get("usage"), dict) else {}
         said.prompt_tokens = counted(usage.get("prompt_tokens"), said.prompt_tokens)
-        said.tokens = counted(usage.get("completion_tokens"), len(said.text))
+        said.tokens = counted(usage.get("completion_tokens"), estimated(said.text))
         piece(said.text)
         return said
+
+
+def estimated(text: str) -> int:
+    """没有它的分词器，照字数估有几个 token：一个汉字约一个，别的约三个字一个。"""
+    plain = sum(char.isascii() for char in text)
+    return len(text) - plain + plain // 3
 
 
 def counted(value: Any, otherwise: int) -> int:

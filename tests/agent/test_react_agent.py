@@ -615,7 +615,7 @@ def test_a_server_without_an_answer(server, chat_server, reply):
     [
         {"content": ["部分"], "tool_calls": [{"function": "echo"}]},
         {"content": None, "tool_calls": [{}], "reasoning": 3},
-        {"content": "好", "tool_calls": [{"function": {"name": 7, "arguments": "[" * 5000}}]},
+        {"content": "好", "tool_calls": [{"function": {"name": 7, "arguments": "[" * 2000}}]},
         {"content": "好", "tool_calls": [{"function": {"name": "echo", "arguments": [1]}}]},
     ],
 )
