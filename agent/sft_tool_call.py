@@ -47,7 +47,7 @@ from tool_world import KINDS, chats, documents, tasks
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen3-0.6B"
 PRESETS = {
-    "tiny": {"max_train_samples": 8000, "per_device_train_batch_size": 4, "learning_rate": 2e-3,
+    "tiny": {"max_train_samples": 9000, "per_device_train_batch_size": 4, "learning_rate": 2e-3,
              "adam_beta2": 0.98, "max_length": 1024, "save_steps": 500, "n_questions": 400},
     "full": {"max_train_samples": 2000, "per_device_train_batch_size": 8, "learning_rate": 1e-5,
              "max_length": 2048, "n_questions": 200},
@@ -86,7 +86,7 @@ class ToolSettings(LoopSettings):
 
 def learn(stage: Stage) -> dict:
     settings = stage.settings
-    questions = tasks(settings.n_questions, EVAL_SEED, heldout=True)
+    questions = tasks(settings.n_questions, EVAL_SEED, heldout=True, kinds=dict.fromkeys(KINDS, 1.0))
     metrics: dict = {}
     if settings.preset == "full":
         tokenizer, model = load_chat_lm(require_model(settings.model, settings.source), stage.device)
