@@ -64,6 +64,20 @@ def test_nothing_of_others_is_ever_found(opened):
             assert {hit.meta["access"] for hit in reply.hits} <= set(allowed)
 
 
+@pytest.mark.parametrize(("kept", "leaked"), [("tenant", "access_leaks"), ("access", "tenant_leaks")])
+def test_a_hole_in_the_condition_is_counted(opened, monkeypatch, kept, leaked):
+    """条件只留一半，漏出来的数得到：量漏不漏，走的就是顾客走的那一条路。"""
+    desk, _, asks = opened
+
+    def half_open(self, vectors, tenant, role, k=3):
+        whole = {"tenant": tenant, "access": list(sq.ROLES[role])}
+        return self.store.search(vectors, k, {kept: whole[kept]})
+
+    monkeypatch.setattr(cs.Desk, "visible", half_open)
+    found = cs.leaks(desk, asks, 600, seed=3)
+    assert found[leaked] > 30 and sum(found.values()) == found[leaked] + 600
+
+
 @pytest.mark.parametrize("tenant", ["甲店' OR '1'='1", "", '甲店" --', "%", "没有的店"])
 def test_a_tenant_that_is_not_one_finds_nothing(opened, tenant):
     desk = opened[0]
