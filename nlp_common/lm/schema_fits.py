@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 import operator
+import re
 from typing import Any
 
 from nlp_common.base.errors import UserError
@@ -19,7 +20,7 @@ BOUNDS = {  # 界限 → 值与它要怎样
 KNOWN: dict[str, set[str]] = {
     "object": {"properties", "required", "additionalProperties"},
     "array": {"items", "minItems", "maxItems"},
-    "string": {"minLength", "maxLength", "format"},
+    "string": {"minLength", "maxLength", "format", "pattern"},
     "integer": set(BOUNDS),
     "number": set(BOUNDS),
     "boolean": set(),
@@ -73,6 +74,8 @@ def fits_kind(value: Any, kind: str, schema: dict, root: dict | None) -> bool:
                 readers[schema["format"]](value)
             except ValueError:
                 return False
+        if "pattern" in schema and not re.search(schema["pattern"], value):
+            return False
         return schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", float("inf"))
     if kind == "array":
         size_ok = isinstance(value, list) and schema.get("minItems", 0) <= len(value)

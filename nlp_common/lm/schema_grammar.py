@@ -3,7 +3,7 @@
 
 支持：type（object、array、string、integer、number、boolean、null，可以写几种）、properties、required、items、
 additionalProperties（没有 properties 时）、minItems/maxItems、enum、const、anyOf/oneOf、minimum/maximum、minLength/maxLength、
-format: date/time/date-time、nullable、$ref（#/$defs/…，可以自己套自己）。不认识的限制是 UserError：悄悄不管，写出来的就不合 schema。
+pattern、format: date/time/date-time、nullable、$ref（#/$defs/…，可以自己套自己）。不认识的限制是 UserError：悄悄不管，写出来的就不合 schema。
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nlp_common.base.errors import UserError
+from nlp_common.lm.pattern_grammar import pattern_rule
 from nlp_common.lm.schema_fits import BOUNDS, KNOWN, fits, integer_bounds, is_any_object, lookup
 
 NOTES = {"title", "description", "$schema", "$defs", "definitions", "default", "examples", "$comment", "$id"}
@@ -139,8 +140,8 @@ def check_shapes(schema: dict, where: str) -> None:
             good, shape = isinstance(value, list), "列表 […]"
             if good and not value and name != "required":
                 raise UserError(f"{where} 的 {name} 是空的：没有一个可选。")
-        elif name in ("$ref", "format"):
-            good, shape = isinstance(value, str), "一个名字"
+        elif name in ("$ref", "format", "pattern"):
+            good, shape = isinstance(value, str), "一个名字" if name != "pattern" else "一个正则式"
         elif name == "properties":
             good, shape = isinstance(value, dict), '对象 {"栏名": {…}}'
         elif name == "type":
@@ -230,6 +231,10 @@ def array_rule(schema: dict, where: str, rule: Rule, ref: Ref) -> str:
 
 def string_rule(schema: dict, where: str, rule: Rule, ref: Ref) -> str:
     kinds = {"date": "date", "time": "time", "date-time": "datetime"}
+    if "pattern" in schema:
+        if more := {"format", "minLength", "maxLength"} & schema.keys():
+            raise UserError(f"{where} 的 pattern 旁边还有 {min(more)}，还不支持：把长短写进 pattern。")
+        return f'"\\"" {pattern_rule(schema["pattern"], where)} "\\""'
     if "format" in schema:
         if schema["format"] not in kinds:
             raise UserError(f"{where} 的 format {schema['format']!r} 还不支持：可以是 {'、'.join(kinds)}。")

@@ -309,6 +309,7 @@ EXTRA = [
           "type": "object", "properties": {"t": {"allOf": [{"$ref": "#/$defs/T"}]}}, "required": ["t"]}, "tree/深"),
     tool({"type": "object", "properties": {"d": {"type": "string", "format": "date"}, "mail": {"type": "string", "format": "email"}},
           "required": ["d", "mail"]}, "string"),
+    tool({"type": "object", "properties": {"id": {"type": "string", "pattern": r"^[A-Z]\d{2}$"}}, "required": ["id"]}, "by_id"),
     {"type": "function", "function": {"name": "bare"}},
 ]  # fmt: skip
 
@@ -434,7 +435,7 @@ def test_an_untrained_model_writes_valid_calls(tiny):
             [tool({"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}})],
             "uniqueItems",
         ),
-        ([tool({"type": "object", "properties": {"a": {"type": "string", "pattern": "^a"}}})], "pattern"),
+        ([tool({"type": "object", "properties": {"a": {"type": "string", "pattern": r"a\b"}}})], "pattern"),
         ([tool({"type": "object", "properties": {"a": {"not": {}}}})], "不支持"),
         ([tool({"type": "object", "required": ["a"]})], "properties 里却没有"),
     ],
