@@ -153,7 +153,7 @@ def test_integers_in_a_range(low, high):
 @pytest.mark.parametrize(
     ("schema", "said"),
     [
-        ({"type": "string", "pattern": "a+"}, "'pattern' 还不支持"),
+        ({"type": "string", "not": {}}, "'not' 还不支持"),
         ({"type": "text"}, "'text' 不认识"),
         ({"enum": []}, "enum 是空的"),
         ({"type": "integer", "minimum": 5, "maximum": 3}, "没有这样的整数"),
