@@ -118,8 +118,14 @@ def measure_models(stage: Stage) -> dict:
     grids: dict[str, dict[str, dict[str, float]]] = {}  # 模型 → 设置 → 各项的均值
     tables: dict[str, dict] = {}  # 模型 → 温度 1 时各题的分，和例子
     for name in split_names(settings.models):
-        found = run_part(stage, file_name(name), partial(measure_one, name=name, questions=questions))
-        grids[name], tables[name] = found["grid"], found["at_one"]
+        grids[name] = {}
+        for temperature, top_p in tqdm(sampling_grid(settings), desc=name, leave=False, disable=None):
+            work = partial(measure_one, name=name, questions=questions, temperature=temperature, top_p=top_p)
+            key = f"t{temperature:g}" if top_p == 1 else f"p{top_p:g}"
+            found = run_part(stage, f"{file_name(name)}-{key}", work)  # 断了，做完的设置不重做
+            grids[name][key] = found["means"]
+            if key == "t1":
+                tables[name] = found
         print_grid(f"{name}：{len(questions)} 道题，每道问 {settings.samples} 遍", grids[name])
 
     metrics: dict = {"grid": grids, "at_same_right": {}, "lost": {}}
@@ -169,23 +175,18 @@ def _numbers(flag: str, text: str, above: float, at_most: float = math.inf) -> l
     return numbers
 
 
-def measure_one(part: Stage, name: str, questions: list[dict]) -> dict:
-    """一个模型在各种采样设置下：各项的均值；温度 1 时另留下每道题的分和头几个回答。"""
+def measure_one(part: Stage, name: str, questions: list[dict], temperature: float, top_p: float) -> dict:
+    """一个模型在一种采样设置下：各项的均值，每道题的分和头几个回答。"""
     settings = part.settings
     answerer = load_answerer(name, settings.source)
-    found: dict = {"grid": {}}
-    for temperature, top_p in tqdm(sampling_grid(settings), desc=name, leave=False, disable=None):
-        groups = ask_many_times(answerer, questions, settings, temperature, top_p)
-        entropies = answer_entropies(answerer, questions, groups, temperature, top_p)
-        scores = [
-            score_group(question, group, settings.draws) | {"entropy": entropy}
-            for question, group, entropy in zip(questions, groups, entropies, strict=True)
-        ]
-        key = f"t{temperature:g}" if top_p == 1 else f"p{top_p:g}"
-        found["grid"][key] = {key: sum(each[key] for each in scores) / len(scores) for key in scores[0]}
-        if (temperature, top_p) == (1.0, 1.0):
-            found["at_one"] = {"id": answerer.id, "items": as_items(questions, groups, scores)}
-    return found
+    groups = ask_many_times(answerer, questions, settings, temperature, top_p)
+    entropies = answer_entropies(answerer, questions, groups, temperature, top_p)
+    scores = [
+        score_group(question, group, settings.draws) | {"entropy": entropy}
+        for question, group, entropy in zip(questions, groups, entropies, strict=True)
+    ]
+    means = {key: sum(each[key] for each in scores) / len(scores) for key in scores[0]}
+    return {"means": means, "id": answerer.id, "items": as_items(questions, groups, scores)}
 
 
 def ask_many_times(
