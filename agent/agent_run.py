@@ -48,7 +48,7 @@ class Budget:
 
 @dataclass
 class CallRecord:
-    """一个调用和它的结果。kind 同 tools.Result，另有 broken（读不出）、skipped（没有做）。"""
+    """一个调用和它的结果。kind 同 tools.Result，另有 broken（读不出）、skipped（没有做）、stopped（被打断）。"""
 
     name: str
     arguments: dict
@@ -121,7 +121,7 @@ class Run:
     model: str
     stop: threading.Event = field(default_factory=threading.Event)
     steps: list[Step] = field(default_factory=list)
-    seen: Counter = field(default_factory=Counter)  # (调用, 结果) → 几次
+    seen: Counter = field(default_factory=Counter)  # (调用, 结果) → 几轮里有它
     answer: str = ""
     why: str = ""  # 为什么停下，WHY 里的一个；"" 是还没有停
     tokens: int = 0
@@ -211,11 +211,11 @@ def cut(turn: dict) -> dict:
     return turn | {"content": text[:KEEP] + CUT.format(n=len(text))}
 
 
-def signature(call: Call | BrokenCall, result: str) -> tuple[str, str]:
+def signature(call: Call | BrokenCall, record: CallRecord) -> tuple[str, str]:
     """认出"同样的调用、同样的结果"：参数的次序不算。"""
     if isinstance(call, BrokenCall):
-        return call.text, result
-    return call.name + json.dumps(call.arguments, ensure_ascii=False, sort_keys=True), result
+        return call.text, record.result
+    return call.name + json.dumps(call.arguments, ensure_ascii=False, sort_keys=True), record.result
 
 
 def step_of(run: Run, said: Said, thinking: str, content: str, shortened: str, mended: list[str]) -> Step:

@@ -42,6 +42,7 @@ KINDS = {
     "timeout": "超时",
     "refused": "没有得到许可",
     "skipped": "没有做",
+    "stopped": "被打断了",
 }
 
 

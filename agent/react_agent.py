@@ -108,7 +108,7 @@ def act_and_observe(run: Run, said: Said, shortened: str = "") -> None:
         record = do_call(run, call, number)
         step.calls.append(record)
         run.history.append({"role": "tool", "content": record.result})
-        run.seen[signature(call, record.result)] += 1
+    run.seen.update({signature(*pair) for pair in zip(reply.calls, step.calls, strict=True)})
     if not reply.calls:
         run.finish("answered" if reply.content else "empty", reply.content)
     elif why := run.out_of_budget():
@@ -133,11 +133,13 @@ def do_call(run: Run, call: Call | BrokenCall, number: int) -> CallRecord:
         for record.attempts in range(1, tries + 1):
             seconds = max(0.1, min(budget.tool_seconds, run.deadline - time.monotonic()))
             result = run_call(agent.tools, call, run.ask, seconds, budget.result_chars)
+            record.kind, record.result = result.kind, agent.hider.text(result.text)
             if result.kind not in ("failed", "timeout") or record.attempts == tries:
                 break
-            time.sleep(budget.pause * 2 ** (record.attempts - 1))
-        record.kind, record.result = result.kind, agent.hider.text(result.text)
+            if run.stop.wait(min(budget.pause * 2 ** (record.attempts - 1), budget.tool_seconds)):
+                break
     except KeyboardInterrupt:
+        record.kind, record.result = "stopped", "被打断了，做成了没有也不知道。"
         run.stop.set()
     record.seconds = round(time.monotonic() - started - (run.waited - waited), 4)  # 等人许可的不算
     agent.watcher.called(record)
@@ -155,10 +157,8 @@ def mend(notes: list[str], text: str) -> tuple[object, list[str]]:
 
 
 def learn(stage: Stage, path: str) -> dict:
-    model, questions = (
-        load_model(path),
-        tasks(stage.settings.n_questions, EVAL_SEED + stage.settings.seed, True, NEED_TOOLS),
-    )
+    model = load_model(path)
+    questions = tasks(stage.settings.n_questions, EVAL_SEED + stage.settings.seed, True, NEED_TOOLS)
     success: dict = {way: {} for way in WAYS}
     steps: dict = {"model": {}, "loop": {}}
     for rate in RATES:

@@ -188,6 +188,17 @@ def test_going_in_circles_is_noticed():
     assert play(tool("two", lambda a, b: "x", "a", "b"), *shuffled, budget={"steps": 99}).why == "loop"
 
 
+def test_the_same_call_thrice_in_one_turn_is_no_circle():
+    run = play(ECHO, "\n".join([call("echo", text="甲")] * 3), "好")
+    assert run.why == "answered" and len(results(run)) == 3
+
+
+def test_a_writing_tool_that_was_slow_is_not_said_to_be_undone():
+    slow = tool("t", lambda: time.sleep(2) or "好", writes=True)
+    run = play(slow, call("t"), "好", budget={"tool_seconds": 0.1}, confirm=lambda each: True)
+    assert kinds(run) == ["timeout"] and "也许已经" in results(run)[0]
+
+
 def test_too_many_calls_in_one_turn():
     many = "\n".join(call("echo", text=str(i)) for i in range(5))
     run = play(ECHO, many, "好", budget={"calls": 3})
@@ -223,7 +234,7 @@ def test_ctrl_c_in_a_tool_stops_the_answer_and_keeps_the_chat_valid():
         run_agent(run)
     finally:
         react_agent.run_call = before
-    assert run.why == "stopped" and kinds(run) == ["skipped", "skipped"]
+    assert run.why == "stopped" and kinds(run) == ["stopped", "skipped"]
     assert [each["role"] for each in run.history] == ["user", "assistant", "tool", "tool"]
 
 
