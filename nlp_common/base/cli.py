@@ -13,7 +13,7 @@ from typing import Any
 from nlp_common.base.errors import UserError
 from nlp_common.base.processes import is_main, leave, lost_another
 
-INTERRUPTED = "\n已中断。训练类脚本再运行同一条命令，会从最近的检查点继续。"
+INTERRUPTED = "\n已中断。有结果文件夹的脚本，再运行同一条命令：做完的部分不重做，训练从最近的检查点继续。"
 
 
 def say_interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
