@@ -116,6 +116,13 @@ TOPICS: dict[str, dict[str, list[Call]]] = {
         "update_strategy.py": [Call(TINY, "只算变了的块，断了接着来，十几秒。")],
         "customer_service_case.py": [Call(TINY, "几家店、几种人，没把握就说不知道，约一分钟。")],
     },
+    "agent": {
+        "tool_format.py": [Call(TINY, "从函数到调用，每个 token 看得见。")],
+        "sft_tool_call.py": [
+            Call(TINY, "教一个小模型用工具，三四分钟。", ["outputs/tiny/sft_tool_call/tool_kinds.svg"])
+        ],
+        "react_agent.py": [Call(TINY, "工具坏到几成，还能答对几成，一分钟；小模型没有训练过就先训练。")],
+    },
     "text_generation": {
         "constrained_decoding.py": [
             Call(TINY, "没有 Qwen 链的小模型时先训练它（另开进程，两三分钟），之后半分钟左右。")
