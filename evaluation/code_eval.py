@@ -33,12 +33,12 @@ from nlp_common.base.errors import UserError
 from nlp_common.base.intervals import Interval, mean_interval
 from nlp_common.data.rows import check_path, data_sha256
 from nlp_common.draw.plots import line_chart
+from nlp_common.sandbox.sandbox import KINDS, Limits, Verdict, layers, run_answer
 from nlp_common.train.progress import progress_bar
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from pass_at_k import bias_table, coverage, pass_at_k, same_tasks_interval, true_pass_at_k
 from results import item, run_evaluation, write_result
-from sandbox import KINDS, Limits, Verdict, layers, run_answer
 
 HOME = Path(__file__).resolve().parent
 PRESETS = {

@@ -15,7 +15,7 @@ import code_eval as ce
 import pass_at_k as pk
 from code_tasks import TASKS
 from nlp_common.base.errors import UserError
-from sandbox import Limits, Verdict
+from nlp_common.sandbox.sandbox import Limits, Verdict
 
 HERE = Path(__file__).resolve().parent
 SHORT = {"task_id": "t/add", "entry_point": "add", "prompt": 'def add(a, b):\n    """加起来"""\n',

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LEVEL = {"base": 0, "fast": 1, "draw": 1, "hub": 2, "lm": 2, "data": 3, "tiny": 3, "train": 4}
+LEVEL = {"base": 0, "fast": 1, "draw": 1, "sandbox": 1, "hub": 2, "lm": 2, "data": 3, "tiny": 3, "train": 4}
 # 名字固定的主题文件夹，含还没有写的
 TOPICS = {
     "simple_demo",

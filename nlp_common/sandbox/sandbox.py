@@ -24,6 +24,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 CHILD = Path(__file__).resolve().with_name("sandbox_child.py")
 WINDOWS = os.name == "nt"
@@ -56,6 +57,7 @@ class Verdict:
     detail: str = ""
     seconds: float = 0.0
     held: tuple[str, ...] = ()  # 内核给答案设上了哪些限制
+    output: str = ""  # 测试走完时，它放在 output 里的文字
 
     @property
     def passed(self) -> bool:
@@ -90,15 +92,53 @@ def run_answer(
             judge.end()
 
 
+PROGRAM = """
+class Lines:
+    def __init__(self):
+        self.kept, self.room = [], %d
+    def write(self, text):
+        text = str(text)
+        self.kept.append(text[: self.room])
+        self.room = max(0, self.room - len(text))
+        return len(text)
+    def flush(self):
+        pass
+
+def run(source):
+    import sys, traceback
+    lines = sys.stdout = Lines()
+    try:
+        exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
+    except SystemExit:
+        pass
+    except MemoryError:
+        raise
+    except BaseException as error:
+        places = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "program.py"]
+        place = error.lineno if isinstance(error, SyntaxError) else places[-1] if places else None
+        lines.room += 400
+        lines.write(f"{type(error).__name__}: {str(error)[:300]}" + (f"（第 {place} 行）" if place else ""))
+    return "".join(lines.kept)
+"""
+OUTPUT_CHARS = 8000  # 印出来的留几个字
+
+
+def run_program(source: str, limits: Limits | None = None) -> Verdict:
+    """运行一段程序：印出来的在 output 里，太长的只留开头。程序出的错也印在里面；做了不许做的、超时的，看 kind。"""
+    test = f"def check(run):\n    global output\n    output = run({source!r})\n"
+    return run_answer(PROGRAM % OUTPUT_CHARS, test, "run", limits=limits)
+
+
 class Judge:
     """出题人那个进程：交考卷，等判决，最后连同答题人一起结束。"""
 
     def __init__(self, folder: str, limits: Limits):
-        self.limits, self.answer_pid, self.job = limits, None, None
-        options = (
+        self.limits, self.job = limits, None
+        self.answer_pid: int | None = None
+        options: dict[str, Any] = (
             {"creationflags": 0x08000000} if WINDOWS else {"start_new_session": True}
         )  # 不开窗口 / 自成一组
-        self.process = subprocess.Popen(
+        self.process: subprocess.Popen[bytes] = subprocess.Popen(
             [python(), "-I", "-S", "-B", "-X", "utf8", str(CHILD), "judge"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -114,6 +154,7 @@ class Judge:
         self.reader.start()
 
     def verdict(self, paper: dict) -> Verdict:
+        assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(paper).encode("ascii") + b"\n")
             self.process.stdin.flush()  # 不关：主进程没了，那边读到断开，自己结束
@@ -132,19 +173,20 @@ class Judge:
             return Verdict("memory", f"超过 {self.limits.memory_mb} MB", seconds)
         if not isinstance(message, dict) or message.get("seal") != paper["seal"]:
             return Verdict("exited", "出题的进程没了，没有判决", seconds)
-        return Verdict(message["kind"], message["detail"], seconds, tuple(message.get("held", ())))
+        held, output = tuple(message.get("held", ())), str(message.get("output", ""))
+        return Verdict(message["kind"], message["detail"], seconds, held, output)
 
-    def wait(self, deadline: float):
+    def wait(self, deadline: float) -> Any:
         """等判决；内核不管内存的系统（macOS），一边等一边看它用了多少。"""
         while (left := deadline - time.monotonic()) > 0:
             message = self.next_message(left if kernel_limits_memory() else min(left, 0.1))
             if message is not None:
                 return message
-            if not kernel_limits_memory() and resident_mb(self.answer_pid) > self.limits.memory_mb:
+            if not kernel_limits_memory() and resident_mb(self.answer_pid or 0) > self.limits.memory_mb:
                 return "memory"
         return "timeout"
 
-    def next_message(self, seconds: float):
+    def next_message(self, seconds: float) -> Any:
         """出题人的下一句；断了是 {}，到时间还没有是 None。"""
         try:
             line = self.lines.get(timeout=seconds)
@@ -171,7 +213,8 @@ class Judge:
         self.reader.join(5)
         for stream in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):
-                stream.close()
+                if stream:
+                    stream.close()
 
 
 def python() -> str:
@@ -185,7 +228,7 @@ def environment(folder: str) -> dict[str, str]:
     return kept | {"HOME": folder, "TMPDIR": folder, "TEMP": folder, "TMP": folder}
 
 
-def read_lines(stream, lines: queue.Queue) -> None:
+def read_lines(stream: Any, lines: queue.Queue) -> None:
     while line := stream.readline(AT_MOST):
         lines.put(line)
     lines.put(b"")
@@ -208,23 +251,23 @@ def resident_mb(pid: int) -> float:
         return 0.0
 
 
-def put_in_job(process: subprocess.Popen, limits: Limits):
+def put_in_job(process: subprocess.Popen, limits: Limits) -> Any:
     """Windows：装进作业对象，成了就返回它；不成是 None，结束时改用 taskkill。"""
-    from windows_job import Job
+    from nlp_common.sandbox.windows_job import Job
 
     try:
         job = Job(limits.memory_mb)
     except (OSError, AttributeError):
         return None
     try:
-        job.add(int(process._handle))
+        job.add(int(process._handle))  # type: ignore[attr-defined]
         return job
     except OSError:
         job.close()
         return None
 
 
-def end_on_windows(process: subprocess.Popen, job) -> None:
+def end_on_windows(process: subprocess.Popen, job: Any) -> None:
     if job:
         job.kill()
         job.close()

@@ -12,10 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sandbox
-import sandbox_child
-import windows_job
-from sandbox import Limits, run_answer
+from nlp_common.sandbox import sandbox, sandbox_child, windows_job
+from nlp_common.sandbox.sandbox import Limits, run_answer, run_program
 
 TEST = "def check(f):\n    assert f(1, 2) == 3\n    assert f(5, 0) == 5\n"
 LIMITS = Limits(seconds=10, memory_mb=256, output_bytes=100_000)
@@ -239,8 +237,8 @@ def test_the_answer_dies_when_the_evaluation_is_killed(tmp_path):
     """主进程被 kill -9：出题人读到断开，两个都走。"""
     note = tmp_path / "pid"
     script = (
-        f"import sys; sys.path.insert(0, {str(Path(sandbox.__file__).parent)!r})\n"
-        "import sandbox\n"
+        f"import sys; sys.path.insert(0, {str(Path(sandbox.__file__).parents[2])!r})\n"
+        "from nlp_common.sandbox import sandbox\n"
         "old = sandbox.Judge.wait\n"
         f"def wait(self, deadline):\n    open({str(note)!r}, 'w').write(str(self.answer_pid)); return old(self, deadline)\n"
         "sandbox.Judge.wait = wait\n"
@@ -404,3 +402,27 @@ def test_no_alarm_signal_is_used():
     for name in ("sandbox.py", "sandbox_child.py"):
         text = Path(sandbox.__file__).with_name(name).read_text("utf-8")
         assert "signal.alarm" not in text and "setitimer" not in text
+
+
+# ---------------------------------------------------------------- 一段程序
+
+
+def test_a_program_shows_what_it_printed():
+    ran = run_program("print(sum(range(101)))\nprint('好')", LIMITS)
+    assert ran.passed and ran.output == "5050\n好\n"
+    ran = run_program("print(1)\nx = 1 / 0", LIMITS)
+    assert ran.passed and ran.output == "1\nZeroDivisionError: division by zero（第 2 行）"
+    assert "SyntaxError" in run_program("for", LIMITS).output
+    assert run_program("import sys\nprint(2)\nsys.exit(1)", LIMITS).output == "2\n"
+
+
+def test_a_program_that_prints_too_much_is_cut():
+    ran = run_program("print('长' * 1_000_000)", LIMITS)
+    assert ran.passed and ran.output == "长" * sandbox.OUTPUT_CHARS
+    assert run_program("import sys\nwhile True: sys.stderr.write('x' * 1000)", LIMITS).kind == "output"
+
+
+def test_a_program_may_not_write_or_leave():
+    for source in ("open('x', 'w')", "import os\nos.system('true')", "import socket\nsocket.socket()"):
+        assert run_program(source, LIMITS).kind in ("forbidden", "exited")
+    assert run_program("while True: pass", Limits(seconds=0.5)).kind == "timeout"

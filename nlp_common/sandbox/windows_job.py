@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 EXTENDED_LIMITS = 9  # JobObjectExtendedLimitInformation
 ACTIVE_PROCESS, PROCESS_MEMORY, JOB_MEMORY, KILL_ON_CLOSE = 0x8, 0x100, 0x200, 0x2000
@@ -41,8 +42,8 @@ class ExtendedLimits(ctypes.Structure):
 class Job:
     """一个作业对象。建不成、装不进去是 OSError。"""
 
-    def __init__(self, memory_mb: int, kernel=None):
-        self.kernel = kernel or ctypes.WinDLL("kernel32", use_last_error=True)
+    def __init__(self, memory_mb: int, kernel: Any = None):
+        self.kernel = kernel or ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]
         self.kernel.CreateJobObjectW.restype = ctypes.c_void_p
         self.handle = self.kernel.CreateJobObjectW(None, None)
         if not self.handle:

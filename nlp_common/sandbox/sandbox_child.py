@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 
+OUTPUT_CHARS = 9000  # 测试放在 output 里的文字，最多几个字：判决是一行，不能太长
 AT_MOST = 4 << 20  # 一次参数、一个返回值最多多少字节
 
 # 答案那边不许做的事（Python 的审计事件）→ 怎么说。做了就当场结束，它来不及改口。
@@ -465,6 +466,7 @@ def examine(paper, worker, output):
         "kind": "passed" if finished == done else "error",
         "detail": "",
         "held": loaded.get("held", []),
+        "output": str(space.get("output", ""))[:OUTPUT_CHARS],
     }
 
 
