@@ -10,7 +10,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    PreTrainedTokenizerFast,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
 from nlp_common.base.errors import UserError
@@ -37,7 +39,10 @@ logging.disable_progress_bar()  # 只关"载入权重"的进度条，警告照�
 def _read_tokenizer(path: str) -> PreTrainedTokenizerBase:
     check_config(path)
     with readable_errors(path), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        # AutoTokenizer 见到 Qwen2 的 config，不管分词器自己写着什么，都换成 Qwen2 的切法
+        declared = get_tokenizer_config(path).get("tokenizer_class")
+        kind = PreTrainedTokenizerFast if declared == "TokenizersBackend" else AutoTokenizer
+        tokenizer = kind.from_pretrained(path, trust_remote_code=False)
     check_tokenizer(tokenizer, path)
     return tokenizer
 

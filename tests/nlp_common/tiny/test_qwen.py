@@ -5,7 +5,14 @@ import itertools
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
 
 from nlp_common.lm.chatml import (
     CHAT_TEMPLATE,
@@ -190,3 +197,29 @@ def test_reward_and_value_models_have_no_dropout(base_folder, tokenizer):
         ids = torch.arange(20)[None] + 5
         first, second = net(input_ids=ids).logits, net(input_ids=ids).logits
         assert torch.equal(first, second) and first.shape[-1] == 1
+
+
+def test_a_tokenizer_of_another_cut_is_loaded_as_it_was_saved(tmp_path):
+    """模型是 Qwen2，分词器是自己切的（agent/tiny_agent.py）：AutoTokenizer 会换成 Qwen2 的切法，我们照存的读。"""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d{2}|."), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        ["23 45"], trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    )
+    built = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    built.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    qwen.build_model(built, 0).save_pretrained(tmp_path)
+    built.save_pretrained(tmp_path)
+    assert len(AutoTokenizer.from_pretrained(tmp_path)("23")["input_ids"]) == 2, "陷阱不在了"
+    assert (
+        load_tokenizer(str(tmp_path))("23")["input_ids"] == built("23")["input_ids"]
+        and len(built("23")["input_ids"]) == 1
+    )
