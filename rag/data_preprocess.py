@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from nlp_common.base.arguments import COUNT, SHARE, option
+from nlp_common.base.console import print_table
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import write_json
 from nlp_common.data.people_daily import people_daily
@@ -164,9 +165,10 @@ def compare_cuts(corpus: Corpus, size: int, seed: int) -> tuple[dict[str, dict],
         chunks = cut(corpus, name, size)
         kept[name] = kept_whole(corpus, chunks)
         rows[name] = describe_chunks(chunks, corpus) | {"kept": float(np.mean(kept[name]))}
-    print(f"\n{size} 个字一块{'':<10}几块　平均几字　出处完整")
+    table = [[f"{size} 个字一块", "几块", "平均几字", "出处完整"]]
     for name, row in rows.items():
-        print(f"  {CUTS[name]:<10}\t{row['chunks']:>6}{row['mean_chars']:>9.0f}{row['kept']:>11.3f}")
+        table.append([CUTS[name], row["chunks"], f"{row['mean_chars']:.0f}", f"{row['kept']:.3f}"])
+    print_table(table)
     gain, low, high = paired_bootstrap(kept["chinese"], kept["default"], seed=seed)
     print(f"  中文分隔符比默认的多 {gain:+.3f}（95% 区间 {low:+.3f} 到 {high:+.3f}）")
     return rows, {"gain": gain, "low": low, "high": high}
@@ -207,22 +209,22 @@ def describe_chunks(chunks: list[Chunk], corpus: Corpus) -> dict:
 def compare_overlaps(corpus: Corpus, size: int) -> dict[str, dict]:
     """重叠：切断了的，前后两块各有一份；多存多少是它的代价。"""
     rows: dict[str, dict] = {}
-    print("\n重叠　　　　　　　　　不重叠　　　四分之一　　　一半　（出处完整／存的是原文的几倍）")
+    table = [["重叠（出处完整／存的是原文的几倍）", "不重叠", "四分之一", "一半"]]
     for name in ("fixed", "chinese", "sentences"):
         rows[name] = {}
         for label, overlap in (("none", 0), ("quarter", size // 4), ("half", size // 2)):
             chunks = cut(corpus, name, size, overlap)
             kept = float(np.mean(kept_whole(corpus, chunks)))
             rows[name][label] = describe_chunks(chunks, corpus) | {"kept": kept}
-        shown = "　".join(f"{row['kept']:.3f}/{row['stored_ratio']:.2f}" for row in rows[name].values())
-        print(f"  {CUTS[name]:<10}\t{shown}")
+        shown = [f"{row['kept']:.3f}／{row['stored_ratio']:.2f}" for row in rows[name].values()]
+        table.append([CUTS[name], *shown])
+    print_table(table)
     return rows
 
 
 def shrink(corpus: Corpus) -> dict[str, dict]:
     """块从大到小：第一块的文档对不对，第一块里有没有完整的出处，前五块里有没有。"""
-    rows = {}
-    print("\n整句切，BM25 检索　文档对　第一块有出处　前五块有出处　有一块完整")
+    rows, table = {}, [["整句切，BM25 检索", "文档对", "第一块有出处", "前五块有出处", "有一块完整"]]
     for size in SIZES:
         chunks = cut(corpus, "sentences", size)
         found = search(chunks, [question.text for question in corpus.questions])
@@ -234,14 +236,11 @@ def shrink(corpus: Corpus) -> dict[str, dict]:
             ]
             top.append(any(held[:1]))
             five.append(any(held))
-        rows[str(size)] = {
-            "document_at_1": float(np.mean(right)),
-            "evidence_at_1": float(np.mean(top)),
-            "evidence_at_5": float(np.mean(five)),
-            "kept": float(np.mean(kept_whole(corpus, chunks))),
-        }
-        shown = "".join(f"{value:>12.3f}" for value in rows[str(size)].values())
-        print(f"  {size:>4} 字{shown}")
+        shares = {"document_at_1": right, "evidence_at_1": top, "evidence_at_5": five}
+        shares["kept"] = kept_whole(corpus, chunks)
+        rows[str(size)] = {key: float(np.mean(each)) for key, each in shares.items()}
+        table.append([f"{size} 字", *(f"{value:.3f}" for value in rows[str(size)].values())])
+    print_table(table)
     return rows
 
 
@@ -301,9 +300,8 @@ def sentence_vectors(corpus: Corpus, embedder: TransformerEmbedder | None, n: in
             peer = with_sentence_transformers(embedder, told)
             if peer is not None:
                 rows["peer_difference"] = float(np.abs(documents - peer).max())
-    print(f"\n句向量（{embedder.name}，{len(questions)} 题、{len(different)} 段里找）　第一名对")
-    for name, label in POOLINGS.items():
-        print(f"  {label:<12}\t{rows[name]['recall_at_1']:.3f}")
+    table = [[f"句向量（{embedder.name}，{len(questions)} 题、{len(different)} 段里找）", "第一名对"]]
+    print_table(table + [[label, f"{rows[name]['recall_at_1']:.3f}"] for name, label in POOLINGS.items()])
     peer = f"，与 sentence-transformers {rows['peer_difference']:.1e}" if "peer_difference" in rows else ""
     print(f"  照公式算的与 rag_common/embed.py 最多差 {rows['embedder_difference']:.1e}{peer}")
     return rows
@@ -318,7 +316,9 @@ def monitor(corpus: Corpus, settings: PreprocessSettings) -> tuple[dict, dict]:
     spoiled, planted = plant(texts, settings.spoiled, settings.seed)
     found, before = find_faults(spoiled), find_faults(texts)
     rows: dict = {"kinds": {}}
-    print(f"\n质量检查：{len(spoiled)} 篇，做坏了 {len(planted)} 篇　精确　召回　冤枉了几篇")
+    table = [
+        [f"质量检查：{len(spoiled)} 篇，做坏了 {len(planted)} 篇", "精确", "召回", "冤枉几篇", "原来就有几篇"]
+    ]
     for fault, label in FAULTS.items():
         bad = {name for name, kind in planted.items() if kind.startswith(fault)}
         caught = len(found[fault] & bad)
@@ -331,10 +331,9 @@ def monitor(corpus: Corpus, settings: PreprocessSettings) -> tuple[dict, dict]:
             "wrong": len(wrong),
             "already_there": len(before[fault]),
         }
-        numbers = (
-            f"{rows[fault]['precision']:>20.3f}{rows[fault]['recall']:>8.3f}{len(wrong):>6}" if bad else ""
-        )
-        print(f"  {label:<8}\t{numbers or '没有做坏的':>20}　（原来就有 {len(before[fault])} 篇）")
+        row = [f"{rows[fault][key]:.3f}" if bad else "—" for key in ("precision", "recall")]
+        table.append([label, *row, len(wrong), len(before[fault])])
+    print_table(table)
     shown = []
     for kind in dict.fromkeys(planted.values()):
         names = [name for name, each in planted.items() if each == kind]

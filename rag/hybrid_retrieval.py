@@ -30,6 +30,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nlp_common.base.arguments import COUNT, SHARE, option
+from nlp_common.base.console import padded, print_table
 from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import bar_chart, line_chart
 from nlp_common.lm.loading import load_causal_lm
@@ -279,9 +280,10 @@ def gain_over_best_single(ranked: dict, gold: list, seed: int) -> dict:
 
 
 def print_rows(title: str, rows: dict[str, dict]) -> None:
-    print(f"\n{title:<24}  R@1    R@5    MRR")
+    table = [[title, "R@1", "R@5", "MRR"]]
     for name, row in rows.items():
-        print(f"  {name:<24}{row['recall_at_1']:>7.3f}{row['recall_at_5']:>7.3f}{row['mrr']:>7.3f}")
+        table.append([name, *(f"{row[metric]:.3f}" for metric in ("recall_at_1", "recall_at_5", "mrr"))])
+    print_table(table)
 
 
 def print_slice(name: str, rows: dict[str, dict], bound: dict | None) -> None:
@@ -296,7 +298,7 @@ def print_gains(gains: dict[str, dict]) -> None:
     for name, gain in gains.items():
         sure = "更好" if gain["low"] > 0 else "更差" if gain["high"] < 0 else "说不上好坏"
         print(
-            f"  {SLICES[name]}\t比 {METHODS[gain['over']]} {gain['gain']:+.3f}（{gain['low']:+.3f} 到 {gain['high']:+.3f}）：{sure}"
+            f"  {padded(SLICES[name], 14)}比 {METHODS[gain['over']]} {gain['gain']:+.3f}（{gain['low']:+.3f} 到 {gain['high']:+.3f}）：{sure}"
         )
     print()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from update_strategy import sync
 
 from catalogue import make_products
+from nlp_common.base.console import print_table
 from rag_common.embed import Embedder
 from store_keeping import StorePlace, chunks_of
 
@@ -109,11 +110,9 @@ def try_sync(place: StorePlace, embedder: Embedder, before: dict, after: dict, e
 
 
 def print_traps(rows: dict[str, dict]) -> None:
-    print(
-        f"\nindex() 第二次（第一次 {rows['full']['first']} 块）：编码几块　中间最少剩几块　最后几块　说跳过几块"
-    )
+    first = f"index() 第二次（第一次 {rows['full']['first']} 块）"
+    table = [[first, "编码几块", "中间最少剩几块", "最后几块", "说跳过几块"]]
     for key, row in rows.items():
-        print(
-            f"  {TRAPS[key]:<24}\t{row['embedded']:>4}　{row['fewest']:>6}　{row['left']:>6}　{row['skipped']:>6}"
-        )
+        table.append([TRAPS[key], *(row[name] for name in ("embedded", "fewest", "left", "skipped"))])
+    print_table(table)
     print()

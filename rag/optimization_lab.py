@@ -35,6 +35,7 @@ from tqdm import tqdm
 from lab_picture import VERDICTS, draw_ledger
 from lab_pipeline import Config, Lab, Outcome, changed, difference
 from nlp_common.base.arguments import COUNT, option
+from nlp_common.base.console import padded
 from nlp_common.base.errors import UserError
 from nlp_common.train.lesson import result_folder, run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
@@ -348,16 +349,18 @@ def try_one(folder: Path, settings: LabSettings) -> dict:
 
 
 def print_head(n: int) -> None:
-    print(f"\n{n} 题　{'　'.join(SHOWN.values())}　比目前最好的（95% 区间）")
+    names = "".join(padded(name, 8, right=True) for name in SHOWN.values())
+    print("\n" + padded(f"{n} 题", 42) + names + "　比目前最好的（95% 区间）")
 
 
 def print_row(row: dict) -> None:
     shown = "开始" if row["verdict"] == "start" else "（与目前最好的相同）"
-    numbers = " ".join(f"{row['metrics'][name]:.3f}" for name in SHOWN)
+    numbers = "".join(f"{row['metrics'][name]:>8.3f}" for name in SHOWN)
     compared = (
         "" if row["verdict"] == "start" else f"{row['gain']:+.3f}（{row['low']:+.3f} 到 {row['high']:+.3f}）"
     )
-    tqdm.write(f"  {row['change'] or shown:<32}\t{numbers}　{compared}{VERDICTS[row['verdict']]}")
+    label = padded(f"  {row['change'] or shown}", 42)
+    tqdm.write(f"{label}{numbers}　{compared}{VERDICTS[row['verdict']]}")
 
 
 def main(argv: list[str] | None = None) -> dict:
