@@ -23,7 +23,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -32,18 +31,16 @@ import torch
 
 import llama_engine
 from gguf_blocks import BLOCK, decode, encode
+from gguf_checks import answers, through_transformers
 from gguf_format import GGUF, KINDS, TensorInfo, read_gguf, write_gguf
 from gguf_tokenizer import tokenizer_metadata
-from modelfile import modelfile
+from modelfile import default_system, modelfile
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import bar_chart
-from nlp_common.lm.chatml import prompt_ids
-from nlp_common.lm.generation import pad_left, padded_positions
 from nlp_common.lm.loading import load_causal_lm
-from nlp_common.lm.replies import MAX_REPLY, reply_to
+from nlp_common.lm.replies import MAX_REPLY, reply_to, token_kl
 from nlp_common.tiny import world
-from nlp_common.tiny.judge import judge
 from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
@@ -242,55 +239,7 @@ def import_weights(file: GGUF, model):
     return model
 
 
-# ---------------------------------------------------------------- 4. 量一量
-
-
-@torch.no_grad()
-def last_logits(model, tokenizer, questions: list[dict], n: int = 32) -> torch.Tensor:
-    """前 n 道题，写第一个字之前的 logits，(n, V)。"""
-    prompts = [prompt_ids(tokenizer, question["messages"]) for question in questions[:n]]
-    ids, mask = pad_left(prompts, tokenizer.pad_token_id, model.device)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=padded_positions(mask), logits_to_keep=1)
-    return out.logits[:, -1].float()
-
-
-def kl(reference: torch.Tensor, logits: torch.Tensor) -> float:
-    """KL(原来的 ‖ 压过的)，nats。"""
-    p, q = reference.log_softmax(-1), logits.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).mean().item()
-
-
-def answers(questions: list[dict], replies: list[dict], reference: list[dict]) -> dict:
-    """与 PyTorch 的原模型回答一字不差的比例；小世界的题还有答对的比例。"""
-    n = len(questions)
-    same = [
-        (a["text"], a["ended"]) == (b["text"], b["ended"]) for a, b in zip(replies, reference, strict=True)
-    ]
-    found = {"same_answers": sum(same) / n}
-    if "slot" in questions[0]:
-        right = [judge(q, r["text"], r["ended"]).right for q, r in zip(questions, replies, strict=True)]
-        found["qa_accuracy"] = sum(right) / n
-    return found
-
-
-def through_transformers(path: Path, model, tokenizer, questions: list[dict]) -> float | None:
-    """transformers 自己读这个 GGUF，与我们读的（model）logits 最多差多少；没有装 gguf 是 None。"""
-    if not find_spec("gguf"):
-        print("没有装 gguf，不与 transformers 的读法比：pip install gguf。")
-        return None
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    other = AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    ).eval()
-    ours, theirs = (last_logits(each, tokenizer, questions) for each in (model, other))
-    return (ours - theirs).abs().max().item()
-
-
-# ---------------------------------------------------------------- 5. 全课
+# ---------------------------------------------------------------- 4. 全课
 
 
 def learn(stage: Stage, found: dict) -> dict:
@@ -302,11 +251,9 @@ def learn(stage: Stage, found: dict) -> dict:
     name = Path(settings.model or "tiny-sft").name
     check_space(stage.path.parent, model, formats)
     tiny = len(tokenizer) < TINY_WORLD
-    others = [{"messages": [{"role": "user", "content": text}]} for text in OTHER_QUESTIONS]
-    questions = world.heldout_questions(settings.n_questions, seed=0) if tiny else others
+    questions = world.heldout_questions(settings.n_questions, seed=0) if tiny else other_questions(tokenizer)
     n_parameters = sum(weight.numel() for weight in weights_of(model).values())
     reference = reply_to(model, tokenizer, questions, MAX_REPLY)
-    logits = last_logits(model, tokenizer, questions)
     metrics: dict = {"n_parameters": n_parameters, "bytes_float32": 4 * n_parameters}
     if tiny:
         metrics["qa_accuracy"] = answers(questions, reference, reference)["qa_accuracy"]
@@ -318,8 +265,8 @@ def learn(stage: Stage, found: dict) -> dict:
             file = read_gguf(path)
             packed = import_weights(file, model)
             replies = reply_to(packed, tokenizer, questions, MAX_REPLY)
-            its = {"bytes": path.stat().st_size, "bits_per_weight": bits(file), "kl": 0.0}
-            its["kl"] = kl(logits, last_logits(packed, tokenizer, questions))
+            its = {"bytes": path.stat().st_size, "bits_per_weight": bits(file)}
+            its["kl"] = token_kl(packed, model, tokenizer, questions, reference)
             its |= answers(questions, replies, reference)
             if (difference := through_transformers(path, packed, tokenizer, questions)) is not None:
                 its["max_difference_to_transformers"] = difference
@@ -336,6 +283,13 @@ def learn(stage: Stage, found: dict) -> dict:
         draw(folder, metrics, formats)
 
     return stage.save(metrics, {"model": {"path": found["path"], "id": found["id"]}}, write)
+
+
+def other_questions(tokenizer) -> list[dict]:
+    """小世界之外的模型：几道平常的题，没有标准答案。模型自己的模板会补上的 system，这里写明，两边才是同一个提示。"""
+    system = default_system(tokenizer)
+    before = [{"role": "system", "content": system}] if system else []
+    return [{"messages": [*before, {"role": "user", "content": text}]} for text in OTHER_QUESTIONS]
 
 
 def bits(file: GGUF) -> float:

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gguf_format
 import llama_engine
+from gguf_checks import through_transformers
 from gguf_format import TensorInfo, read_gguf, write_gguf
 from gguf_tokenizer import CONTROL, USER_DEFINED, plain_template, pre_tokenizer_name, tokenizer_metadata
 from modelfile import modelfile
@@ -165,7 +166,7 @@ def test_llama_through_transformers(llama_folder, tmp_path):
     for (name, a), (_, b) in zip(model.named_parameters(), packed.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     questions = [{"messages": [{"role": "user", "content": text}]} for text in ("你好", "小刚去了哪里？")]
-    assert script.through_transformers(path, packed, tokenizer, questions) < 1e-4
+    assert through_transformers(path, packed, tokenizer, questions) < 1e-4
     assert file.metadata["tokenizer.ggml.tokens"][-1].startswith("[PAD")  # 嵌入表比词表多的几行
 
 

@@ -1,0 +1,62 @@
+"""蒸馏用的对话，与怎样量学生：小世界的题程序知道答案；自己的对话看留出的损失。"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from nlp_common.data.chats import to_chats
+from nlp_common.lm.chat_rows import chat_length, chat_row, heldout_loss
+from nlp_common.lm.replies import MAX_REPLY, reply_to
+from nlp_common.tiny import world
+from nlp_common.tiny.judge import judge
+from nlp_common.train.splits import drop_long, load_train_and_eval
+
+
+@dataclass
+class Data:
+    """学的对话，与怎样量：小世界答对几成；自己的对话没有程序判对错，量留出的 e^−L（每个 token 平均给对的几成概率）。"""
+
+    train: list[dict]
+    heldout: list[dict]
+    source: dict
+    tiny: bool
+
+    def score(self, model, tokenizer, quick: bool = False) -> float:
+        """quick：训练途中看看，用另一份题，最后的成绩不用它挑。"""
+        if not self.tiny:
+            rows = [chat_row(tokenizer, chat["messages"]) for chat in self.heldout]
+            return math.exp(-heldout_loss(model, rows, tokenizer.pad_token_id, 8))
+        n = len(self.heldout)
+        questions = world.heldout_questions(min(n, 128), seed=1) if quick else self.heldout
+        return accuracy(model, tokenizer, questions)
+
+    def final(self, model, tokenizer) -> dict:
+        found = {"accuracy": self.score(model, tokenizer)}
+        if self.tiny:
+            found["sampled_accuracy"] = accuracy(model, tokenizer, self.heldout, temperature=1.0)
+        return found
+
+
+def accuracy(model, tokenizer, questions: list[dict], **sampling) -> float:
+    replies = reply_to(model, tokenizer, questions, MAX_REPLY, **sampling)
+    right = [judge(q, r["text"], r["ended"]).right for q, r in zip(questions, replies, strict=True)]
+    return sum(right) / len(right)
+
+
+def load_data(settings: Any, tokenizer) -> Data:
+    if settings.dataset == "tiny_world":
+        train = world.chats(settings.max_train_samples, settings.seed)
+        heldout = world.heldout_questions(settings.max_eval_samples, seed=0)
+        return Data(
+            train, heldout, {"train": {"name": "tiny_world", "kind": "builtin", "rows": len(train)}}, True
+        )
+    train, heldout, source = load_train_and_eval(settings, "chats", to_chats)
+    train, heldout = (
+        drop_long(
+            rows, lambda row: chat_length(chat_row(tokenizer, row["messages"])), settings.max_length, "对话"
+        )
+        for rows in (train, heldout)
+    )
+    return Data(train, heldout, source, False)
