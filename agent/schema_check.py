@@ -42,8 +42,10 @@ def check_call(call: Call | BrokenCall | dict, tools: list[dict]) -> list[str]:
     if isinstance(call, BrokenCall):
         return [call.error]
     if isinstance(call, dict):
-        call = Call(call["name"], call["arguments"])
+        call = Call(call.get("name"), call.get("arguments"))
     name = call.name
+    if not isinstance(name, str) or not isinstance(call.arguments, dict):
+        return ['调用要写成 {"name": 工具名, "arguments": {参数}}']
     known = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
     if name not in known:
         return [f"没有工具 {name}{_near(name, known)}；有的是：{'、'.join(known) or '一个也没有'}"]

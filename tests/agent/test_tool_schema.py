@@ -149,6 +149,8 @@ def test_nullable_is_openapi_and_counts():
         ({"name": "weather", "arguments": {"city": "北京"}}, []),
         (Call("weather", {"city": "北京", "days": 3}), []),
         (BrokenCall("x", "坏了"), ["坏了"]),
+        ({"name": ["now"], "arguments": {}}, ['调用要写成 {"name": 工具名, "arguments": {参数}}']),
+        ({"name": "now"}, ['调用要写成 {"name": 工具名, "arguments": {参数}}']),
         (Call("wether", {}), ["没有工具 wether（是不是 weather？）；有的是：look_up、weather"]),
         (Call("weather", {}), ["weather：少了 city"]),
         (Call("weather", {"city": "北京", "day": 1}), ["weather：多了 day（是不是 days？）"]),
