@@ -51,7 +51,7 @@ from tool_world import ERROR, PASSING, is_right, run_tool, tasks
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen3-0.6B"
 PRESETS = {
-    "tiny": {"max_steps": 40, "n_tasks": 8, "learning_rate": 3e-4, "micro_batch_size": 32, "n_questions": 300,
+    "tiny": {"max_steps": 40, "n_tasks": 8, "learning_rate": 3e-4, "micro_batch_size": 32, "n_questions": 200,
              "max_new_tokens": LONGEST_REPLY},
     "full": {"max_steps": 100, "n_tasks": 8, "learning_rate": 1e-6, "micro_batch_size": 4, "n_questions": 200,
              "max_new_tokens": 256},
