@@ -47,6 +47,8 @@ class TalkSettings:
     system: str = option("系统提示：放在最前面、工具的说明之前的话（小世界的模型不用）", SYSTEM)
     mcp: list[str] | None = option("再加上一个 MCP 服务器的工具：启动它的命令，或网址；可以给几个", nargs="+")  # noqa: RUF009
     folder: str | None = option("许可读这个文件夹里的文件（只读；不给就没有读文件的工具）")
+    table: str | None = option("look_up 查的表：csv 或 jsonl")
+    notes: str | None = option("write_note 写到哪个文件（每次要你许可）；默认 outputs/notes.md")
     allow_python: bool = option("许可运行 Python（在沙箱里，每次仍要你许可）", False)
     max_steps: int = option("一个问题，模型最多说几轮", 8, COUNT)
     max_seconds: float = option("一个问题最多几秒（等你许可的时间不算）", 120.0, POSITIVE)
