@@ -71,9 +71,9 @@ def reference_call(answer: dict) -> Call:
 
 
 def plain_value(value: Any) -> Any:
-    """可接受的值里的字典，每一栏又是一列可接受的值：都取头一个。"""
+    """可接受的值里的字典，每一栏又是一列可接受的值：都取头一个。再往里就是值本身。"""
     if isinstance(value, dict):
-        return {key: plain_value(each[0]) for key, each in value.items() if "" not in each}
+        return {key: each[0] for key, each in value.items() if "" not in each}
     if isinstance(value, list):
         return [plain_value(each) if isinstance(each, dict) else each for each in value]
     return value

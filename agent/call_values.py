@@ -108,15 +108,16 @@ def has_items(value: Any) -> bool:
 
 
 def cleaned(values: Any, clean) -> list:
+    values = values if isinstance(values, list | str) else [values]
     return [clean(each) if type(each) is str else each for each in values]
 
 
 def dict_fits(value: dict, accepted: dict, clean) -> bool:
     """字典：每个键都认得、值可接受；没有写的键都是可以不写的。accepted 的每个值是一列可接受的值。"""
     for key, each in value.items():
-        if key not in accepted or (clean(each) if type(each) is str else each) not in cleaned(
-            accepted[key], clean
-        ):
+        if key not in accepted:
+            return False
+        if (clean(each) if type(each) is str else each) not in cleaned(accepted[key], clean):
             return False
     return all(key in value or OMITTED in each for key, each in accepted.items())
 

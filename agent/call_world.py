@@ -33,7 +33,7 @@ class ApiWorld:
             return ERROR + "；".join(faults)
         arguments = as_typed(call.arguments, self.tools[call.name]) if self.tools else call.arguments
         try:
-            result = self.methods[call.name](**arguments)
+            result = self.methods[call.name](**copy.deepcopy(arguments))  # 接口收下的列表，以后会改
         except ToolError as error:
             return f"{ERROR}{error}"
         except Exception as error:  # 别处的类：参数不对、它自己出错
@@ -41,9 +41,9 @@ class ApiWorld:
         return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
 
     def state(self) -> dict[str, dict]:
-        """各接口的公开属性，抄一份。"""
+        """各接口的公开属性。"""
         return {
-            name: copy.deepcopy({key: each for key, each in vars(api).items() if not key.startswith("_")})
+            name: {key: each for key, each in vars(api).items() if not key.startswith("_")}
             for name, api in self.instances.items()
         }
 
