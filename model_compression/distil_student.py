@@ -65,4 +65,4 @@ def pretrain(part: Stage, student, tokenizer) -> dict:
         tokens=[sum(map(len, block)) for block in blocks],
     )
     part.settings = settings
-    return {"loss": trained.history[-1]["loss"] if trained.history else float("nan"), **trained.metrics}
+    return {"loss": row["loss"] for row in trained.history[-1:]} | trained.metrics

@@ -272,6 +272,8 @@ def learn(stage: Stage, path: str) -> dict:
         "student_share": n_student / n_teacher,
     }
     reads = settings.n_documents > 0 and not settings.student
+    if metrics["teacher_accuracy"] == 0:
+        print("老师一题也答不对，学生跟它学不到什么：--model 换一个学好了的。")
     if reads:
         work = partial(pretrain, student=student, tokenizer=tokenizer)
         metrics["documents"] = run_part(stage, "documents", work, student)
@@ -288,7 +290,7 @@ def learn(stage: Stage, path: str) -> dict:
         results[key], _ = run(stage, key, method, student, teacher, tokenizer, data)
     best = max(methods, key=lambda name: results[name]["curve"][-1]["score"])  # 不看最后的成绩挑
     metrics |= {"student_accuracy": results[best]["accuracy"], "best": best}
-    metrics["kept_accuracy"] = metrics["student_accuracy"] / metrics["teacher_accuracy"]
+    metrics["kept_accuracy"] = metrics["student_accuracy"] / (metrics["teacher_accuracy"] or math.inf)
     metrics |= {"methods": results}
 
     def write(folder: Path) -> None:
