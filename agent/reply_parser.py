@@ -172,8 +172,8 @@ def read_calls(text: str, closed: bool = True, repair: Repair | None = None) -> 
     try:
         values = read_values(text)
     except ValueError as error:
-        value, _ = repair(text) if repair and closed else (None, [])
-        if value is None:
+        value, mended = repair(text) if repair and closed else (None, [])
+        if value is None or not mended:  # 没有修，就是 JSON 写得对、这里不认（同一个键写了两次）：不能绕过去
             unclosed = "" if closed else "调用没有写完（没有 </tool_call>）："
             return [BrokenCall(text, unclosed + str(error))]
         values = value if isinstance(value, list) else [value]

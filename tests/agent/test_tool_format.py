@@ -467,6 +467,15 @@ def test_repair_mends_closed_calls_only():
     assert isinstance(call, BrokenCall) and "没有写完" in call.error
 
 
+def test_repair_is_no_way_around_what_is_refused():
+    from call_repair import repair_json
+
+    for body in ('{"name": "f", "name": "g", "arguments": {}}', '{"name": "f", "arguments": {"x": 1e999}}'):
+        for text in (body, body[:-1] + ",}"):
+            (call,) = parse_reply(f"<tool_call>{text}</tool_call>", repair=repair_json).calls
+            assert isinstance(call, BrokenCall), text
+
+
 def test_a_prompt_that_opened_the_thinking():
     assert parse_reply("想\n</think>\n\n答", thinking=True) == Reply("答", "想")
 
