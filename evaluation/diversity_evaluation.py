@@ -248,7 +248,7 @@ def answer_entropies(
     groups: list[list[dict]],
     temperature: float,
     top_p: float,
-    batch_size: int = 128,
+    batch_size: int = 32,  # 真的词表有几万个词，再大就要几 GB 内存
 ) -> list[float]:
     """每道题的回答的熵 H(回答 | 题)，nats：e^H 约是"一样常见的说法有几种"。
 
