@@ -1,4 +1,4 @@
-"""工具箱里的几件工具，各是一个函数或一个小类的方法：说明与参数的说明写在 docstring 里，schema 从那里来。tools.py 把它们放进箱子。"""
+"""工具箱里的几件工具，各是一个函数或一个小类的方法：说明与参数的说明写在 docstring 里，schema 从那里来；最后的 toolbox 把它们放进箱子。tools.py 的第一步。"""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ import random
 import stat
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 from expressions import ExpressionError, evaluate, shown
-from file_tools import list_folder, read_text
-from local_clock import TimeError, days_from, time_in
+from file_tools import check_folder, list_folder, read_text
+from function_schema import function_schema
+from local_clock import TimeError, days_from, time_in, utc_now
 from nlp_common.base.errors import UserError
 from nlp_common.data.rows import read_rows
 from nlp_common.sandbox.sandbox import Limits, run_program
 from nlp_common.tiny.world import Draw, draw_slots
 from text_search import Index, index_folder
-from tool_calls import ToolError
+from tool_calls import Tool, ToolError
 from unit_table import UnitError
 from unit_table import convert as convert_exactly
 
+HOME = Path(__file__).resolve().parent
 COLUMNS = {
     "person": "人",
     "time": "时间",
@@ -230,3 +233,31 @@ class Python:
         if not ran.passed:
             raise ToolError(ran.text())
         return ran.output or "（什么也没有印；要看结果，用 print。）"
+
+
+# ---------------------------------------------------------------- 箱子
+
+
+def toolbox(settings: object = None, clock: Callable[[], datetime.datetime] = utc_now) -> dict[str, Tool]:
+    """settings 里写着许可什么：folder、table、notes、allow_python（没有这一栏，就是没有许可）。clock 给出现在。"""
+    allowed = partial(getattr, settings)
+    table = open_table(allowed("table", None))
+    reading = [calculator, convert, Clock(clock).now, days_between, table.look_up]
+    if folder := allowed("folder", None):
+        files = Folder(check_folder(folder))
+        reading += [files.list_files, files.read_file, files.search]
+    notes = Path(allowed("notes", None) or HOME / "outputs" / "notes.md").expanduser()
+    writing = [Notebook(notes, clock).write_note]
+    if allowed("allow_python", False):
+        seconds = allowed("tool_seconds", 10.0)  # 比 run_call 等的短一点：先由沙箱结束它，不留下线程
+        writing.append(Python(Limits(seconds=0.8 * seconds, memory_mb=256)).run_python)
+    tools = [as_tool(function) for function in reading] + [as_tool(function, True) for function in writing]
+    box = {tool.name: tool for tool in tools}
+    column = box["look_up"].schema["function"]["parameters"]["properties"]["column"]
+    column["enum"] = table.columns  # 有哪几列，模型看得到；别的列，检查参数时就拦下
+    return box
+
+
+def as_tool(function: Callable[..., str], writes: bool = False) -> Tool:
+    """函数 → 工具。run_python 不改文件，可是能做的事太多，也算会改东西的：每次问人。"""
+    return Tool(function.__name__, function_schema(function), function, writes)

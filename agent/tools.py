@@ -24,25 +24,19 @@ from nlp_common.base.cli import run_main
 import datetime
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from file_tools import check_folder
-from function_schema import function_schema
-from local_clock import utc_now
 from nlp_common.base.arguments import option
 from nlp_common.base.errors import UserError
-from nlp_common.sandbox.sandbox import Limits
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from reply_parser import Call
 from tool_attacks import show_attacks, try_attacks
 from tool_calls import ERROR, Result, Tool, run_call
-from tool_parts import Clock, Folder, Notebook, Python, calculator, convert, days_between, open_table
+from tool_parts import toolbox
 
 __all__ = ["ERROR", "Result", "Tool", "run_call", "toolbox"]  # 别的脚本从这里导入
 
@@ -63,35 +57,7 @@ class ToolSettings(LessonSettings):
     call: list[str] | None = option("只做一个调用：工具名，和参数的 JSON", nargs="+")  # noqa: RUF009
 
 
-# ---------------------------------------------------------------- 1. 箱子
-
-
-def toolbox(settings: object = None, clock: Callable[[], datetime.datetime] = utc_now) -> dict[str, Tool]:
-    """settings 里写着许可什么：folder、table、notes、allow_python（没有这一栏，就是没有许可）。clock 给出现在。"""
-    allowed = partial(getattr, settings)
-    table = open_table(allowed("table", None))
-    reading = [calculator, convert, Clock(clock).now, days_between, table.look_up]
-    if folder := allowed("folder", None):
-        files = Folder(check_folder(folder))
-        reading += [files.list_files, files.read_file, files.search]
-    notes = Path(allowed("notes", None) or HOME / "outputs" / "notes.md").expanduser()
-    writing = [Notebook(notes, clock).write_note]
-    if allowed("allow_python", False):
-        seconds = allowed("tool_seconds", 10.0)  # 比 run_call 等的短一点：先由沙箱结束它，不留下线程
-        writing.append(Python(Limits(seconds=0.8 * seconds, memory_mb=256)).run_python)
-    tools = [as_tool(function) for function in reading] + [as_tool(function, True) for function in writing]
-    box = {tool.name: tool for tool in tools}
-    column = box["look_up"].schema["function"]["parameters"]["properties"]["column"]
-    column["enum"] = table.columns  # 有哪几列，模型看得到；别的列，检查参数时就拦下
-    return box
-
-
-def as_tool(function: Callable[..., str], writes: bool = False) -> Tool:
-    """函数 → 工具。run_python 不改文件，可是能做的事太多，也算会改东西的：每次问人。"""
-    return Tool(function.__name__, function_schema(function), function, writes)
-
-
-# ---------------------------------------------------------------- 2. 几个调用，对的与错的
+# ---------------------------------------------------------------- 1. 几个调用，对的与错的
 
 CALLS = [
     Call("calculator", {"expression": "（１２.５＋7）×4÷3"}),
@@ -147,7 +113,7 @@ def shorter(text: str, at_most: int = 80) -> str:
     return text if len(text) <= at_most else text[:at_most] + "…"
 
 
-# ---------------------------------------------------------------- 3. 一个调用
+# ---------------------------------------------------------------- 2. 一个调用
 
 
 def confirm_here(call: Call) -> bool:
@@ -158,8 +124,9 @@ def confirm_here(call: Call) -> bool:
     return confirm_at_terminal(call, Hider.from_environment())
 
 
-def one_call(settings: ToolSettings) -> dict:
-    name, *rest = settings.call or []
+def read_call(words: list[str]) -> Call:
+    """--call 后面的：工具名，和参数的 JSON。"""
+    name, *rest = words
     try:
         arguments = json.loads(" ".join(rest) or "{}")
     except ValueError as error:
@@ -168,7 +135,11 @@ def one_call(settings: ToolSettings) -> dict:
         ) from None
     if not isinstance(arguments, dict):
         raise UserError(f"--call {name} 后面的参数要是一个 JSON 对象 {{…}}，给的是 {rest[0][:40]}。")
-    result = run_call(toolbox(settings), Call(name, arguments), confirm_here)
+    return Call(name, arguments)
+
+
+def one_call(settings: ToolSettings) -> dict:
+    result = run_call(toolbox(settings), read_call(settings.call or []), confirm_here)
     print(result.text)
     if not result.ok:
         sys.exit(1)
