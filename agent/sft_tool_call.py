@@ -77,7 +77,7 @@ class ToolSettings(LoopSettings):
     model: str | None = option("full 预设从哪个模型开始；tiny 从头训练自己的")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
     base_documents: int = option("tiny：先读几篇没有数字的文档", 5000, COUNT)
-    digit_documents: int = option("tiny：再读几篇有数字的文档", 5000, COUNT)
+    digit_documents: int = option("tiny：再读几篇有数字的文档", 7000, COUNT)
     n_questions: int | None = option("留出几道题", limits=COUNT)
 
 
@@ -135,7 +135,8 @@ def read_documents(part: Stage, model, tokenizer, digits: bool) -> dict:
     rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     blocks = pack_documents(rows, BLOCK)
     random.Random(settings.seed).shuffle(blocks)
-    part.settings = replace(settings, per_device_train_batch_size=4, learning_rate=2e-3, num_train_epochs=1.0)
+    rate = 3e-3 if digits else 2e-3
+    part.settings = replace(settings, per_device_train_batch_size=4, learning_rate=rate, num_train_epochs=1.0)
     collate = partial(collate_blocks, block_size=BLOCK, pad_id=tokenizer.pad_token_id)
     tokens = [sum(map(len, block)) for block in blocks]
     trained = train_loop(part, "读数字" if digits else "读故事", model, blocks, collate, answer_loss, tokens)

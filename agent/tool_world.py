@@ -381,16 +381,20 @@ def _count_document(rng: random.Random, slots: dict) -> str:
 
 
 def _number_document(rng: random.Random) -> str:
-    """两个人各有一道算术题，回顾谁的算式怎么写；再有几道紧挨着写的。只抄，不算：先学会抄眼前的，再学会抄远处的。"""
-    told, recaps = [], []
-    for person in rng.sample(WORLD["person"], 2):
-        sign = rng.choice(list(SUMS))
-        a, b = rng.randint(10, 99), rng.randint(10, 99)
-        told.append(f"{person}问{a}{SAID[sign]}{b}是多少。")
-        recaps.append(f"{person}的算式是{a}{sign}{b}。")
-    rng.shuffle(recaps)
-    near = []
-    for _ in range(3):
-        a, b, sign = rng.randint(10, 99), rng.randint(10, 99), rng.choice(list(SUMS))
-        near.append(f"{a}{SAID[sign]}{b}写成{a}{sign}{b}。")
-    return "".join(near) + "".join(told) + "回想一下，" + "".join(recaps)
+    """把"几加几"抄成算式：紧挨着写的，下一句写的，隔几句再写的。只抄，不算：眼前的会抄了，远处的才跟着会。"""
+    draw = Draw(rng)
+    sentences = write_story(draw, draw_slots(draw)).split("。")[:-1]
+    between = "".join(each + "。" for each in rng.sample(sentences, rng.randint(1, 3)))
+    asker, other = rng.sample(WORLD["person"], 2)
+    return (
+        _sum(rng, "{a}{said}{b}写成{a}{sign}{b}。")
+        + _sum(rng, "{who}问{a}{said}{b}是多少。{who}的算式是{a}{sign}{b}。", who=asker)
+        + _sum(
+            rng, "{who}问{a}{said}{b}是多少。{between}{who}的算式是{a}{sign}{b}。", who=other, between=between
+        )
+    )
+
+
+def _sum(rng: random.Random, form: str, **words: str) -> str:
+    sign = rng.choice(list(SAID))
+    return form.format(a=rng.randint(10, 99), b=rng.randint(10, 99), said=SAID[sign], sign=sign, **words)
