@@ -65,4 +65,5 @@ def pretrain(part: Stage, student, tokenizer) -> dict:
         tokens=[sum(map(len, block)) for block in blocks],
     )
     part.settings = settings
-    return {"loss": row["loss"] for row in trained.history[-1:]} | trained.metrics
+    last = {"loss": trained.history[-1]["loss"]} if trained.history else {}  # 几步就学完的，一次也没有记
+    return last | trained.metrics
