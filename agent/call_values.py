@@ -29,7 +29,7 @@ TYPES = {
     "any": str,
 }
 OMITTED = ""  # 可接受的值里有它：这个参数可以不写
-DATE = re.compile(r"(\d{4})[-/.年](\d{1,2})[-/.月](\d{1,2})[日号]?")
+DATE = re.compile(r"(?<!\d)(\d{4})[-/.年](\d{1,2})[-/.月](\d{1,2})(?!\d)[日号]?", re.ASCII)
 
 Fault = tuple[str, str]  # (哪一种错："type" 或 "value"，一句话)
 
@@ -41,9 +41,9 @@ def bfcl_text(text: str) -> str:
 def own_text(text: str) -> str:
     """全角变半角，日期成一种写法，空白、标点、引号、书名号不要；算式的 + - * / ( ) 与小数点留着。"""
     text = unicodedata.normalize("NFKC", text).lower().replace("×", "*").replace("÷", "/")
-    text = DATE.sub(lambda found: f"{found[1]}-{int(found[2]):02}-{int(found[3]):02}", text)
+    text = re.sub(r"[\s,、。;:!?\"'“”‘’「」《》_]", "", text)
     text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", text)  # 不是小数点的点
-    return re.sub(r"[\s,、。;:!?\"'“”‘’「」《》_^]", "", text)
+    return DATE.sub(lambda found: f"{found[1]}-{int(found[2]):02}-{int(found[3]):02}", text)
 
 
 def value_fault(value: Any, schema: dict, accepted: list, own: bool = False) -> Fault | None:
