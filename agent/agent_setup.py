@@ -46,6 +46,7 @@ class TalkSettings:
     temperature: float = option("采样的温度；0 是贪心", 0.0)
     system: str = option("系统提示：放在最前面、工具的说明之前的话（小世界的模型不用）", SYSTEM)
     mcp: list[str] | None = option("再加上一个 MCP 服务器的工具：启动它的命令，或网址；可以给几个", nargs="+")  # noqa: RUF009
+    only_mcp: bool = option("只用 --mcp 的工具，不用自带的", False)
     folder: str | None = option("许可读这个文件夹里的文件（只读；不给就没有读文件的工具）")
     table: str | None = option("look_up 查的表：csv 或 jsonl")
     notes: str | None = option("write_note 写到哪个文件（每次要你许可）；默认 outputs/notes.md")
@@ -84,7 +85,7 @@ def make_agent(settings: TalkSettings) -> Iterator[Agent]:
             f"--max_new_tokens {budget.reply_tokens} 太大：{model.name} 的提示加回答最多 {model.room} 个 token。"
         )
     with contextlib.ExitStack() as opened:
-        tools = world_shelf(settings) if settings.tiny_world else toolbox(settings)
+        tools = own_tools(settings)
         for address in settings.mcp or []:
             add_tools(tools, opened.enter_context(mcp_tools(address)), address)
         system = "" if settings.tiny_world else settings.system
@@ -97,6 +98,8 @@ def check(settings: TalkSettings) -> None:
         raise UserError(
             "--model 是本机的模型，--base_url 是服务器的，只能给一个；服务器上的用 --server_model。"
         )
+    if settings.only_mcp and not settings.mcp:
+        raise UserError("--only_mcp 要与 --mcp 一起给：不然一个工具也没有。")
     if bool(settings.base_url) != bool(settings.server_model):
         raise UserError("--base_url 与 --server_model 要一起给：网址，和那里的哪个模型。")
 
@@ -134,6 +137,12 @@ def example_task(seed: int = 0) -> dict:
     return tool_world.tasks(1, 3000 + seed, heldout=True, kinds={"two_step": 1.0})[0]
 
 
+def own_tools(settings: TalkSettings) -> dict[str, Tool]:
+    if settings.only_mcp:
+        return {}
+    return world_shelf(settings) if settings.tiny_world else toolbox(settings)
+
+
 def world_shelf(settings: TalkSettings) -> dict[str, Tool]:
     """小世界的三个工具，和一架子故事。"""
     task = example_task() | {"tools": list(tool_world.TOOLS.values())}
@@ -156,7 +165,9 @@ def example_questions(n: int = 4) -> list[str]:
 def add_tools(tools: dict[str, Tool], more: dict[str, Tool], address: str) -> None:
     """MCP 服务器的工具加进来；同名的不许顶替已有的：不然一个陌生的服务器可以换掉计算器。"""
     if both := [name for name in more if name in tools]:
-        raise UserError(f"--mcp {address} 的工具 {both[0]} 与已有的同名：不能让它顶替，去掉其中一个。")
+        raise UserError(
+            f"--mcp {address} 的工具 {both[0]} 与已有的同名：不能让它顶替。只用它的，加 --only_mcp。"
+        )
     tools.update(more)
 
 

@@ -8,7 +8,7 @@
 怎么运行
   python agent_web.py                                       # 小世界的工具模型
   python agent_web.py --model Qwen/Qwen3-0.6B --thinking on
-  python agent_web.py --base_url http://127.0.0.1:8000/v1 --server_model Qwen3-8B --mcp "python mcp_server.py"
+  python agent_web.py --base_url http://127.0.0.1:8000/v1 --server_model Qwen3-8B --only_mcp --mcp "python mcp_server.py"
 
 应当看到：问一句，先是折起来的"→ look_up …"，点开是参数与结果，然后是回答；右下"记录"里一步一步都有。
 

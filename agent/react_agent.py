@@ -13,7 +13,7 @@
   python react_agent.py --chat                           # 在终端里聊；Ctrl-C 只停下这个回答
   python react_agent.py --chat --model Qwen/Qwen3-0.6B --thinking on
   python react_agent.py --chat --base_url http://127.0.0.1:8000/v1 --server_model Qwen3-8B
-  python react_agent.py --chat --model … --mcp "python mcp_server.py"      # 工具来自 MCP 服务器
+  python react_agent.py --chat --model … --only_mcp --mcp "python mcp_server.py"      # 工具来自 MCP 服务器
 
 应当看到（tiny，实测见本文件夹的 README.md）：一次不成就算输的，失败率 0.3 时只剩一半；模型看着错误自己再试，
 循环也替它再试，几乎不掉。写坏的调用，看得到错误的改得好，看不到的改不好。
