@@ -33,6 +33,7 @@ from json_faults import FAULTS
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.console import print_table
 from nlp_common.base.errors import UserError
+from nlp_common.base.runs import file_sha256
 from nlp_common.draw.figures import render
 from nlp_common.draw.plots import COLORS
 from nlp_common.hub.models import require_model
@@ -259,9 +260,15 @@ def read_tools(path: str | None) -> list[dict]:
     file = Path(path).expanduser()
     try:
         tools = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        why = "没有这个文件" if not file.exists() else f"不是 UTF-8 的 JSON（{error}）"
+    except OSError as error:
+        why = "它是一个文件夹" if file.is_dir() else "没有这个文件" if not file.exists() else error.strerror
         raise UserError(f"读不了 {file}：{why}。") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} 不是 UTF-8 的文字。请另存为 UTF-8 再试。") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} 的第 {error.lineno} 行不是合法的 JSON（{error.msg}）。") from None
+    except RecursionError:
+        raise UserError(f"{file} 套得太深，读不了。") from None
     for number, tool in enumerate(tools if isinstance(tools, list) else [None], 1):
         if not isinstance(tool, dict) or not isinstance((tool.get("function") or {}).get("name"), str):
             shape = '[{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}]'
@@ -293,9 +300,12 @@ def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(SchemaSettings, PRESETS, argv)
     if settings.call is not None:
         return look_at(settings.call, read_tools(settings.tools))
+    CallGrammar(read_tools(settings.tools))  # 工具写错了，现在就说
     path = require_model(settings.model, settings.source) if settings.model else None
+    of_tools = {"tools_sha256": file_sha256(Path(settings.tools).expanduser())} if settings.tools else {}
     name = "tool_schema" + ("_smollm2" if settings.model == "smollm2" else "")
-    return run_lesson(name, HOME, settings, partial(learn, path=path), model_id=settings.model or "untrained")
+    model_id = settings.model or "untrained"
+    return run_lesson(name, HOME, settings, partial(learn, path=path), model_id=model_id, **of_tools)
 
 
 if __name__ == "__main__":

@@ -488,7 +488,7 @@ def test_own_call_and_tools(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "text, said",
-    [(None, "没有这个文件"), ("{", "不是 UTF-8 的 JSON"), ("[1]", "第 1 件工具"), ("{}", "第 1 件工具")],
+    [(None, "没有这个文件"), ("{", "第 1 行不是合法的 JSON"), ("[1]", "第 1 件工具"), ("{}", "第 1 件工具")],
 )
 def test_bad_tool_files(tmp_path, text, said):
     file = tmp_path / "tools.json"
