@@ -1,7 +1,7 @@
 """导出成 GGUF：llama.cpp、Ollama、LM Studio 用的一个文件，权重、分词器、对话模板都在里面。
 
 学到什么：GGUF 里有什么，一个字节一个字节地写出来；Q8_0、Q4_0 怎样把 32 个数压成一块，各丢掉多少；
-分词器里哪几项写错了，llama.cpp 不报错，只是停不下来或者胡说。
+分词器的哪几项写错了，llama.cpp 不报错，只是胡说。
 
 运行：
     python export_gguf.py                                # Qwen 链 tiny 预设的 SFT 模型，半分钟
@@ -10,7 +10,7 @@
     python export_gguf.py --formats q4_0 --embedding q4_0 --output_dir outputs/q4   # 嵌入也压成四位
     cd outputs/tiny/export_gguf && ollama create mine -f Modelfile && ollama run mine
 
-预期输出（实测见本文件夹的 README.md）：F16 一半大小，答案一个不差；Q8_0 四分之一；Q4_0 七分之一，答对的少一点。
+预期输出（实测见本文件夹的 README.md）：F16 一半大小，答案一字不差；Q8_0 约四分之一；Q4_0 约六分之一，一百句里两句说法变了，照样答对。
 装了 llama.cpp（pip install xllamacpp）就用它答同样的题：F16 与 PyTorch 的贪心回答相同。
 
 参考：ggml 的 docs/gguf.md；llama.cpp 的 convert_hf_to_gguf.py。文件的写法在 gguf_format.py，压缩在 gguf_blocks.py。
