@@ -113,7 +113,9 @@ def walk_through(stage: Stage) -> dict:
             answers = ask_all(server, dataset, settings)
         finally:
             if not settings.keep:
-                clean(server)
+                clean_up(
+                    RAGFlow(server.url, server.key)
+                )  # 另开一条连接：请求到一半按了 Ctrl-C，原来的那条用不得了
     known = [each for each in answers if each["right"] is not None]
     metrics = {
         "documents": len(paths),
@@ -232,6 +234,14 @@ def clean(server: RAGFlow) -> dict:
     ids = [each["id"] for each in server.datasets(NAME) if each["name"] == NAME]
     server.delete_datasets(ids)
     return {"deleted": len(ids)}
+
+
+def clean_up(server: RAGFlow) -> None:
+    """走完、出错、中断都删掉自己建的；删不成只说一句，不盖住真正的原因。"""
+    try:
+        clean(server)
+    except UserError as error:
+        print(f"（留在服务器上的 {NAME} 没有删成：{error}以后用 --do clean 再删。）")
 
 
 # ---------------------------------------------------------------- 体检

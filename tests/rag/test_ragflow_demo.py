@@ -249,3 +249,21 @@ def test_own_documents_need_a_question(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"")
     with pytest.raises(UserError, match=r"空的文件：b\.txt"):
         rd.documents_of(tmp_path)
+
+
+def test_a_failed_cleaning_does_not_hide_the_interruption(url, server, tmp_path, monkeypatch, capsys):
+    """删不成（连接断了）时，传出去的仍是 Ctrl-C，不是"连不上"。"""
+    calls = []
+
+    def clean(each):
+        calls.append(each)
+        if len(calls) > 1:
+            raise UserError("连不上 RAGFlow。")
+        return {"deleted": 0}
+
+    monkeypatch.setenv("RAGFLOW_API_KEY", KEY)
+    monkeypatch.setattr(rd, "clean", clean)
+    monkeypatch.setattr(rd, "ask_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        rd.main(["--preset", "tiny", "--url", url, "--output_dir", str(tmp_path / "out")])
+    assert "没有删成" in capsys.readouterr().out and calls[1] is not calls[0]
