@@ -295,7 +295,8 @@ def failure(question: Question, turns: list[list[str]], verdict: Verdict) -> dic
 
 
 def as_dict(interval: Interval) -> dict:
-    return {name: round(getattr(interval, name), 4) for name in ("value", "low", "high", "n")}
+    """加 0.0：-0.0 成 0.0。"""
+    return {name: round(getattr(interval, name), 4) + 0.0 for name in ("value", "low", "high", "n")}
 
 
 # ---------------------------------------------------------------- 5. 全貌
