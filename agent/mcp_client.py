@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from agent_trace import visible
-from nlp_common.base.arguments import Limits, option
+from nlp_common.base.arguments import Limits, option, parse_arguments
 from nlp_common.base.errors import UserError
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
@@ -89,7 +89,7 @@ def mcp_tools(
     with opened(command, url, wire, timeout, token) as connection:
         tools, notes = list_from(connection, is_ours(command) if trusted is None else trusted, timeout)
         for note in notes:
-            print(f"（MCP：{note}）")
+            print(f"（MCP：{note.replace(chr(10), '⏎')}）")
         yield tools
 
 
@@ -286,13 +286,14 @@ def talk_once(settings: ClientSettings) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    settings = parse_settings(ClientSettings, PRESETS, argv)
+    settings = parse_arguments(ClientSettings, argv)
     if connect is None:
         raise UserError('这一课要用到 MCP 的官方库：pip install "mcp>=2,<3"。')
     if settings.command and settings.url:
         raise UserError("--command 和 --url 只能给一个。")
     if settings.list or settings.call or settings.command or settings.url:
         return talk_once(settings)
+    settings = parse_settings(ClientSettings, PRESETS, argv)
     return run_lesson("mcp_client", HOME, settings, partial(learn, show_messages=settings.show_messages))
 
 

@@ -18,6 +18,8 @@
 参考：modelcontextprotocol.io 的规范（2026-07-28）；官方 Python SDK 2.x 的 MCPServer。
 """
 
+from __future__ import annotations
+
 from nlp_common.base.cli import run_main
 
 import json
@@ -148,6 +150,7 @@ def serve_http(server: ToolServer, port: int) -> None:
         raise UserError(
             f"端口 {port} 用不了：{error.strerror}。换一个 --port，或 --port 0 随便挑一个。"
         ) from error
+    listener.listen(64)  # 印出网址之前：读到它就连得上
     print(f"http://127.0.0.1:{listener.getsockname()[1]}/mcp（Ctrl-C 停下）", flush=True)
     config = uvicorn.Config(http_app(server), log_level="warning", timeout_graceful_shutdown=2)
     uvicorn.Server(config).run(sockets=[listener])

@@ -15,8 +15,7 @@ from expressions import ExpressionError, evaluate, shown
 from file_tools import check_folder, list_folder, read_text
 from function_schema import function_schema
 from local_clock import TimeError, days_from, time_in, utc_now
-from nlp_common.base.errors import UserError
-from nlp_common.data.rows import read_rows
+from nlp_common.data.rows import check_path, read_rows
 from nlp_common.sandbox.sandbox import Limits, run_program
 from nlp_common.tiny.world import Draw, draw_slots
 from text_search import Index, index_folder
@@ -138,10 +137,10 @@ def world_rows(n: int = 12) -> list[dict]:
 
 def open_table(path: str | None) -> Table:
     """--table 的 csv、jsonl；没给就是自带的。"""
-    rows = world_rows() if path is None else list(read_rows(path))
-    if not rows:
-        raise UserError(f"--table {path} 里一行也没有。")
-    return Table(rows)
+    if path is None:
+        return Table(world_rows())
+    check_path(path, "--table")
+    return Table(read_rows(path).rows)
 
 
 class Folder:

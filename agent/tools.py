@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from nlp_common.base.arguments import option
+from nlp_common.base.arguments import option, parse_arguments
 from nlp_common.base.errors import UserError
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
@@ -147,9 +147,9 @@ def one_call(settings: ToolSettings) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    settings = parse_settings(ToolSettings, PRESETS, argv)
-    if settings.call:
+    if (settings := parse_arguments(ToolSettings, argv)).call:
         return one_call(settings)
+    settings = parse_settings(ToolSettings, PRESETS, argv)
     return run_lesson("tools", HOME, settings, learn)
 
 
