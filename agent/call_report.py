@@ -104,7 +104,7 @@ STYLE = """
 body{font:16px/1.6 system-ui,"Noto Sans CJK SC",sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}td,th{border:1px solid #ccc;padding:.25rem .6rem;text-align:right}
 td:first-child,th:first-child{text-align:left}pre{white-space:pre-wrap;background:#f5f5f5;padding:.5rem;margin:.2rem 0}
-summary{cursor:pointer;margin:.4rem 0}.faint{color:#666;font-size:.85em}.bad{background:#fde2e0}
+summary{cursor:pointer;margin:.4rem 0}.faint{color:#666;font-size:.85em;white-space:nowrap}.bad{background:#fde2e0}
 """
 EXAMPLES = 3  # 网页里，一种错最多几个例子
 

@@ -33,7 +33,7 @@ from pathlib import Path
 
 from agent_models import LocalModel, ServerModel
 from call_answers import ask, read_answers, read_calls
-from call_questions import GROUPS, Question, load_questions
+from call_questions import DAILY, GROUPS, Question, load_questions
 from call_report import RULERS, draw_rulers, print_failures, print_rulers, print_scores, write_page
 from call_values import OMITTED, value_fault
 from call_variants import text_of, variants_of
@@ -295,8 +295,8 @@ def failure(question: Question, turns: list[list[str]], verdict: Verdict) -> dic
 
 
 def as_dict(interval: Interval) -> dict:
-    """加 0.0：-0.0 成 0.0。"""
-    return {name: round(getattr(interval, name), 4) + 0.0 for name in ("value", "low", "high", "n")}
+    names = ("value", "low", "high", "n")
+    return {name: round(getattr(interval, name), 4) + 0.0 for name in names}  # 加 0.0：-0.0 成 0.0
 
 
 # ---------------------------------------------------------------- 5. 全貌
@@ -306,14 +306,13 @@ def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(ToolEvaluation, PRESETS, argv)
     names = ["tiny_world", "daily"] if settings.dataset == "built_in" else [settings.dataset]
     sets = {name: load_questions(name, settings.n, settings.seed, settings.possible_answer) for name in names}
-    more: dict = {"files": {name: data_sha256(name) for name in sets}}
-    if settings.possible_answer:
-        more["possible_answer_sha256"] = data_sha256(settings.possible_answer)
+    files = [DAILY if name == "daily" else name for name in names] + [settings.possible_answer]
+    more: dict = {"files": [data_sha256(str(file)) for file in files if file]}
     given = {}
     if settings.answers:  # 文件写错了，先说
-        (questions,) = sets.values() if len(sets) == 1 else ([],)
-        if not questions:
+        if len(sets) > 1:
             raise UserError("--answers 只能评一套题：--dataset 写 tiny_world、daily 或一个文件。")
+        (questions,) = sets.values()
         given = {Path(path).stem: read_answers(path, questions) for path in settings.answers}
         more["answers_sha256"] = [data_sha256(path) for path in settings.answers]
     elif settings.base_url:
@@ -379,8 +378,7 @@ def answer_all(part: Stage, name: str, questions: list[Question], constrained: b
     if settings.base_url:
         model = ServerModel(server_of(settings))
     else:
-        found = find_model(name, settings)
-        tokenizer, network = load_causal_lm(found["path"])
+        tokenizer, network = load_causal_lm(find_model(name, settings)["path"])
         tokenizer.model_max_length = 1 << 30  # 放不放得下由 ask 看，不用分词器警告
         if name == "untrained":
             network = build_base(tokenizer, settings.seed)
@@ -388,8 +386,7 @@ def answer_all(part: Stage, name: str, questions: list[Question], constrained: b
     return ask(model, questions, settings.max_new_tokens, constrained)
 
 
-def find_model(name: str, settings: ToolEvaluation) -> dict:
-    """untrained 与 tool 是同一个结构、同一个分词器，只是没有训练。"""
+def find_model(name: str, settings: ToolEvaluation) -> dict:  # untrained 只用 tool 的分词器
     return tool_model(None if name in ("tool", "untrained") else name, settings.source)
 
 
