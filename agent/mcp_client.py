@@ -9,7 +9,7 @@
 怎么运行
   python mcp_client.py                                     # 连自己的 mcp_server.py：列、叫，再试几个坏服务器
   python mcp_client.py --show_messages                     # 每一条消息
-  python mcp_client.py --command "npx -y 某个服务器" --list   # 别人的：只列
+  python mcp_client.py --command "npx -y 某个服务器" --list_tools   # 别人的：只列
   python mcp_client.py --url http://127.0.0.1:8765/mcp --call calculator '{"expression": "1+1"}'
 
 应当看到（实测见本文件夹的 README.md）：两种走法给的工具与结果一样；坏服务器个个说得出坏在哪里，没有一个让客户端卡住或倒下。
@@ -56,7 +56,7 @@ OUR_SERVER = [sys.executable, str(HOME / "mcp_server.py")]
 @dataclass
 class ClientSettings(LessonSettings):
     NOT_IN_FINGERPRINT: ClassVar[set[str]] = LessonSettings.NOT_IN_FINGERPRINT | {
-        "command", "url", "token_env", "list", "call", "show_messages", "timeout",
+        "command", "url", "token_env", "list_tools", "call", "show_messages", "timeout",
     }  # fmt: skip
 
     command: str | None = option('启动服务器的命令（stdio），如 "python mcp_server.py"')
@@ -66,7 +66,7 @@ class ClientSettings(LessonSettings):
     show_messages: bool = option("印出来往的每一条消息", False)
     timeout: float = option("几秒不答话就算没有答", SECONDS, Limits(above=0))
     n_calls: int | None = option("量快慢时叫几次", limits=Limits(at_least=1))
-    list: bool = option("只列出工具", False)  # 放在最后：它下面的 list 就不是列表了
+    list_tools: bool = option("只列出工具", False)
 
 
 # ---------------------------------------------------------------- 1. 一个服务器 → 一箱工具
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> dict:
         raise UserError('这一课要用到 MCP 的官方库：pip install "mcp>=2,<3"。')
     if settings.command and settings.url:
         raise UserError("--command 和 --url 只能给一个。")
-    if settings.list or settings.call or settings.command or settings.url:
+    if settings.list_tools or settings.call or settings.command or settings.url:
         return talk_once(settings)
     settings = parse_settings(ClientSettings, PRESETS, argv)
     return run_lesson("mcp_client", HOME, settings, partial(learn, show_messages=settings.show_messages))

@@ -11,7 +11,7 @@
   python mcp_server.py                                   # stdio：由客户端启动，自己运行就是等着
   python mcp_server.py --http --port 8765                # http://127.0.0.1:8765/mcp
   python mcp_server.py --folder 我的笔记 --allow_writing   # 加上读文件的、会改东西的
-  python mcp_server.py --list                            # 只看会开放哪些
+  python mcp_server.py --list_tools                          # 只看会开放哪些
 
 应当看到（实测见本文件夹的 README.md）：mcp_client.py 连上来，列得出、叫得动；换了 Host 或 Origin 的 HTTP 请求被拒绝。
 
@@ -59,7 +59,7 @@ class ServerSettings:
     allow_writing: bool = option("也开放会改东西的：每次问不问人，由连上来的客户端管", False)
     allow_python: bool = option("也开放 run_python（还要 --allow_writing）", False)
     tool_seconds: float = option("一个工具最多几秒", 10.0, Limits(above=0))
-    list: bool = option("只列出会开放哪些，不启动", False)
+    list_tools: bool = option("只列出会开放哪些，不启动", False)
 
 
 # ---------------------------------------------------------------- 1. 开放哪些
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> dict:
     if MCPServer is object:
         raise UserError('这一课要用到 MCP 的官方库：pip install "mcp>=2,<3"。')
     tools = opened_tools(settings)
-    if settings.list:
+    if settings.list_tools:
         for tool in tools.values():
             print(
                 f"{tool.name}：{tool.schema['function']['description']}{'（会改东西）' if tool.writes else ''}"

@@ -213,13 +213,13 @@ def test_commands_and_addresses(monkeypatch):
     for arguments in (
         ["--url", "ftp://x"],
         ["--command", "x", "--url", "http://x"],
-        ["--token_env", "NO_SUCH", "--list"],
+        ["--token_env", "NO_SUCH", "--list_tools"],
     ):
         with pytest.raises(UserError):
             mcp_client.main(arguments)
     monkeypatch.setenv("A_KEY", "secret-key")
     with pytest.raises(UserError, match="https"):
-        mcp_client.main(["--url", "http://example.com/mcp", "--token_env", "A_KEY", "--list"])
+        mcp_client.main(["--url", "http://example.com/mcp", "--token_env", "A_KEY", "--list_tools"])
 
 
 def test_without_the_library(tmp_path):
