@@ -283,6 +283,7 @@ def test_the_toolbox_through_a_server(chat_server, tmp_path, monkeypatch):
     assert "没有得到许可" in said[2] and not notes.exists()
 
 
+@pytest.mark.slow
 def test_tools_of_an_mcp_server(chat_server, tmp_path):
     pytest.importorskip("mcp", reason="没有装 mcp")
     command = f'"{sys.executable}" "{AGENT / "mcp_server.py"}"'
