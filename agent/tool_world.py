@@ -381,20 +381,21 @@ def _count_document(rng: random.Random, slots: dict) -> str:
 
 
 def _number_document(rng: random.Random) -> str:
-    """把"几加几"抄成算式：紧挨着写的，下一句写的，隔几句再写的。只抄，不算：眼前的会抄了，远处的才跟着会。"""
+    """算术题与它的算式：紧挨着抄的，下一句写的，隔几句再写的。只抄，不算：眼前的会抄了，远处的才跟着会。"""
     draw = Draw(rng)
     sentences = write_story(draw, draw_slots(draw)).split("。")[:-1]
     between = "".join(each + "。" for each in rng.sample(sentences, rng.randint(1, 3)))
-    asker, other = rng.sample(WORLD["person"], 2)
-    return (
-        _sum(rng, "{a}{said}{b}写成{a}{sign}{b}。")
-        + _sum(rng, "{who}问{a}{said}{b}是多少。{who}的算式是{a}{sign}{b}。", who=asker)
-        + _sum(
-            rng, "{who}问{a}{said}{b}是多少。{between}{who}的算式是{a}{sign}{b}。", who=other, between=between
-        )
+    near = _problem(rng, ["{a}{said}{b}"])
+    return f"{near[0]}写成{near[1]}。" + "".join(
+        f"{question}{middle}算式是{expression}。"
+        for middle, (question, expression) in (("", _problem(rng)), (between, _problem(rng)))
     )
 
 
-def _sum(rng: random.Random, form: str, **words: str) -> str:
-    sign = rng.choice(list(SAID))
-    return form.format(a=rng.randint(10, 99), b=rng.randint(10, 99), said=SAID[sign], sign=sign, **words)
+def _problem(rng: random.Random, forms: list[str] | None = None) -> tuple[str, str]:
+    """一道算术题的话，与它的算式。"""
+    sign = rng.choice(list(SUMS))
+    a, b = rng.randint(10, 99), rng.randint(10, 99)
+    words = {slot: rng.choice(WORLD[slot]) for slot in ("person", "food")}
+    question = rng.choice(forms or SUMS[sign]).format(a=a, b=b, said=SAID[sign], **words)
+    return question, f"{a}{sign}{b}"
