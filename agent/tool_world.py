@@ -176,11 +176,16 @@ def _ask_search(rng: random.Random, shelf: list[dict], heldout: bool) -> dict:
     return _made(ask.format(**story), [step], [story["person"]], "person", reply.format(**story))
 
 
-def _ask_calculate(rng: random.Random, shelf: list[dict], heldout: bool) -> dict:
+def _pair(rng: random.Random, heldout: bool) -> tuple[int, int]:
+    """两个两位数；十分之一的组合留出，文档里、训练的题里都没有。"""
     while True:
         a, b = rng.randint(10, 99), rng.randint(10, 99)
-        if (zlib.crc32(f"{a}|{b}".encode()) % 10 == 0) == heldout:
-            break
+        if (zlib.crc32(f"{min(a, b)}|{max(a, b)}".encode()) % 10 == 0) == heldout:
+            return a, b
+
+
+def _ask_calculate(rng: random.Random, shelf: list[dict], heldout: bool) -> dict:
+    a, b = _pair(rng, heldout)
     sign = rng.choice(list(SUMS))
     a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
     question = rng.choice(SUMS[sign]).format(a=a, b=b, **rng.choice(shelf))
@@ -395,7 +400,7 @@ def _number_document(rng: random.Random) -> str:
 def _problem(rng: random.Random, forms: list[str] | None = None) -> tuple[str, str]:
     """一道算术题的话，与它的算式。"""
     sign = rng.choice(list(SUMS))
-    a, b = rng.randint(10, 99), rng.randint(10, 99)
+    a, b = _pair(rng, heldout=False)
     words = {slot: rng.choice(WORLD[slot]) for slot in ("person", "food")}
     question = rng.choice(forms or SUMS[sign]).format(a=a, b=b, said=SAID[sign], **words)
     return question, f"{a}{sign}{b}"
