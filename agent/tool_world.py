@@ -177,11 +177,16 @@ def _ask_search(rng: random.Random, shelf: list[dict], heldout: bool) -> dict:
 
 
 def _pair(rng: random.Random, heldout: bool) -> tuple[int, int]:
-    """两个两位数；十分之一的组合留出，文档里、训练的题里都没有。"""
+    """两个两位数，在训练的或留出的一边。"""
     while True:
         a, b = rng.randint(10, 99), rng.randint(10, 99)
-        if (zlib.crc32(f"{min(a, b)}|{max(a, b)}".encode()) % 10 == 0) == heldout:
+        if is_heldout_pair(a, b) == heldout:
             return a, b
+
+
+def is_heldout_pair(a: int, b: int) -> bool:
+    """十分之一的组合留出，文档里、训练的算式里都没有；不论先后。"""
+    return zlib.crc32(f"{min(a, b)}|{max(a, b)}".encode()) % 10 == 0
 
 
 def _ask_calculate(rng: random.Random, shelf: list[dict], heldout: bool) -> dict:
@@ -197,7 +202,8 @@ def _ask_calculate(rng: random.Random, shelf: list[dict], heldout: bool) -> dict
 def _ask_two_step(rng: random.Random, shelf: list[dict], heldout: bool) -> dict:
     if rng.random() < 0.5:  # 先查带了几个，再算一共多少钱
         story = rng.choice(shelf)
-        price = rng.choice([each for each in range(10, 100) if str(each) != story["n"]])
+        n = int(story["n"])
+        price = rng.choice([p for p in range(10, 100) if p != n and is_heldout_pair(n, p) == heldout])
         question = "{person}{time}带的{food}每个{price}元，一共多少元？".format(price=price, **story)
         expression = f"{story['n']}*{price}"
         result = calculated(expression)
