@@ -199,6 +199,8 @@ def plain_names(tools: list[dict]) -> list[dict]:
 
 def say_call(model: LocalModel, talk: Talk, max_tokens: int, grammars: dict) -> str:
     """只许它写一个合法的调用（call_grammar.py）；同样的几件工具，文法只做一次。"""
+    if not talk.tools:  # 没有工具，写不出调用
+        return ""
     key = tuple(tool["function"]["name"] for tool in talk.tools)
     if key not in grammars:
         size = model.model.get_output_embeddings().weight.shape[0]

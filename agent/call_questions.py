@@ -21,6 +21,7 @@ from tool_world import UNNEEDED, tasks
 DAILY = Path(__file__).with_name("daily_questions.jsonl")
 NEWLY = "刚才缺的工具现在有了，请再试一次。"  # 多轮题里，工具后来才有的那一轮
 JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}
+KEPT = ("type", "description", "properties", "required", "items", "enum", "default", "additionalProperties")
 LANGUAGES = ("java", "javascript")
 GROUPS = ("simple", "multiple", "parallel", "parallel_multiple", "irrelevance", "relevance", "multi_turn")
 
@@ -67,13 +68,20 @@ class Question:
 
 def reference_call(answer: dict) -> Call:
     ((name, accepted),) = answer.items()
-    return Call(name, {key: plain_value(values[0]) for key, values in accepted.items() if "" not in values})
+    written = {key: values for key, values in accepted.items() if values and "" not in values}
+    return Call(name, {key: plain_value(values[0]) for key, values in written.items()})
+
+
+def listed(accepted: Any) -> list:
+    return accepted if isinstance(accepted, list) else [accepted]
 
 
 def plain_value(value: Any) -> Any:
     """可接受的值里的字典，每一栏又是一列可接受的值：都取头一个。再往里就是值本身。"""
     if isinstance(value, dict):
-        return {key: each[0] for key, each in value.items() if "" not in each}
+        return {
+            key: listed(each)[0] for key, each in value.items() if listed(each) and "" not in listed(each)
+        }
     if isinstance(value, list):
         return [plain_value(each) if isinstance(each, dict) else each for each in value]
     return value
@@ -283,7 +291,8 @@ def bfcl_question(row: dict, where: str) -> Question:
         raise UserError(f'{where}的 question 要写成 [[{{"role": "user", "content": "…"}}]]。')
     if isinstance(functions, dict):
         functions = [functions]
-    if not isinstance(functions, list) or not functions:
+    needed = question.group not in ("irrelevance", "relevance")  # BFCL 有一道不该调用的，一件工具也没有列
+    if not isinstance(functions, list) or (needed and not functions):
         raise UserError(f"{where}没有 function：要一个列表，列出可以用的函数。")
     question.system = "".join(m["content"] for m in turns[0] if m["role"] == "system")
     question.turns = [[m for m in turns[0] if m["role"] != "system"]]
@@ -309,8 +318,11 @@ def bfcl_tool(function: Any, where: str) -> dict:
 
 
 def json_schema(schema: dict) -> dict:
+    """BFCL 的说明里有 optional 一类不是 JSON schema 的栏：不要。"""
     found = {}
     for key, value in schema.items():
+        if key not in KEPT or (key == "required" and not isinstance(value, list)):
+            continue
         if key == "type":
             value = JSON_TYPES.get(value, value)
         elif key == "items" and isinstance(value, dict):

@@ -295,8 +295,8 @@ def failure(question: Question, turns: list[list[str]], verdict: Verdict) -> dic
 
 
 def as_dict(interval: Interval) -> dict:
-    names = ("value", "low", "high", "n")
-    return {name: round(getattr(interval, name), 4) + 0.0 for name in names}  # 加 0.0：-0.0 成 0.0
+    ends = {name: abs(round(getattr(interval, name), 4)) for name in ("value", "low", "high")}
+    return ends | {"n": interval.n}
 
 
 # ---------------------------------------------------------------- 5. 全貌

@@ -397,6 +397,8 @@ def test_same_verdicts_as_bfcl(bfcl, category):
             assert ours.right == theirs["valid"], (q.id, written, q.answers, theirs, ours)
             seen.add(ours.right)
             assert isinstance(et.match_calls(q, calls, own=True).right, bool)
+        scores, _ = et.summarise([q], {q.id: [[text_of(q.reference)]]})  # 说明里的怪栏、空的答案也量得了
+        assert scores["every"]["n"] == 1
     assert seen == {True, False}
 
 
@@ -671,6 +673,13 @@ def test_page_escapes_and_stands_alone(tmp_path):
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "<script>" not in page and "<i>" not in page and "http" not in page and "&lt;script&gt;" in page
     assert one_line([["a\x07b"]]) == "a·b"
+
+
+@pytest.mark.parametrize("category", ["irrelevance", "live_irrelevance", "live_relevance"])
+def test_bfcl_rows_without_answers_are_read(bfcl, category):
+    found = cq.bfcl_questions(f"bfcl:{category}")
+    scores, _ = et.summarise(found, {q.id: [["不行。"]] for q in found})
+    assert scores["overall"]["value"] == (0 if category == "live_relevance" else 1)
 
 
 def test_some_of_keeps_the_categories():
