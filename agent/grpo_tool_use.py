@@ -14,7 +14,7 @@
   python grpo_tool_use.py --learn_results          # 不遮工具的结果
   python grpo_tool_use.py --preset full            # Qwen3-0.6B，同样的题，需要加速器
 
-应当看到（tiny，实测见本文件夹的 README.md）：采样的一局，最后答对的更多；不该调用时的调用、重复的调用更少。
+应当看到（tiny，实测见本文件夹的 README.md）：每十步一行，这一批局里答对的、多余的调用、没信号的题；最后一张表，留出的题上 SFT → GRPO。
 
 参考：Shao et al. 2024（GRPO）；Jin et al. 2025（Search-R1：检索的结果不算损失）；Feng et al. 2025（ReTool）。
 """
@@ -135,14 +135,19 @@ def grpo_step(policy, optimizer, questions: list[dict], tokenizer, settings, acc
 def play_with(
     model, tokenizer, questions, temperature: float, seed: int, failing: float, settings
 ) -> list[Episode]:
-    """每道题一局，每次调用有 failing 成失灵。失灵了要再试，一局可以多说几次。"""
-    tool = partial(shaky_tool, random.Random(seed), failing)
+    """每道题一局，每次调用有 failing 成失灵。失灵了要再试，一局可以多说几次。
+
+    同一道题的几局运气相同（第几次调用失灵都一样）：比的是怎样做，不是谁运气好，优势里就少了一大块噪声。
+    """
+    lucky = [task | {"luck": random.Random(f"{seed}|{task['question']}")} for task in questions]
     turns = MOST_TURNS + 3 if failing else MOST_TURNS
-    return play(model, tokenizer, questions, temperature, seed, tool, turns, settings.max_new_tokens)
+    tool = partial(shaky_tool, failing)
+    return play(model, tokenizer, lucky, temperature, seed, tool, turns, settings.max_new_tokens)
 
 
-def shaky_tool(rng: random.Random, failing: float, task: dict, call: dict) -> str:
-    return rng.choice(FAILURES) if rng.random() < failing else run_tool(task, call)
+def shaky_tool(failing: float, task: dict, call: dict) -> str:
+    luck, which = task["luck"].random(), task["luck"].choice(FAILURES)
+    return which if luck < failing else run_tool(task, call)
 
 
 def reward(episode: Episode, call_cost: float) -> float:
