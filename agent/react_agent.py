@@ -15,7 +15,7 @@
   python react_agent.py --chat --base_url http://127.0.0.1:8000/v1 --server_model Qwen3-8B
   python react_agent.py --chat --model … --only_mcp --mcp "python mcp_server.py"      # 工具来自 MCP 服务器
 
-应当看到（tiny，实测见本文件夹的 README.md）：一次不成就算输的，失败率 0.5 时只剩三分之一；模型看着错误自己再试，好得多；
+应当看到（tiny，实测见本文件夹的 README.md）：一次不成就算输的，失败率 0.5 时只剩不到四成；模型看着错误自己再试，好得多；
 循环也替它再试，又好一些，说的轮数也少。写坏的调用，多半下一轮就改对；结果是假的，它照着假的答。
 
 参考：Yao et al. 2023（ReAct）；Greshake et al. 2023（间接的提示注入）；Qwen3 的对话模板。
