@@ -30,7 +30,8 @@ from nlp_common.tiny.world import (
     write_document,
     write_story,
 )
-from tool_schema import check_call
+from schema_check import check_call
+from tool_calls import ERROR
 
 SHELF = 12  # 架子上几个故事
 KINDS = {  # 训练时各占多少；容易乱调用、答错的多练些
@@ -46,7 +47,6 @@ KINDS = {  # 训练时各占多少；容易乱调用、答错的多练些
 UNNEEDED = ("direct", "small_talk", "missing")  # 不该调用的
 NO_TOOL = "我没有合适的工具。"
 NOT_FOUND = "没有找到"
-ERROR = "出错了："  # 工具出错时，结果以它开头
 PASSING = ("超时了，请再试一次。", "连不上，请再试一次。", "服务器太忙，请再试一次。")  # 再试一次也许就好的
 SPOILED = 0.12  # 训练的对话里，多少是头一次没有调用成的
 
