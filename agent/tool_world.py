@@ -35,14 +35,14 @@ from tool_calls import ERROR
 
 SHELF = 12  # 架子上几个故事
 KINDS = {  # 训练时各占多少；容易乱调用、答错的多练些
-    "look_up": 0.16,
-    "search": 0.12,
+    "look_up": 0.14,
+    "search": 0.11,
     "calculate": 0.16,
-    "two_step": 0.18,
-    "parallel": 0.06,
-    "direct": 0.16,
-    "small_talk": 0.04,
-    "missing": 0.12,
+    "two_step": 0.16,
+    "parallel": 0.05,
+    "direct": 0.22,
+    "small_talk": 0.06,
+    "missing": 0.10,
 }
 UNNEEDED = ("direct", "small_talk", "missing")  # 不该调用的
 NO_TOOL = "我没有合适的工具。"
