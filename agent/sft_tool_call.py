@@ -78,6 +78,7 @@ class ToolSettings(LoopSettings):
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
     base_documents: int = option("tiny：先读几篇没有数字的文档", 5000, COUNT)
     digit_documents: int = option("tiny：再读几篇有数字的文档", 7000, COUNT)
+    compare: bool = option("tiny：旁边也练没学过数字的、没有工具的两个", True)
     n_questions: int | None = option("留出几道题", limits=COUNT)
 
 
@@ -114,7 +115,7 @@ def compare_small(stage: Stage, tokenizer, questions: list[dict], metrics: dict)
     run_part(stage, "words", partial(read_documents, model=plain, tokenizer=tokenizer, digits=False), plain)
     base = copy.deepcopy(plain)
     run_part(stage, "digits", partial(read_documents, model=base, tokenizer=tokenizer, digits=True), base)
-    for name, start in (("no_digits", plain), ("no_tools", base)):
+    for name, start in (("no_digits", plain), ("no_tools", base)) if stage.settings.compare else ():
         model = copy.deepcopy(start)
         metrics[name] = run_part(
             stage,
