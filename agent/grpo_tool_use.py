@@ -5,11 +5,12 @@
   2. 工具的结果不是模型说的：算进损失，就是在教模型背工具的话。遮住它，结果那些位置的梯度恰好是 0（测试证明）；
      --learn_results 不遮，看坏在哪里。
   3. 没有人写过"应当怎样调用"：程序只会判对错，每次调用扣一点点分，多余的调用就没有了。
-  4. 练的地方比教的地方难：SFT 的数据里，工具失灵了再来一次总会成；这里每次调用有三成失灵，要自己学会再三地试。
+  4. 起点照着有好有坏的示范学过：有的不查就猜，有的题里就有还去查，两样它都会。强化学习不教新本领，它挑：挑出答得对的、
+     不多查的。（--model outputs/tiny/sft_tool_call：示范全是好的，就没有多少可挑。）
   5. 与 ../qwen_chinese_finetune/grpo_alignment.py 同一个公式，只是采样换成了一局一局地玩。
 
 怎么运行
-  python grpo_tool_use.py                          # 小世界，CPU，约两分钟（要 sft_tool_call.py 的结果，没有就先训练）
+  python grpo_tool_use.py                          # 小世界，CPU，约两分钟（从 sft_tool_call.py --uneven 的结果开始，没有就先训练）
   python grpo_tool_use.py --call_cost 0            # 调用不要钱
   python grpo_tool_use.py --learn_results          # 不遮工具的结果
   python grpo_tool_use.py --preset full            # Qwen3-0.6B，同样的题，需要加速器
@@ -71,7 +72,9 @@ FAILURES = [ERROR + each for each in PASSING]  # 工具失灵时说的；再试�
 class GRPOSettings(LessonSettings):
     COMMON: ClassVar[dict] = {"weight_decay": 0.0, "adam_beta2": 0.999, "gradient_accumulation_steps": 1}
 
-    model: str | None = option("从哪个模型开始：文件夹或 hub 名；tiny 默认是 sft_tool_call.py 的结果")
+    model: str | None = option(
+        "从哪个模型开始：文件夹或 hub 名；tiny 默认是 sft_tool_call.py --uneven 的结果"
+    )
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
     max_steps: int | None = option("更新几步", limits=COUNT)
     n_tasks: int | None = option("一步几道题", limits=COUNT)
@@ -80,7 +83,7 @@ class GRPOSettings(LessonSettings):
     max_new_tokens: int | None = option("模型一次最多说几个 token", limits=COUNT)
     call_cost: float = option("每次调用扣几分；答对得 1 分", 0.05, Limits(at_least=0, below=0.25))
     failing: float = option(
-        "练的时候，每次调用有几成失灵（留出的题，失灵的、不失灵的都量）", 0.3, Limits(at_least=0, at_most=0.9)
+        "练的时候，每次调用有几成失灵（留出的题，失灵的、不失灵的都量）", 0.0, Limits(at_least=0, at_most=0.9)
     )
     learn_results: bool = option("工具的结果也算损失（错的，只用来看坏在哪里）", False)
     learning_rate: float | None = option("学习率，线性降到 0", limits=Limits(above=0))
@@ -302,7 +305,7 @@ def main(argv: list[str] | None = None) -> dict:
         raise UserError("这一课只用一个进程：不要用 accelerate launch。")
     if settings.preset == "full" and settings.model is None:
         settings.model = FULL_MODEL
-    start = tool_model(settings.model, settings.source)
+    start = tool_model(settings.model, settings.source, "sft_uneven")
     record = run_lesson(
         "grpo_tool_use", HOME, settings, partial(learn, start=start), start=f"{start['stage']}:{start['id']}"
     )

@@ -78,6 +78,7 @@ class ToolSettings(LoopSettings):
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
     base_documents: int = option("tiny：先读几篇没有数字的文档", 5000, COUNT)
     digit_documents: int = option("tiny：再读几篇有数字的文档", 7000, COUNT)
+    uneven: bool = option("示范有好有坏：有的不查就猜，有的不必查也查；grpo_tool_use.py 从它开始", False)
     compare: bool = option("tiny：旁边也练没学过数字的、没有工具的两个", True)
     n_questions: int | None = option("留出几道题", limits=COUNT)
 
@@ -150,7 +151,7 @@ def read_documents(part: Stage, model, tokenizer, digits: bool) -> dict:
 def fine_tune(part: Stage, label: str, model, tokenizer, history: dict | None = None) -> dict:
     """在对话上微调；哪些 token 算损失，见 nlp_common/lm/chatml.py 的 encode_chat：助手说的才算。"""
     settings = part.settings
-    rows = chats(settings.max_train_samples, settings.seed, tools=label != "no_tools")
+    rows = chats(settings.max_train_samples, settings.seed, label != "no_tools", settings.uneven)
     trained = train_on_chats(part, label, model, tokenizer, rows)
     if history is not None:
         history[label] = trained.history

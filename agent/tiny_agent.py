@@ -65,7 +65,7 @@ def build_base(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalL
 def tool_model(model: str | None = None, source: str = "hf", name: str = "sft_tool_call") -> dict:
     """会用工具的模型 → ``{"path", "stage", "id", "run"}``：--model 给的，没给就是 sft_tool_call.py 的 tiny 结果。
 
-    name 是 sft_short：只学了四千段对话的，还有许多要练，强化学习从它开始。
+    name 是 sft_uneven：照有好有坏的示范学的，强化学习从它开始。
     还没有训练，就当场训练，并说出来。得不到 model 是 UserError。
     """
     folder = HOME / "outputs" / "tiny" / name
@@ -73,8 +73,8 @@ def tool_model(model: str | None = None, source: str = "hf", name: str = "sft_to
     if found is None:
         script = HOME / "sft_tool_call.py"
         options = ["--preset", "tiny", "--output_dir", str(folder)]
-        if name == "sft_short":
-            options += ["--compare", "false", "--max_train_samples", "4000"]
+        if name == "sft_uneven":
+            options += ["--uneven", "true", "--compare", "false"]
         print(f"要用会调用工具的小模型（{name}），还没有训练：先运行 {script.name} …", flush=True)
         run_script("会调用工具的小模型没有训练成", script, *options)
         found = find_trained(None, folder)

@@ -304,12 +304,15 @@ def is_right(task: dict, text: str) -> bool:
 # ---------------------------------------------------------------- 3. 训练用的对话
 
 
-def chats(n: int, seed: int, tools: bool = True) -> list[dict]:
+def chats(n: int, seed: int, tools: bool = True, uneven: bool = False) -> list[dict]:
     """n 段训练的对话 ``{"messages"}``：调用、结果、回答；有一些头一次没有调用成，再来一次才成。
 
-    tools=False：同样的题，没有工具，直接回答。
+    tools=False：同样的题，没有工具，直接回答。uneven：示范有好有坏（真的数据多半这样），要用工具的有三成不查就猜，
+    题里就有的有一半还去查一遍。
     """
     rng = random.Random(f"tool-chats-{seed}")
+    if uneven:
+        return [{"messages": _carelessly(task, rng)} for task in tasks(n, seed)]
     return [{"messages": _played(task, rng) if tools else _told(task)} for task in tasks(n, seed)]
 
 
@@ -326,6 +329,24 @@ def _played(task: dict, rng: random.Random) -> list[dict]:
         messages.append(call)
         messages += [{"role": "tool", "content": run_tool(task, each)} for each in step]
     return [*messages, {"role": "assistant", "content": task["reply"]}]
+
+
+def _carelessly(task: dict, rng: random.Random) -> list[dict]:
+    if task["steps"] and rng.random() < 0.3:
+        return [*task["messages"], {"role": "assistant", "content": _guess(task, rng)}]
+    if task["kind"] == "direct" and rng.random() < 0.5 and TOOLS["look_up"] in task["tools"]:
+        story = next(story for story in task["shelf"] if story["text"] in task["question"])
+        name, arguments = _of(story)
+        return _played(task | {"steps": [[{"name": name, "arguments": arguments}]]}, rng)
+    return _played(task, rng)
+
+
+def _guess(task: dict, rng: random.Random) -> str:
+    """没有查，照样子编一个：词换成同类的随便一个，数换成随便一个。"""
+    slot = task["slot"] or "place"  # 一轮两个的，问的都是地点
+    if slot == "n":
+        return re.sub(r"\d+", lambda found: str(rng.randint(10, 9999)), task["reply"])
+    return re.sub("|".join(WORLD[slot]), lambda found: rng.choice(WORLD[slot]), task["reply"])
 
 
 def _first_try(task: dict, step: list[dict], rng: random.Random) -> list[dict]:

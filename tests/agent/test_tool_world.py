@@ -141,3 +141,15 @@ def test_documents_without_digits_have_none():
 
 def test_same_seed_same_tasks():
     assert tw.tasks(20, 7) == tw.tasks(20, 7) != tw.tasks(20, 8)
+
+
+def test_uneven_demonstrations_guess_and_look_up_needlessly():
+    """要用工具的约三成不查就猜，题里就有的约一半还去查（列着 look_up 才查得成）；猜的照样子写，多半是错的。"""
+    tasks, rows = tw.tasks(600, 0), tw.chats(600, 0, uneven=True)
+    needing = [(t, r) for t, r in zip(tasks, rows, strict=True) if t["steps"]]
+    guessed = [(t, r["messages"][-1]["content"]) for t, r in needing if len(r["messages"]) == 3]
+    assert 0.2 < len(guessed) / len(needing) < 0.4
+    assert sum(tw.is_right(task, text) for task, text in guessed) < 0.2 * len(guessed)
+    direct = [r for t, r in zip(tasks, rows, strict=True) if t["kind"] == "direct"]
+    assert 0.15 < sum(len(r["messages"]) > 3 for r in direct) / len(direct) < 0.6
+    assert all(tw.is_right(t, r["messages"][-1]["content"]) for t, r in needing if len(r["messages"]) > 3)
