@@ -689,7 +689,7 @@ def test_some_of_keeps_the_categories():
 
 
 def test_tiny_questions_are_answered_by_their_truth():
-    found = cq.tiny_questions(60, 3)
+    found = cq.tiny_questions(200, 3)
     assert {q.group for q in found} == {"simple", "multiple", "parallel", "irrelevance", "multi_turn"}
     for q in found:
         calls = list(itertools.chain(*q.truth)) or q.reference
