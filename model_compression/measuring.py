@@ -1,0 +1,39 @@
+"""量一个模型：答对几成、留出损失多少、占几个字节。压缩的每一种办法都用同一把尺子。"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from nlp_common.lm.chat_rows import chat_row, heldout_loss
+from nlp_common.lm.replies import MAX_REPLY, reply_to
+from nlp_common.tiny import world
+from nlp_common.tiny.judge import judge
+
+N_LOSS = 256  # 留出损失用几段对话
+
+
+def measure(model, tokenizer, questions: list[dict]) -> dict[str, float]:
+    """{"qa_accuracy": 贪心回答答对的比例, "heldout_loss": 留出对话里助手每个 token 的平均损失（nats）}。"""
+    return {
+        "qa_accuracy": accuracy(model, tokenizer, questions),
+        "heldout_loss": world_loss(model, tokenizer),
+    }
+
+
+def accuracy(model, tokenizer, questions: list[dict], **sampling) -> float:
+    """小世界的题答对几成；sampling 交给 reply_to（temperature、seed），没给就是贪心。"""
+    replies = reply_to(model, tokenizer, questions, MAX_REPLY, **sampling)
+    right = [judge(q, r["text"], r["ended"]).right for q, r in zip(questions, replies, strict=True)]
+    return sum(right) / len(right)
+
+
+def world_loss(model, tokenizer, n: int = N_LOSS) -> float:
+    """小世界留出的 n 段对话上，助手每个 token 的平均损失（nats）。"""
+    rows = [chat_row(tokenizer, chat["messages"]) for chat in world.chats(n, seed=1, heldout=True)]
+    return heldout_loss(model, rows, tokenizer.pad_token_id, 32)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """参数与缓冲区占几个字节；共用的（嵌入与输出）只算一遍。"""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors if t.numel()}.values())
