@@ -47,8 +47,8 @@ from tool_world import KINDS, chats, documents, tasks
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen3-0.6B"
 PRESETS = {
-    "tiny": {"max_train_samples": 10000, "per_device_train_batch_size": 4, "learning_rate": 2e-3,
-             "adam_beta2": 0.98, "max_length": 1024, "save_steps": 500, "n_questions": 400},
+    "tiny": {"max_train_samples": 10500, "per_device_train_batch_size": 8, "learning_rate": 1.5e-3,
+             "adam_beta2": 0.98, "max_length": 1024, "save_steps": 250, "n_questions": 400},
     "full": {"max_train_samples": 2000, "per_device_train_batch_size": 8, "learning_rate": 1e-5,
              "max_length": 2048, "n_questions": 200},
 }  # fmt: skip

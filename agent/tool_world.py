@@ -307,8 +307,8 @@ def is_right(task: dict, text: str) -> bool:
 def chats(n: int, seed: int, tools: bool = True, uneven: bool = False) -> list[dict]:
     """n 段训练的对话 ``{"messages"}``：调用、结果、回答；有一些头一次没有调用成，再来一次才成。
 
-    tools=False：同样的题，没有工具，直接回答。uneven：示范有好有坏（真的数据多半这样），要用工具的有三成不查就猜，
-    题里就有的有一半还去查一遍。
+    tools=False：同样的题，没有工具，直接回答。uneven：示范有好有坏（真的数据多半这样），要用工具的有两成不查就猜，
+    一半的步查到了还再查一遍，题里就有的有一半还去查。
     """
     rng = random.Random(f"tool-chats-{seed}")
     if uneven:
@@ -332,13 +332,15 @@ def _played(task: dict, rng: random.Random) -> list[dict]:
 
 
 def _carelessly(task: dict, rng: random.Random) -> list[dict]:
-    if task["steps"] and rng.random() < 0.3:
+    if task["steps"] and rng.random() < 0.2:
         return [*task["messages"], {"role": "assistant", "content": _guess(task, rng)}]
+    steps = task["steps"]
     if task["kind"] == "direct" and rng.random() < 0.5 and TOOLS["look_up"] in task["tools"]:
         story = next(story for story in task["shelf"] if story["text"] in task["question"])
         name, arguments = _of(story)
-        return _played(task | {"steps": [[{"name": name, "arguments": arguments}]]}, rng)
-    return _played(task, rng)
+        steps = [[{"name": name, "arguments": arguments}]]
+    twice = [step for step in steps for _ in range(rng.choice((1, 2)))]
+    return _played(task | {"steps": twice}, rng)
 
 
 def _guess(task: dict, rng: random.Random) -> str:
@@ -387,7 +389,7 @@ def spoil(call: dict, task: dict, rng: random.Random) -> dict:
 
 
 def documents(n: int, seed: int, digits: bool) -> list[str]:
-    """n 篇文档；digits=False 是小世界的故事与回顾，没有数字；True 的一半是带数的故事，一半是几行数，都要照抄。"""
+    """n 篇文档；digits=False 是小世界的故事与回顾，没有数字；True 的有带数的故事、算式、得数，都要照抄。"""
     rng = random.Random(f"tool-documents-{seed}-{digits}")
     texts = []
     while len(texts) < n:
@@ -397,10 +399,9 @@ def documents(n: int, seed: int, digits: bool) -> list[str]:
             continue
         if not digits:
             texts.append(write_document(draw, slots))
-        elif rng.random() < 0.5:
-            texts.append(_count_document(rng, slots))
         else:
-            texts.append(_number_document(rng))
+            write = rng.choices((_count_document, _number_document, _result_document), (4, 4, 3))[0]
+            texts.append(write(rng, slots))
     return texts
 
 
@@ -412,16 +413,31 @@ def _count_document(rng: random.Random, slots: dict) -> str:
     return story["text"] + "回想一下，" + "".join(ANSWERS[slot].format(**story) + "。" for slot in told)
 
 
-def _number_document(rng: random.Random) -> str:
+def _number_document(rng: random.Random, slots: dict) -> str:
     """算术题与它的算式：紧挨着抄的，下一句写的，隔几句再写的。只抄，不算：眼前的会抄了，远处的才跟着会。"""
-    draw = Draw(rng)
-    sentences = write_story(draw, draw_slots(draw)).split("。")[:-1]
-    between = "".join(each + "。" for each in rng.sample(sentences, rng.randint(1, 3)))
+    between = _between(rng, slots)
     near = _problem(rng, ["{a}{said}{b}"])
     return f"{near[0]}写成{near[1]}。" + "".join(
         f"{question}{middle}算式是{expression}。"
         for middle, (question, expression) in (("", _problem(rng)), (between, _problem(rng)))
     )
+
+
+def _result_document(rng: random.Random, slots: dict) -> str:
+    """一到四位的得数，照抄：几位都有，不多抄也不少抄。紧挨着的，隔几句的，换了行的。"""
+    lines = []
+    for between in ("，", "。\n", "。" + _between(rng, slots), "。" + _between(rng, slots)):
+        digits = rng.choice((1, 2, 3, 3, 4, 4))
+        result = rng.randrange(10 ** (digits - 1), 10**digits)
+        lines.append(f"算出来{result}{between}答案是{result}。")
+    rng.shuffle(lines)
+    return "".join(lines)
+
+
+def _between(rng: random.Random, slots: dict) -> str:
+    """故事里的一到三句。"""
+    sentences = write_story(Draw(rng), slots).split("。")[:-1]
+    return "".join(each + "。" for each in rng.sample(sentences, rng.randint(1, 3)))
 
 
 def _problem(rng: random.Random, forms: list[str] | None = None) -> tuple[str, str]:
