@@ -62,6 +62,7 @@ def run_part(
 
     部分也是一个 Stage，可以交给 train_loop；它的种子与做没做过别的部分无关。
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_model, save_model
 
     def write(folder: Path) -> None:
@@ -75,7 +76,13 @@ def run_part(
         else:
             print(f"{name}：上次中断以前做完了，直接用。")
             if model is not None:
-                load_model(model, str(folder / WEIGHTS))
+                try:
+                    load_model(model, str(folder / WEIGHTS))
+                except (RuntimeError, OSError, SafetensorError) as error:
+                    reason = str(error).strip().splitlines()[-1].strip()
+                    raise UserError(
+                        f"{name} 是上次中断以前做的，现在的代码读不回它（{reason}）：删掉 {stage.folder.work}，再运行一次。"
+                    ) from None
             stage.started -= part.record["seconds"]
         assert part.record is not None
         seed_everything(stage.settings.seed)  # 后面的部分，不论这一部分是刚做的还是读回的，随机数都一样

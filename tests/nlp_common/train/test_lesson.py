@@ -1,5 +1,7 @@
 """一课的外壳：第二次运行直接用；设置不同说出来；中断以后做完的部分不重做，结果与不中断的一样。"""
 
+import re
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -71,6 +73,18 @@ def test_finished_parts_survive_an_interruption_and_the_result_is_the_same(tmp_p
     resumed = run_lesson("demo", tmp_path / "b", settings_of(), lesson(calls))
     assert calls == ["second"]
     assert resumed["metrics"] == whole["metrics"]
+
+
+def test_a_part_that_the_changed_code_cannot_read_is_said(tmp_path, monkeypatch):
+    """中断以后代码改了（同样的设置，模型的形状不同）：说出删哪里，不是一串 traceback；删了就做得成。"""
+    with pytest.raises(KeyboardInterrupt):
+        run_lesson("demo", tmp_path, settings_of(), lesson([], stop_after="first"))
+    linear = torch.nn.Linear
+    monkeypatch.setattr(torch.nn, "Linear", lambda n, m: linear(n + 1, m))
+    with pytest.raises(UserError, match="first 是上次中断以前做的") as error:
+        run_lesson("demo", tmp_path, settings_of(), lesson([]))
+    shutil.rmtree(re.search("删掉 (.*)，", str(error.value))[1])
+    assert run_lesson("demo", tmp_path, settings_of(), lesson([]))["metrics"]
 
 
 def test_lessons_without_a_real_model_do_not_promise_one():
