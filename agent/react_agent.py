@@ -43,10 +43,10 @@ from nlp_common.base.device import pick_device
 from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import line_chart
 from nlp_common.lm.loading import load_causal_lm
+from nlp_common.lm.reply_parser import BrokenCall, Call, parse_reply
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
-from reply_parser import BrokenCall, Call, parse_reply
 from tiny_agent import tool_model
 from tool_world import ERROR, is_right, tasks
 from tools import run_call
@@ -313,6 +313,8 @@ def main(argv: list[str] | None = None) -> dict:
     if settings.ask is not None and settings.chat:
         raise UserError("--ask 和 --chat 只能给一个。")
     if settings.ask is not None or settings.chat:
+        if settings.output_dir:
+            raise UserError("--ask、--chat 不写结果文件夹，只留一页记录：写到哪里用 --trace。")
         with make_agent(settings) as agent:
             agent.watcher = TerminalWatcher(agent.hider)
             agent.confirm = partial(confirm_at_terminal, hider=agent.hider)

@@ -26,7 +26,7 @@ from agent_setup import (
 )
 from agent_terminal import TerminalWatcher, talk
 from nlp_common.base.errors import UserError
-from reply_parser import Call
+from nlp_common.lm.reply_parser import Call
 from tool_world import run_tool
 
 AGENT = Path(react_agent.__file__).parent
@@ -46,7 +46,7 @@ import sys, time
 sys.path[:0] = [{agent!r}, {root!r}]
 from agent_confirm import confirm_at_terminal
 from agent_secrets import Hider
-from reply_parser import Call
+from nlp_common.lm.reply_parser import Call
 print("READY", flush=True)
 time.sleep(0.5)
 print("GOT", confirm_at_terminal(Call("delete", {{"path": "/"}}), Hider()), flush=True)
@@ -183,6 +183,8 @@ def test_settings_that_do_not_go_together(more, said):
 def test_ask_and_chat_together():
     with pytest.raises(UserError, match="只能给一个"):
         react_agent.main(["--preset", "tiny", "--ask", "问", "--chat"])
+    with pytest.raises(UserError, match="--trace"):
+        react_agent.main(["--preset", "tiny", "--ask", "问", "--output_dir", "别处"])
 
 
 def test_a_dead_server_is_said_before_the_first_question(monkeypatch):
