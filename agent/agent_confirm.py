@@ -7,7 +7,7 @@ import sys
 
 from agent_secrets import Hider
 from agent_trace import visible
-from reply_parser import Call
+from nlp_common.lm.reply_parser import Call
 
 YES = ("y", "yes", "是", "好", "可以")
 

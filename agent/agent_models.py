@@ -20,8 +20,8 @@ import torch
 from nlp_common.hub.chat_server import CONTROL_WORD, ChatServer
 from nlp_common.lm.chatml import encode_text, prompt_ids
 from nlp_common.lm.generation import generate, stop_tokens, stream_tokens
+from nlp_common.lm.reply_parser import Call, parse_reply, unfinished_marker
 from nlp_common.lm.tool_text import CALL, CALL_END, call_text, with_tools
-from reply_parser import Call, parse_reply, unfinished_marker
 
 THINK, THINK_END = "<think>", "</think>"
 NO_THINKING = f"{THINK}\n\n{THINK_END}\n\n"  # Qwen3 的写法：先替它写好一段空的思考，它就直接回答

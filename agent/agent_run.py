@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from agent_models import Model, Said
 from agent_secrets import Hider
-from reply_parser import BrokenCall, Call
+from nlp_common.lm.reply_parser import BrokenCall, Call
 from tools import Tool
 
 WHY = {

@@ -11,7 +11,7 @@ from agent_secrets import Hider
 from agent_setup import TalkSettings, example_questions, save_trace
 from agent_trace import KINDS, visible
 from nlp_common.base.errors import UserError
-from reply_parser import BrokenCall, Call, StreamParser
+from nlp_common.lm.reply_parser import BrokenCall, Call, StreamParser
 
 HELP = """  clear   忘掉前面的对话（清空）
   tools   有哪些工具（工具）

@@ -31,8 +31,8 @@ from agent_trace import KINDS, trace_page, trace_rows, visible
 from nlp_common.base.arguments import option, parse_arguments
 from nlp_common.base.errors import UserError
 from nlp_common.base.web_page import import_gradio, serve
+from nlp_common.lm.reply_parser import BrokenCall, Call, StreamParser
 from react_agent import run_agent
-from reply_parser import BrokenCall, Call, StreamParser
 
 EVERY = 0.1  # 秒：页面多久看一眼
 PATIENCE = 300.0  # 秒：问许可，这么久没有人理，就是不许

@@ -17,8 +17,8 @@ from agent_models import LocalModel, Model
 from call_grammar import CallGrammar, generate_call
 from call_questions import Question, json_lines
 from nlp_common.base.errors import UserError
+from nlp_common.lm.reply_parser import BrokenCall, Call, parse_reply, read_values
 from nlp_common.lm.tool_text import CALL, call_text
-from reply_parser import BrokenCall, Call, parse_reply, read_values
 
 MOST_STEPS = 6  # 多轮的题，一轮里最多说几次（BFCL 是 20）
 ANSWER_NAMES = ("result", "answer", "response")

@@ -15,7 +15,7 @@ from typing import Any
 from call_world import TOOLS, TinyWorld, daily_world
 from daily_apis import SYSTEM, fresh_world, methods_of
 from nlp_common.base.errors import UserError
-from reply_parser import Call
+from nlp_common.lm.reply_parser import Call
 from tool_world import UNNEEDED, tasks
 
 DAILY = Path(__file__).with_name("daily_questions.jsonl")

@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator
 
 from call_questions import Question
+from nlp_common.lm.reply_parser import Call
 from nlp_common.lm.tool_text import CALL, CALL_END, call_text
-from reply_parser import Call
 
 TITLES = {
     "same": "照标准答案写",

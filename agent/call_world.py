@@ -10,7 +10,7 @@ import itertools
 import json
 
 from daily_apis import ToolError, all_tools, fresh_world, methods_of
-from reply_parser import Call
+from nlp_common.lm.reply_parser import Call
 from schema_check import check_call
 from tool_world import ERROR, run_tool
 

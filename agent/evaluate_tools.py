@@ -45,10 +45,10 @@ from nlp_common.base.intervals import Interval, mean_of_intervals, proportion_in
 from nlp_common.data.rows import data_sha256
 from nlp_common.hub.chat_server import ChatServer
 from nlp_common.lm.loading import load_causal_lm
+from nlp_common.lm.reply_parser import BrokenCall, Call
 from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
-from reply_parser import BrokenCall, Call
 from schema_check import check_call
 from tiny_agent import build_base, tool_model
 

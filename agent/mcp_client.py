@@ -33,10 +33,10 @@ from typing import Any, ClassVar
 from agent_trace import visible
 from nlp_common.base.arguments import Limits, option, parse_arguments
 from nlp_common.base.errors import UserError
+from nlp_common.lm.reply_parser import Call
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
-from reply_parser import Call
 from tools import Tool, run_call
 
 try:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 from nlp_common.base.arguments import Limits, option, parse_arguments
 from nlp_common.base.errors import UserError
-from reply_parser import Call
+from nlp_common.lm.reply_parser import Call
 from tool_calls import Tool, run_call
 from tool_parts import toolbox
 from unit_table import UNITS

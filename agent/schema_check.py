@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from nlp_common.base.errors import UserError
-from reply_parser import BrokenCall, Call
+from nlp_common.lm.reply_parser import BrokenCall, Call
 from schema_words import check_schema, referred
 
 KINDS = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from file_tools import check_folder
 from function_schema import function_schema
+from nlp_common.lm.reply_parser import Call
 from nlp_common.sandbox.sandbox import Limits
-from reply_parser import Call
 from tool_calls import Result, Tool, run_call
 from tool_parts import Folder, Notebook, Python, calculator
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from agent_secrets import Hider
 from nlp_common.base.errors import UserError
-from reply_parser import BrokenCall, Call
+from nlp_common.lm.reply_parser import BrokenCall, Call
 from schema_check import check_call
 
 ERROR = "出错了："

@@ -32,11 +32,11 @@ from nlp_common.draw.tokens import token_boxes
 from nlp_common.hub.models import find_model, require_model
 from nlp_common.lm.chatml import encode_chat, whole_pieces
 from nlp_common.lm.loading import load_tokenizer
+from nlp_common.lm.reply_parser import HIDDEN, BrokenCall, Call, Reply, StreamParser, parse_reply
 from nlp_common.lm.tool_text import call_text, with_tools
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
-from reply_parser import HIDDEN, BrokenCall, Call, Reply, StreamParser, parse_reply
 from tool_examples import TOOLS, look_up
 
 HOME = Path(__file__).resolve().parent

@@ -39,11 +39,11 @@ from nlp_common.draw.plots import COLORS
 from nlp_common.hub.models import require_model
 from nlp_common.lm.chatml import prompt_ids, whole_pieces
 from nlp_common.lm.loading import load_causal_lm
+from nlp_common.lm.reply_parser import BrokenCall, Call, parse_reply
 from nlp_common.lm.tool_text import with_tools
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
-from reply_parser import BrokenCall, Call, parse_reply
 from schema_check import check_call
 from schema_check import check_value as check_value  # 给别的脚本用
 from tool_examples import QUESTIONS, TOOLS, random_call

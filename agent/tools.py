@@ -30,10 +30,10 @@ from typing import ClassVar
 
 from nlp_common.base.arguments import option, parse_arguments
 from nlp_common.base.errors import UserError
+from nlp_common.lm.reply_parser import Call
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
-from reply_parser import Call
 from tool_attacks import show_attacks, try_attacks
 from tool_calls import ERROR, Result, Tool, run_call
 from tool_parts import toolbox

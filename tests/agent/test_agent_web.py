@@ -13,7 +13,7 @@ from agent_secrets import Hider
 from agent_web import Visitor, trace_frame
 from nlp_common.base import web_page
 from nlp_common.base.errors import UserError
-from reply_parser import Call
+from nlp_common.lm.reply_parser import Call
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "<script>alert(1)</script>![x](http://evil.example/a.png)<img src=http://evil.example/b>"

@@ -24,8 +24,8 @@ from call_variants import TITLES, text_of, variants_of
 from call_world import ApiWorld, daily_world, same_effect
 from nlp_common.base.errors import UserError
 from nlp_common.hub.chat_server import ChatServer
+from nlp_common.lm.reply_parser import BrokenCall, Call
 from nlp_common.lm.tool_text import call_text
-from reply_parser import BrokenCall, Call
 from tool_world import ERROR
 
 WEATHER = {

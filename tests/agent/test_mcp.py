@@ -22,9 +22,9 @@ from mcp_server import ServerSettings, ToolServer, opened_tools
 from mcp_tools import as_schema, fault_of
 from mcp_wire import Wire, is_ours, split_command
 from nlp_common.base.errors import UserError
+from nlp_common.lm.reply_parser import Call
 from nlp_common.lm.tool_text import tools_text
 from react_agent import run_agent  # 只看导得进来
-from reply_parser import Call
 from tools import run_call
 
 AGENT = Path(mcp_client.__file__).parent

@@ -31,10 +31,10 @@ from failing_tools import Unreliable, spoiled_text, world_tools
 from nlp_common.hub.chat_server import ChatServer
 from nlp_common.lm.chatml import encode_untrusted, prompt_ids
 from nlp_common.lm.loading import load_tokenizer
+from nlp_common.lm.reply_parser import BrokenCall, parse_reply
 from nlp_common.lm.tool_text import call_text
 from react_agent import RATES, measure_repair, play_unreliable, run_agent, run_together
 from react_agent import main as react_main
-from reply_parser import BrokenCall, parse_reply
 from tiny_agent import build_base, build_tokenizer
 from tool_schema import check_call
 from tool_world import is_right, run_tool, tasks

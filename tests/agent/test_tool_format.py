@@ -16,8 +16,7 @@ import tool_format
 from function_schema import function_schema, read_docstring
 from nlp_common.base.errors import UserError
 from nlp_common.lm.chatml import encode_chat, whole_pieces
-from nlp_common.lm.tool_text import call_text, with_tools
-from reply_parser import (
+from nlp_common.lm.reply_parser import (
     MARKERS,
     BrokenCall,
     Call,
@@ -27,6 +26,7 @@ from reply_parser import (
     parse_reply,
     read_values,
 )
+from nlp_common.lm.tool_text import call_text, with_tools
 from tool_examples import TOOLS
 from tool_format import chat_text, token_table
 

@@ -16,8 +16,8 @@ from json_faults import FAULTS
 from nlp_common.base.errors import UserError
 from nlp_common.lm.automaton import Matcher
 from nlp_common.lm.gbnf import parse_grammar
+from nlp_common.lm.reply_parser import BrokenCall, Call, parse_reply, read_values
 from nlp_common.lm.schema_grammar import schema_to_grammar
-from reply_parser import BrokenCall, Call, parse_reply, read_values
 from schema_check import check_call, check_value
 from schema_words import check_schema
 from tool_examples import TOOLS, random_call

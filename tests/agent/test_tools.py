@@ -23,7 +23,7 @@ import tools
 from expressions import MOST_DEPTH, ExpressionError, evaluate, shown
 from file_tools import check_folder, decode, parts_of
 from nlp_common.base.errors import UserError
-from reply_parser import BrokenCall, Call
+from nlp_common.lm.reply_parser import BrokenCall, Call
 from text_search import Index, Passage, index_folder, passages_of, words_of
 from tool_calls import ERROR, Tool, ToolError, run_call, short_error
 from tools import fixed_clock, toolbox

@@ -1,4 +1,4 @@
-"""模型的话 → 给用户看的话、思考、调用；整段读，或一片一片地读。tool_format.py 的第三步。
+"""模型的话 → 给用户看的话、思考、调用；整段读，或一片一片地读。agent/tool_format.py 的第三步，model_compression/serve.py 也用它。
 
 读的是 Qwen（Hermes）的写法：<think>…</think>话<tool_call>\\n{"name": …, "arguments": {…}}\\n</tool_call>。
 """
