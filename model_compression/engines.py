@@ -1,0 +1,408 @@
+"""一个模型，四种引擎，一样的用法：PyTorch、ONNX Runtime、OpenVINO、llama.cpp。
+
+    engine = load("模型文件夹", "onnx", "int4")
+    engine.logits([[1, 2, 3]])                    # (1, V)：接下来一个 token 的 logits
+    engine.generate([[1, 2, 3], [4, 5]], 32)      # 贪心；一批里提示可以不一样长
+    for row, token in engine.stream(prompts, 32, temperature=0.7, seed=1): …   # 写一个给一个
+
+PyTorch、ONNX Runtime、OpenVINO 做的都是"一步"（step）：这一步的 token 与以前的 K、V 进去，logits 与加长了的 K、V 出来；
+生成的循环是 nlp_common/lm/generation.py 里同一个。llama.cpp 自己管 K、V，把几个提示一起交给它。
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+import engine_files as files
+import llama_engine
+from nlp_common.base.errors import UserError
+from nlp_common.lm.generation import batches_by_length, pad_left, padded_positions, stop_tokens, stream_tokens
+from nlp_common.lm.loading import end_chat_turns, load_causal_lm, load_tokenizer
+
+PRECISIONS = {
+    "torch": ("fp32", "bf16", "int8"),
+    "onnx": ("fp32", "int8", "int4"),
+    "openvino": ("fp32", "int8", "int4"),
+    "llama": ("f16", "q8_0", "q4_0"),
+}
+NAMES = {"torch": "PyTorch", "onnx": "ONNX Runtime", "openvino": "OpenVINO", "llama": "llama.cpp"}
+INSTALL = {
+    "onnx": "pip install onnx onnxruntime",
+    "openvino": "pip install onnx onnxruntime openvino",
+    "llama": llama_engine.INSTALL,
+}
+NEEDS = {"torch": (), "onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "onnxruntime", "openvino")}
+CONTEXT = 2048  # 最多给多长的前文留地方：llama.cpp 一开始就要占下
+SLOTS = 8  # llama.cpp 一次最多一起写几个
+
+
+def missing(engine: str) -> str | None:
+    """没有装：pip 的命令；装了是 None。"""
+    there = find_spec("xllamacpp") if engine == "llama" else all(map(find_spec, NEEDS[engine]))
+    return None if there else INSTALL[engine]
+
+
+def installed() -> list[str]:
+    return [engine for engine in PRECISIONS if missing(engine) is None]
+
+
+def load(
+    folder: str,
+    engine: str = "torch",
+    precision: str | None = None,
+    cache: str | None = None,
+    context: int | None = None,
+    slots: int = SLOTS,
+):
+    """模型文件夹 → 能用的引擎；没给 precision 是第一种。要导出的文件放在 cache（默认 outputs/engines），写过就不再写。"""
+    if engine not in PRECISIONS:
+        raise UserError(f"不认识引擎 {engine}，可以是 {'、'.join(PRECISIONS)}。")
+    precision = precision or PRECISIONS[engine][0]
+    if precision not in PRECISIONS[engine]:
+        raise UserError(f"{NAMES[engine]} 没有 {precision}，可以是 {'、'.join(PRECISIONS[engine])}。")
+    if command := missing(engine):
+        raise UserError(f"没有装 {NAMES[engine]}：{command}。")
+    path = Path(folder)
+    tokenizer = load_tokenizer(folder)
+    kinds = {"torch": TorchEngine, "onnx": OnnxEngine, "openvino": OpenVinoEngine, "llama": LlamaEngine}
+    found = kinds[engine](path, tokenizer, precision, cache, context, slots)
+    found.engine, found.precision = engine, precision
+    return found
+
+
+class Engine:
+    """几种引擎共有的：检查长短，成批生成。子类给出 step。"""
+
+    engine: str
+    precision: str
+    bytes_read: int  # 写一个 token 要读几个字节的权重
+
+    def __init__(self, tokenizer, config, context: int | None):
+        self.tokenizer, self.config = tokenizer, config
+        longest = config.max_position_embeddings
+        self.context = min(context or CONTEXT, longest)
+        self.stop_ids = stop_tokens(tokenizer)
+
+    def step(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past
+    ) -> tuple[Tensor, list]:
+        """input_ids、position_ids (B, T)，attention_mask (B, P + T)，past 是每层的 K、V (B, 头数, P, 维数)，第一步是 None。
+
+        → logits (B, V)，加长到 P + T 的 K、V。
+        """
+        raise NotImplementedError
+
+    def __call__(self, input_ids, attention_mask, position_ids, past_key_values=None, **_) -> SimpleNamespace:
+        """像 transformers 的模型那样调用：stream_tokens 就不必知道它是谁。"""
+        logits, past = self.step(input_ids, attention_mask, position_ids, past_key_values)
+        return SimpleNamespace(logits=logits[:, None], past_key_values=past)
+
+    @torch.no_grad()
+    def logits(self, prompts: list[list[int]]) -> Tensor:
+        """每个提示之后下一个 token 的 logits，(B, V)；提示可以不一样长。"""
+        self.check(prompts)
+        ids, mask = pad_left(prompts, self.tokenizer.pad_token_id)
+        return self.step(ids, mask, padded_positions(mask), None)[0].float()
+
+    def stream(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: bool = True,
+    ) -> Iterator[tuple[int, int]]:
+        """一批提示，写出一个就给一个：(第几个提示, token)；结束符也给。stop=False 不理会结束符，写满为止（量速度用）。
+
+        写到上下文装不下为止。不要了，就 close() 这个生成器。
+        """
+        max_new_tokens = self.check(prompts, max_new_tokens)
+        stops = self.stop_ids if stop else []
+        ids, mask = pad_left(prompts, self.tokenizer.pad_token_id)
+        generator = torch.Generator().manual_seed(seed)
+        ended = [False] * len(prompts)
+        for tokens in stream_tokens(
+            self, ids, mask, max_new_tokens, stops, self.tokenizer.pad_token_id, temperature, top_p, generator
+        ):
+            for row, token in enumerate(tokens.tolist()):
+                if not ended[row]:
+                    yield row, token
+                    ended[row] = token in stops
+
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, batch_size: int = 32, **how
+    ) -> list[list[int]]:
+        """每个提示的回复（token）；自己说完的以结束符结尾。长短相近的排在一批里，返回的次序与 prompts 相同。"""
+        replies: list[list[int]] = [[] for _ in prompts]
+        for batch in batches_by_length([len(prompt) for prompt in prompts], batch_size):
+            for row, token in self.stream([prompts[i] for i in batch], max_new_tokens, **how):
+                replies[batch[row]].append(token)
+        return replies
+
+    def check(self, prompts: list[list[int]], max_new_tokens: int = 1) -> int:
+        """提示空着、太长是 UserError；返回还写得下几个 token。"""
+        if not prompts or not all(prompts):
+            raise UserError("提示是空的：至少要有一个 token。")
+        longest = max(map(len, prompts))
+        if longest >= self.context:
+            raise UserError(
+                f"提示有 {longest} 个 token，上下文一共 {self.context} 个，没有地方写回答：缩短它。"
+            )
+        return min(max_new_tokens, self.context - longest)
+
+    def close(self) -> None:
+        """不再用了。"""
+
+
+# ---------------------------------------------------------------- PyTorch
+
+
+class TorchEngine(Engine):
+    def __init__(self, folder: Path, tokenizer, precision: str, *rest):
+        _, self.model = load_causal_lm(str(folder))
+        super().__init__(tokenizer, self.model.config, rest[1])
+        end_chat_turns(self.model, self.tokenizer)
+        self.model.eval()
+        if precision == "bf16":
+            self.model = self.model.to(torch.bfloat16)
+        if precision == "int8":
+            self.model = dynamic_int8(self.model)
+        self.bytes_read = linear_bytes(self.model)
+
+    @torch.no_grad()
+    def step(self, input_ids, attention_mask, position_ids, past):
+        cache = files.DynamicCache(list(zip(past[::2], past[1::2], strict=True))) if past else None
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        layers = out.past_key_values.layers
+        return out.logits[:, -1], [part for layer in layers for part in (layer.keys, layer.values)]
+
+
+def dynamic_int8(model: nn.Module) -> nn.Module:
+    """线性层的权重存成 int8（每行一个刻度），输入到了再量化：PyTorch 自带的动态量化，载入时当场做。"""
+    from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+
+    with warnings.catch_warnings():  # 将来的版本里要改用 torchao 的，现在的这一版还在
+        warnings.filterwarnings("ignore", message="torch.ao.quantization is deprecated.*")
+        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor.*")
+        return quantize_dynamic(model, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
+
+
+def linear_bytes(model: nn.Module) -> int:
+    """线性层（输出层在内）的权重几个字节；嵌入只取几行，不算。"""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            total += sum(p.numel() * p.element_size() for p in module.parameters())
+        elif "DynamicQuantizedLinear" in str(type(module)) or type(module).__module__.endswith(
+            "dynamic.modules.linear"
+        ):
+            weight = module.weight()
+            total += weight.numel() * weight.element_size() + 4 * len(weight)  # 每行一个刻度
+    return total
+
+
+# ---------------------------------------------------------------- ONNX Runtime、OpenVINO
+
+
+def onnx_file(folder: Path, precision: str, cache: str | None) -> Path:
+    """folder 的模型写成的 model.onnx 所在的文件夹；int8、int4 从 fp32 的来。"""
+
+    def write(target: Path) -> dict:
+        _, model = load_causal_lm(str(folder))
+        files.refuse_old_architecture(model, str(folder))
+        return files.write_onnx(model, target)
+
+    source = files.cached_files(folder, "onnx-fp32", write, cache)
+    if precision == "fp32":
+        return source
+    bits = int(precision.removeprefix("int"))
+    return files.cached_files(
+        folder, f"onnx-{precision}", lambda target: files.write_small_onnx(source, target, bits), cache
+    )
+
+
+class OnnxEngine(Engine):
+    def __init__(self, folder: Path, tokenizer, precision: str, cache, context, _slots):
+        import onnxruntime
+
+        super().__init__(tokenizer, read_config(folder), context)
+        source = onnx_file(folder, precision, cache)
+        self.bytes_read = files.noted(source)["bytes_read"]
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # 空等的线程不占着核
+        with readable(source):
+            self.session = onnxruntime.InferenceSession(
+                str(source / "model.onnx"), options, providers=["CPUExecutionProvider"]
+            )
+        self.names = ["input_ids", "attention_mask", "position_ids", *files.past_names(self.config)]
+
+    def step(self, input_ids, attention_mask, position_ids, past):
+        past = past or files.empty_past(self.config, len(input_ids))
+        inputs = [tensor.numpy() for tensor in (input_ids, attention_mask, position_ids, *past)]
+        logits, *past = map(
+            torch.from_numpy, self.session.run(None, dict(zip(self.names, inputs, strict=True)))
+        )
+        return logits, past
+
+
+class OpenVinoEngine(Engine):
+    def __init__(self, folder: Path, tokenizer, precision: str, cache, context, _slots):
+        import openvino
+
+        super().__init__(tokenizer, read_config(folder), context)
+
+        def write(target: Path) -> dict:
+            return files.write_openvino(onnx_file(folder, precision, cache), target)
+
+        source = files.cached_files(folder, f"openvino-{precision}", write, cache)
+        self.bytes_read = files.noted(source)["bytes_read"]
+        hints = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        if precision == "fp32":
+            hints["INFERENCE_PRECISION_HINT"] = "f32"  # 有 AMX 的处理器上，它自己会换成 bf16
+        with readable(source):
+            compiled = openvino.Core().compile_model(source / "model.xml", "CPU", hints)
+        self.request = compiled.create_infer_request()
+        self.names = ["input_ids", "attention_mask", "position_ids", *files.past_names(self.config)]
+
+    def step(self, input_ids, attention_mask, position_ids, past):
+        past = past or files.empty_past(self.config, len(input_ids))
+        inputs = [tensor.numpy() for tensor in (input_ids, attention_mask, position_ids, *past)]
+        found = self.request.infer(dict(zip(self.names, inputs, strict=True)), share_inputs=True)
+        logits, *past = (torch.from_numpy(found[place]) for place in range(len(found)))
+        return logits, past
+
+
+def read_config(folder: Path):
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+class readable:
+    """引擎读不了写好的文件：说出是哪个文件夹，怎样重来，不是一屏 C++ 的报错。"""
+
+    def __init__(self, source: Path):
+        self.source = source
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            first = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"{self.source} 里的文件读不了（{first}）：删掉这个文件夹再运行，会重新写。"
+            ) from error
+
+
+# ---------------------------------------------------------------- llama.cpp
+
+
+class LlamaEngine(Engine):
+    """xllamacpp：几个提示一次交给它，它自己管 K、V，自己排成一批（continuous batching）。几个线程可以同时用。"""
+
+    def __init__(self, folder: Path, tokenizer, precision: str, cache, context, slots):
+        import xllamacpp
+
+        def write(target: Path) -> dict:
+            _, model = load_causal_lm(str(folder))
+            return files.write_gguf(model, tokenizer, target, precision, folder.name)
+
+        super().__init__(tokenizer, read_config(folder), context)
+        source = files.cached_files(folder, f"llama-{precision}", write, cache)
+        self.bytes_read = files.noted(source)["bytes_read"]
+        params = xllamacpp.CommonParams()
+        params.model.path = str(source / "model.gguf")
+        params.n_ctx, params.n_parallel = self.context * slots, slots
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.verbosity, params.warmup = 0, False
+        with readable(source):
+            self.server = xllamacpp.Server(params)
+
+    @torch.no_grad()
+    def logits(self, prompts: list[list[int]]) -> Tensor:
+        """同上；llama.cpp 给的是 log 概率，与 logits 只差一个常数。"""
+        self.check(prompts)
+        size = self.config.vocab_size
+        found = torch.full((len(prompts), size), float("-inf"))
+        for row, prompt in enumerate(prompts):
+            answer = self.ask({"prompt": prompt, "n_predict": 1, "temperature": 0.0, "n_probs": size})
+            best = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            found[row, [each["id"] for each in best]] = torch.tensor([each["logprob"] for each in best])
+        return found
+
+    def stream(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, stop=True):
+        max_new_tokens = self.check(prompts, max_new_tokens)
+        request = {
+            "prompt": prompts,
+            "n_predict": max_new_tokens,
+            "stream": True,
+            "verbose": True,
+            "seed": seed,
+        }
+        request |= {"temperature": temperature, "top_p": top_p, "ignore_eos": not stop}
+        events: queue.Queue = queue.Queue()
+        left = threading.Event()
+
+        def hear(answer: dict | None) -> bool:
+            events.put(answer)
+            return left.is_set()  # True：不要了，停下
+
+        def run() -> None:
+            try:
+                self.ask(request, hear)
+            except BaseException as error:  # 交给读的那一边去抛
+                events.put(error)
+            events.put(StopIteration())
+
+        worker = threading.Thread(target=run, daemon=True)
+        worker.start()
+        try:
+            while not isinstance(event := events.get(), StopIteration):
+                if isinstance(event, BaseException):
+                    raise event
+                yield from tokens_in(event)
+        finally:
+            left.set()
+            worker.join()
+
+    def ask(self, request: dict, hear=None) -> dict:
+        exact = {"cache_prompt": False, "top_k": 0, "min_p": 0.0, "return_tokens": True, **request}
+        answer = (
+            self.server.handle_completions(exact, hear) if hear else self.server.handle_completions(exact)
+        )
+        if answer and "error" in answer:
+            raise UserError(f"llama.cpp 不能回答：{answer['error'].get('message', answer['error'])}")
+        return answer
+
+    def close(self) -> None:
+        self.server = None
+
+
+def tokens_in(event: dict | None) -> list[tuple[int, int]]:
+    """llama.cpp 的一条流 → [(第几个提示, token)]；说完了的那一条没有新 token。"""
+    if not event:
+        return []
+    if "error" in event:
+        raise UserError(f"llama.cpp 不能回答：{event['error'].get('message', event['error'])}")
+    tokens = event.get("__verbose", {}).get("tokens", [])
+    return [(event["choices"][0]["index"], token) for token in tokens]
