@@ -10,19 +10,15 @@
 from __future__ import annotations
 
 import http.client
-import ipaddress
 import json
 import random
-import socket
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
-
-import numpy as np
 
 from nlp_common.base.errors import UserError
+from nlp_common.base.load import check_target, percentiles
 
 MOST_RATE, MOST_REQUESTS, MOST_IN_FLIGHT = 500.0, 5000, 256
 TIMEOUT = 60.0  # 秒
@@ -50,24 +46,6 @@ class Result:
     status: str = ""  # ok、refused（说忙）、failed（断了、超时、出错）
     line: dict = field(default_factory=dict)
     why: str = ""
-
-
-def check_target(url: str, explicit: bool) -> tuple[str, int]:
-    """→ (主机, 端口)。没有明写 --url 的，只许是这台机器自己。"""
-    parts = urlsplit(url)
-    try:
-        port = parts.port or 80
-    except ValueError:
-        raise UserError(f"{url} 的端口不对。") from None
-    if parts.scheme != "http" or not parts.hostname:
-        raise UserError(f"{url} 不是网址：要写成 http://127.0.0.1:8900。")
-    try:
-        addresses = {row[4][0] for row in socket.getaddrinfo(parts.hostname, port)}
-    except OSError as error:
-        raise UserError(f"找不到主机 {parts.hostname}（{error.strerror or error}）。") from error
-    if not explicit and not all(ipaddress.ip_address(each.split("%")[0]).is_loopback for each in addresses):
-        raise UserError(f"{url} 不是这台机器：压力只打本机。真要打自己的服务器，用 --url 明写。")
-    return parts.hostname, port
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
@@ -184,14 +162,6 @@ def count_fates(results: Sequence[Result], expected: dict[Ask, str] | None = Non
             counts["mixed"] += not (own and same)
             counts["wrong"] += result.ask.answer not in line["answer"]
     return counts
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p50、p95、p99：有多少个不超过它（真的出现过的一个值，不在两个之间取中）。"""
-    if not len(values):
-        return {"p50": 0.0, "p95": 0.0, "p99": 0.0}
-    found = np.percentile(values, [50, 95, 99], method="inverted_cdf")
-    return {name: float(value) for name, value in zip(("p50", "p95", "p99"), found, strict=True)}
 
 
 def summary(results: Sequence[Result], expected: dict[Ask, str] | None = None) -> dict:

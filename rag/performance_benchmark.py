@@ -25,10 +25,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from load_generator import Ask, allowed, arrivals, check_target, closed_loop, draw_asks, open_loop, summary
+from load_generator import Ask, allowed, arrivals, closed_loop, draw_asks, open_loop, summary
 from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, POSITIVE, option
 from nlp_common.base.device import peak_memory_mb
 from nlp_common.base.errors import UserError
+from nlp_common.base.load import check_target
 from nlp_common.base.runs import write_json
 from nlp_common.draw.plots import line_chart
 from nlp_common.train.lesson import run_lesson
