@@ -309,7 +309,7 @@ def train(stage: Stage) -> dict:
     settings = stage.settings
     accelerator = make_accelerator(stage.device, settings)
     if accelerator.distributed_type in SHARDED:
-        raise UserError("GRPO 边训练边采样，参数不能分片：换用 accelerate_configs/ddp.yaml。")
+        raise UserError("GRPO 边训练边采样，参数不能分片：换用 ../accelerate_configs/ddp.yaml。")
     device = accelerator.device
     tokenizer, policy = load_causal_lm(stage.model_path)
     _, reference = load_causal_lm(stage.model_path)

@@ -297,7 +297,7 @@ def train(stage: Stage) -> dict:
     settings = stage.settings
     accelerator = make_accelerator(stage.device, settings)
     if accelerator.distributed_type in SHARDED:
-        raise UserError("PPO 边训练边采样，参数不能分片：换用 accelerate_configs/ddp.yaml。")
+        raise UserError("PPO 边训练边采样，参数不能分片：换用 ../accelerate_configs/ddp.yaml。")
     tokenizer, models = load_models(stage, accelerator.device)
     train_rows, heldout, data = load_train_and_eval(settings, "questions", to_questions)
     rows = drop_long(with_prompts(tokenizer, train_rows), prompt_length, settings.max_length, "提示")

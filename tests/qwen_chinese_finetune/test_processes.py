@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from nlp_common.tiny import world
 
 HOME = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"
-CONFIGS = HOME / "accelerate_configs"
+CONFIGS = HOME.parent / "accelerate_configs"
 SCRIPTS = {
     "sft": "sft_chinese_qwen",
     "pretrain": "pretrain_chinese-nvidia",
