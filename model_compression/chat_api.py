@@ -19,16 +19,16 @@ import select
 import socket
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
 from batching import Closed, Full, Job
 from chat_fields import Asked, Refusal, check_fields, read_body
 from chat_text import TextStream
-from serve_metrics import Metrics
-
 from nlp_common.base.errors import UserError
 from nlp_common.lm.chatml import encode_text, prompt_ids
+from serve_metrics import Metrics
 
 LOOK = 0.2  # 秒：每隔这么久看一眼，问的人还在不在
 NO_THINKING = "<think>\n\n</think>\n\n"  # Qwen3：先替它写好一段空的思考，它就直接回答
@@ -127,8 +127,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def check_key(self) -> None:
         """逐字比会泄露对了几个字（错得越靠后越慢）；compare_digest 的时间与对了几个无关。"""
         if self.service.key:
+            # http.server 把头里的字节照 latin-1 读成字：编回去，就是原来的字节
             given = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-            if not hmac.compare_digest(given.encode(errors="replace"), self.service.key.encode()):
+            if not hmac.compare_digest(given.encode("latin-1", "replace"), self.service.key.encode()):
                 raise Refusal(401, "钥匙不对，或没有给：Authorization: Bearer 钥匙。", code="invalid_api_key")
 
     def read_content(self) -> bytes:
@@ -250,6 +251,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_json(refusal.status, refusal.body)
         except OSError:  # 没有发完就断了、三十秒没有动静
             self.close_connection = True
+        except Exception as error:  # 没有想到的：问的人得到 500，终端上有 traceback，服务照常
+            traceback.print_exc()
+            self.close_connection = True
+            self.send_json(500, Refusal(500, f"服务器出了错：{type(error).__name__}。").body)
 
     def send_json(self, status: int, value: dict) -> None:
         self.send(status, json.dumps(value, ensure_ascii=False).encode(), "application/json; charset=utf-8")

@@ -32,13 +32,13 @@ class Spoken:
 class TextStream:
     """push(token) 给出新的文字；finish() 给出扣着的，calls 也在那时读完。"""
 
-    def __init__(self, tokenizer, stop: list[str], has_tools: bool, thinking: bool = False):
+    def __init__(self, tokenizer, stop: list[str], has_tools: bool, thinks: bool = False):
         self.tokenizer, self.stop = tokenizer, stop
         added = tokenizer.added_tokens_decoder.items()
         self.control = {number: token.content for number, token in added if len(token.content) > 1}
         self.marks_are_tokens = CALL in self.control.values()
         self.has_tools = has_tools
-        self.parser = StreamParser(thinking) if has_tools or thinking else None
+        self.parser = StreamParser() if has_tools or thinks else None
         self.pending: list[int] = []  # 还没有凑成整个字的
         self.plain = ""  # 平常的字，结尾也许正在变成控制符的样子
         self.held = ""  # 结尾也许是 stop 的开头

@@ -66,7 +66,9 @@ def ask_all(
         for call in mine:
             (one or stream_call)(target, call, started, params)
 
-    threads = [threading.Thread(target=client, args=(calls[i::clients],), daemon=True) for i in range(clients)]
+    threads = [
+        threading.Thread(target=client, args=(calls[i::clients],), daemon=True) for i in range(clients)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -125,7 +127,9 @@ def summary(calls: Sequence[Call], expected: dict[int, str]) -> dict:
         "sent": len(calls),
         "ok": len(good),
         "busy": sum(call.status == 429 for call in calls),
-        "lost": sum(call.status not in (200, 429) or (call.status == 200 and not call.finished) for call in calls),
+        "lost": sum(
+            call.status not in (200, 429) or (call.status == 200 and not call.finished) for call in calls
+        ),
         "mixed": sum(call.text != expected[id(call.question)] and call.text in others for call in good),
         "same": sum(call.text == expected[id(call.question)] for call in good) / max(1, len(good)),
         "right": sum(call.question["answer"] in call.text for call in good) / max(1, len(good)),

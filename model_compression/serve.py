@@ -29,13 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import engines
 from batching import Batcher
 from chat_api import ChatHTTPServer, Service
 from engine_slots import EngineSlots, LlamaBatcher
-from serve_metrics import Metrics
-from slot_model import TorchSlots
-
-import engines
 from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, Limits, option, parse_arguments
 from nlp_common.base.device import describe, pick_device
 from nlp_common.base.errors import UserError
@@ -43,6 +40,8 @@ from nlp_common.hub.preset import announce, choose_preset
 from nlp_common.lm.generation import stop_tokens
 from nlp_common.lm.loading import load_causal_lm
 from nlp_common.train.chain import chain_model
+from serve_metrics import Metrics
+from slot_model import TorchSlots
 
 FULL_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -145,6 +144,7 @@ def service_of(slots, tokenizer, name: str, settings: ServeSettings, key: str = 
 def finish_service(
     batcher, metrics, tokenizer, name: str, context: int, settings: ServeSettings, key: str
 ) -> Service:
+    tokenizer.model_max_length = 1 << 30  # 长短由 Service.job 查，分词器不必另说一句
     return Service(
         name, tokenizer, batcher, metrics, stop_tokens(tokenizer), context, min(settings.max_tokens, context - 1),
         key, settings.max_body, settings.slots + settings.waiting + 64, settings.temperature,
