@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from nlp_common.draw.figures import BROWSER_FONTS, render
 from nlp_common.draw.plots import COLORS, line_chart
 from planted_runs import FAULTS
+from step_flops import step_seconds
 
 if TYPE_CHECKING:
     from training_log_inspector import Report
@@ -137,8 +138,6 @@ def _list(title: str, lines: list[str]) -> str:
 
 
 def _values(report: Report, name: str) -> list[tuple[int, float]]:
-    from training_log_inspector import step_seconds
-
     return step_seconds(report.log) if name == "step_seconds" else report.log.column(name)
 
 

@@ -8,12 +8,16 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import torch
 
+from log_readers import TrainingLog
 from nlp_common.base.errors import UserError
 
 # 各种卡的 bf16（或 fp16）稠密矩阵乘的峰值，TFLOP/s，照厂家的规格表；带"稀疏"的数要除以二
@@ -105,3 +109,33 @@ def measured_peak(seconds: float = 0.5, size: int = 1024) -> float:
         a @ b
         best = max(best, 2 * size**3 / (time.perf_counter() - begin))
     return best
+
+
+# ---------------------------------------------------------------- 由日志算每步几秒、每秒几个 token
+
+
+def step_seconds(log: TrainingLog) -> list[tuple[int, float]]:
+    """每一步用了几秒：日志写了就用，不然由前后两条的时刻算。"""
+    if written := log.column("step_seconds"):
+        return [(step, seconds) for step, seconds in written if math.isfinite(seconds)]
+    found = []
+    moments = [(step, at) for step, at in log.column("time") if math.isfinite(at)]
+    for (before, began), (step, ended) in pairwise(moments):
+        if step > before and ended >= began:
+            found.append((step, (ended - began) / (step - before)))
+    return found if any(seconds > 0 for _, seconds in found) else []
+
+
+def tokens_per_s(log: TrainingLog, paces: list, per_step: float | None) -> float | None:
+    """写了每秒几个的，取中位数；不然由一共几个 token、用了几秒算。"""
+    if written := [speed for _, speed in log.column("tokens_per_s") if math.isfinite(speed)]:
+        return median(written)
+    if (whole := log.facts.get("train_tokens_per_s")) is not None:
+        return float(whole)
+    if per_step is None and len(counted := log.column("tokens")) > 1:
+        (first, before), (last, after) = counted[0], counted[-1]
+        per_step = (after - before) / max(last - first, 1)
+    if per_step is None or not paces:
+        return None
+    usual = median(seconds for _, seconds in paces)
+    return per_step / usual if usual > 0 else None

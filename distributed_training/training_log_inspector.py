@@ -22,7 +22,6 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -37,7 +36,7 @@ from nlp_common.base.errors import UserError
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings, preset_announced
 from nlp_common.train.stage import Stage
-from step_flops import PEAKS, flops_per_token, mfu, read_shape
+from step_flops import PEAKS, flops_per_token, mfu, read_shape, step_seconds, tokens_per_s
 
 HOME = Path(__file__).resolve().parent
 PRESETS: dict[str, dict] = {
@@ -334,33 +333,6 @@ def look_at_time(report: Report, settings: InspectSettings) -> None:
     report.numbers["mfu"] = mfu(speed, flops, peak * 1e12 * settings.n_gpus)
     if report.numbers["mfu"] > 1:
         report.cannot.append("算出来的 MFU 大于 1：模型、--length、卡的型号与张数，有一样写错了。")
-
-
-def step_seconds(log: TrainingLog) -> list[tuple[int, float]]:
-    """每一步用了几秒：日志写了就用，不然由前后两条的时刻算。"""
-    if written := log.column("step_seconds"):
-        return [(step, seconds) for step, seconds in written if math.isfinite(seconds)]
-    found = []
-    moments = [(step, at) for step, at in log.column("time") if math.isfinite(at)]
-    for (before, began), (step, ended) in pairwise(moments):
-        if step > before and ended >= began:
-            found.append((step, (ended - began) / (step - before)))
-    return found if any(seconds > 0 for _, seconds in found) else []
-
-
-def tokens_per_s(log: TrainingLog, paces: list, per_step: float | None) -> float | None:
-    """写了每秒几个的，取中位数；不然由一共几个 token、用了几秒算。"""
-    if written := [speed for _, speed in log.column("tokens_per_s") if math.isfinite(speed)]:
-        return median(written)
-    if (whole := log.facts.get("train_tokens_per_s")) is not None:
-        return float(whole)
-    if per_step is None and len(counted := log.column("tokens")) > 1:
-        (first, before), (last, after) = counted[0], counted[-1]
-        per_step = (after - before) / max(last - first, 1)
-    if per_step is None or not paces:
-        return None
-    usual = median(seconds for _, seconds in paces)
-    return per_step / usual if usual > 0 else None
 
 
 def shown(steps: list[int]) -> str:
