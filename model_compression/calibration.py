@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,3 +66,66 @@ def capture_inputs(
             hook.remove()
         model.train(was_training)
     return {name: torch.cat(parts) for name, parts in caught.items()}
+
+
+class _Enough(Exception):
+    """第一块的输入已经有了，后面的不必算。"""
+
+
+@torch.no_grad()
+def walk_blocks(
+    model: nn.Module, rows: list[dict], pad_id: int, batch_size: int = 32
+) -> Iterator[tuple[dict[str, nn.Linear], dict[str, Tensor]]]:
+    """一块一块地给出 ({全名: 线性层}, {全名: 它收到的输入 X (N, in)})：循环体里改了这一块，下一块收到的就是改过的。
+
+    每一块只算两遍：改之前记下输入，改之后算出交给下一块的；不用每一块都从头算起，几十层的模型才走得完。
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        batches = _first_inputs(model, rows, pad_id, batch_size)
+        for block, layers in zip(model.get_decoder().layers, linear_blocks(model), strict=True):
+            caught: dict[str, list[Tensor]] = {name: [] for name in layers}
+            for hidden, real, more in batches:
+                hooks = [
+                    layer.register_forward_pre_hook(
+                        lambda _module, args, kept=caught[name], real=real: kept.append(args[0][real])
+                    )
+                    for name, layer in layers.items()
+                ]
+                try:
+                    block(hidden, **more)
+                finally:
+                    for hook in hooks:
+                        hook.remove()
+            yield layers, {name: torch.cat(parts) for name, parts in caught.items()}
+            batches = [(block(hidden, **more), real, more) for hidden, real, more in batches]
+    finally:
+        model.train(was_training)
+
+
+def _first_inputs(
+    model: nn.Module, rows: list[dict], pad_id: int, batch_size: int
+) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
+    """一批一项：(第一块收到的 (B, T, H), 哪些位置是真实 token (B, T), 第一块另外收到的参数：位置的旋转等)。"""
+    found: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
+    decoder = model.get_decoder()
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        ids = collate(part, pad_id)["input_ids"].to(model.device)  # (B, T)
+        lengths = torch.tensor([len(row["input_ids"]) for row in part])
+        real = (torch.arange(ids.shape[1]) < lengths[:, None]).to(model.device)
+
+        def stop(_module, args, more, real=real):
+            hidden = args[0] if args else more.pop("hidden_states")
+            found.append((hidden, real, more))
+            raise _Enough
+
+        hook = decoder.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            decoder(input_ids=ids, use_cache=False)
+        except _Enough:
+            pass
+        finally:
+            hook.remove()
+    return found
