@@ -116,10 +116,15 @@ def empty_past(config, batch: int, length: int = 0, dtype: torch.dtype = torch.f
     return [torch.zeros(shape, dtype=dtype) for _ in range(2 * config.num_hidden_layers)]
 
 
-def write_onnx(model: nn.Module, folder: Path) -> dict:
-    """model.onnx：float32，批、步长、前文长度都可变。"""
+def write_onnx(model: nn.Module, folder: Path, name: str) -> dict:
+    """model.onnx：float32，批、步长、前文长度都可变。name 是报错时说的。"""
     import onnx
 
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise UserError(
+            f"{name} 的注意力是 {'、'.join(sorted(kinds))}，这里只会导出看得到全部前文的：用 PyTorch。"
+        )
     model = plain(model)
     names = past_names(model.config)
     outputs = [name.replace("past", "present") for name in names]
@@ -134,7 +139,7 @@ def write_onnx(model: nn.Module, folder: Path) -> dict:
     axes |= {name: {0: "batch", 2: "past"} for name in names}
     axes |= {name: {0: "batch", 2: "total"} for name in outputs}
     with torch.no_grad(), warnings.catch_warnings():
-        # 跟着走一遍（trace）的老写法：新的写法（dynamo=True）在 tiny 模型上也要几分钟。它的警告说的是"照这一遍走的记"，
+        # 跟着走一遍（trace）的老写法：新的写法（dynamo=True）慢几百倍，tiny 模型也要半分钟。它的警告说的是"照这一遍走的记"，
         # 走的是不是别的批、别的长度也对，测试一一比过。
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
         warnings.filterwarnings("ignore", message=".*legacy TorchScript-based ONNX export.*")
@@ -227,12 +232,3 @@ def write_gguf(model, tokenizer, folder: Path, wanted: str, name: str) -> dict:
     untied = "output.weight" in tensors  # 嵌入不兼任输出层，就只取几行
     read = [info.n_bytes for key, info in tensors.items() if not (untied and key == "token_embd.weight")]
     return {"bytes_read": sum(read)}
-
-
-def refuse_old_architecture(model, folder: str) -> None:
-    """导出的图每层只有 K、V：滑动窗口、有状态的（Mamba）不行。"""
-    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise UserError(
-            f"{folder} 的注意力是 {'、'.join(sorted(kinds))}，这里只会导出看得到全部前文的：用 --engine torch。"
-        )

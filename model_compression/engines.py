@@ -210,32 +210,41 @@ def linear_bytes(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             total += sum(p.numel() * p.element_size() for p in module.parameters())
-        elif "DynamicQuantizedLinear" in str(type(module)) or type(module).__module__.endswith(
-            "dynamic.modules.linear"
-        ):
+        elif type(module).__module__ == "torch.ao.nn.quantized.dynamic.modules.linear":
             weight = module.weight()
             total += weight.numel() * weight.element_size() + 4 * len(weight)  # 每行一个刻度
     return total
 
 
-# ---------------------------------------------------------------- ONNX Runtime、OpenVINO
+# ---------------------------------------------------------------- 要写的文件
 
 
-def onnx_file(folder: Path, precision: str, cache: str | None) -> Path:
-    """folder 的模型写成的 model.onnx 所在的文件夹；int8、int4 从 fp32 的来。"""
+def prepare(folder: Path, engine: str, precision: str, cache: str | None = None) -> Path | None:
+    """引擎要读的文件所在的文件夹，还没有就写；PyTorch 直接读模型，不用写。"""
+    writers = {
+        "onnx": lambda target: write_onnx(folder, precision, cache, target),
+        "openvino": lambda target: files.write_openvino(prepare(folder, "onnx", precision, cache), target),
+        "llama": lambda target: write_gguf(folder, precision, target),
+    }
+    if engine == "torch":
+        return None
+    return files.cached_files(folder, f"{engine}-{precision}", writers[engine], cache)
 
-    def write(target: Path) -> dict:
-        _, model = load_causal_lm(str(folder))
-        files.refuse_old_architecture(model, str(folder))
-        return files.write_onnx(model, target)
 
-    source = files.cached_files(folder, "onnx-fp32", write, cache)
+def write_onnx(folder: Path, precision: str, cache: str | None, target: Path) -> dict:
     if precision == "fp32":
-        return source
-    bits = int(precision.removeprefix("int"))
-    return files.cached_files(
-        folder, f"onnx-{precision}", lambda target: files.write_small_onnx(source, target, bits), cache
-    )
+        _, model = load_causal_lm(str(folder))
+        return files.write_onnx(model, target, str(folder))
+    source = prepare(folder, "onnx", "fp32", cache)  # 小的从 float32 的来
+    return files.write_small_onnx(source, target, int(precision.removeprefix("int")))
+
+
+def write_gguf(folder: Path, precision: str, target: Path) -> dict:
+    tokenizer, model = load_causal_lm(str(folder))
+    return files.write_gguf(model, tokenizer, target, precision, folder.name)
+
+
+# ---------------------------------------------------------------- ONNX Runtime、OpenVINO
 
 
 class OnnxEngine(Engine):
@@ -243,7 +252,7 @@ class OnnxEngine(Engine):
         import onnxruntime
 
         super().__init__(tokenizer, read_config(folder), context)
-        source = onnx_file(folder, precision, cache)
+        source = prepare(folder, "onnx", precision, cache)
         self.bytes_read = files.noted(source)["bytes_read"]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -268,11 +277,7 @@ class OpenVinoEngine(Engine):
         import openvino
 
         super().__init__(tokenizer, read_config(folder), context)
-
-        def write(target: Path) -> dict:
-            return files.write_openvino(onnx_file(folder, precision, cache), target)
-
-        source = files.cached_files(folder, f"openvino-{precision}", write, cache)
+        source = prepare(folder, "openvino", precision, cache)
         self.bytes_read = files.noted(source)["bytes_read"]
         hints = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
         if precision == "fp32":
@@ -322,12 +327,8 @@ class LlamaEngine(Engine):
     def __init__(self, folder: Path, tokenizer, precision: str, cache, context, slots):
         import xllamacpp
 
-        def write(target: Path) -> dict:
-            _, model = load_causal_lm(str(folder))
-            return files.write_gguf(model, tokenizer, target, precision, folder.name)
-
         super().__init__(tokenizer, read_config(folder), context)
-        source = files.cached_files(folder, f"llama-{precision}", write, cache)
+        source = prepare(folder, "llama", precision, cache)
         self.bytes_read = files.noted(source)["bytes_read"]
         params = xllamacpp.CommonParams()
         params.model.path = str(source / "model.gguf")
