@@ -10,7 +10,7 @@
   5. 与 ../qwen_chinese_finetune/grpo_alignment.py 同一个公式，只是采样换成了一局一局地玩。
 
 怎么运行
-  python grpo_tool_use.py                          # 小世界，CPU，约两分钟（从 sft_tool_call.py --uneven 的结果开始，没有就先训练）
+  python grpo_tool_use.py                          # 小世界，CPU，约三分钟（从 sft_tool_call.py --uneven 的结果开始，没有就先训练）
   python grpo_tool_use.py --call_cost 0            # 调用不要钱
   python grpo_tool_use.py --learn_results          # 不遮工具的结果
   python grpo_tool_use.py --preset full            # Qwen3-0.6B，同样的题，需要加速器
@@ -52,7 +52,7 @@ from tool_world import ERROR, PASSING, is_right, run_tool, tasks
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen3-0.6B"
 PRESETS = {
-    "tiny": {"max_steps": 40, "n_tasks": 8, "learning_rate": 3e-4, "micro_batch_size": 32, "n_questions": 200,
+    "tiny": {"max_steps": 60, "n_tasks": 8, "learning_rate": 3e-4, "micro_batch_size": 32, "n_questions": 200,
              "max_new_tokens": LONGEST_REPLY},
     "full": {"max_steps": 100, "n_tasks": 8, "learning_rate": 1e-6, "micro_batch_size": 4, "n_questions": 200,
              "max_new_tokens": 256},
@@ -81,7 +81,7 @@ class GRPOSettings(LessonSettings):
     num_generations: int = option("G：一道题玩几局", 8, Limits(at_least=2))
     temperature: float = option("采样的温度", 1.0, Limits(above=0))
     max_new_tokens: int | None = option("模型一次最多说几个 token", limits=COUNT)
-    call_cost: float = option("每次调用扣几分；答对得 1 分", 0.05, Limits(at_least=0, below=0.25))
+    call_cost: float = option("每次调用扣几分；答对得 1 分", 0.1, Limits(at_least=0, below=0.25))
     failing: float = option(
         "练的时候，每次调用有几成失灵（留出的题，失灵的、不失灵的都量）", 0.0, Limits(at_least=0, at_most=0.9)
     )
