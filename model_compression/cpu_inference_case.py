@@ -107,8 +107,7 @@ def learn(stage: Stage, found: dict) -> dict:
             continue
         length = settings.prompt_tokens + settings.new_tokens / 2
         row["bytes_per_token"] = row["bytes_read"] + kv_bytes(config, length, WIDTHS.get(precision, 4))
-        speed = row["batch_1"]["decode_tokens_per_s"]
-        row["bandwidth_share"] = speed * row["bytes_per_token"] / (bandwidth * 1e9)
+        row["bandwidth_share"] = row["decode_tokens_per_s"] * row["bytes_per_token"] / (bandwidth * 1e9)
         if settings.n_questions and request["questions"]:
             replies = [reply_of(tokenizer, ids) for ids in row.pop("replies")]
             right = [judge(q, r["text"], r["ended"]).right for q, r in zip(questions, replies, strict=True)]
@@ -249,11 +248,11 @@ HEADER = (
 
 
 def line(name: str, precision: str, row: dict) -> str:
-    one, eight = row["batch_1"], row["batch_8"]
+    eight = row["batch_8"]
     parts = [
         f"{NAMES[name]:<13} {precision:<6}{row['load_seconds']:7.1f}{row['model_memory_mb']:9.0f}",
-        f"{one['prefill_tokens_per_s']:11.0f}{eight['prefill_tokens_per_s']:7.0f}",
-        f"{one['decode_tokens_per_s']:9.1f}{eight['decode_tokens_per_s']:8.1f}{row['bandwidth_share']:8.0%}",
+        f"{row['prefill_tokens_per_s']:11.0f}{eight['prefill_tokens_per_s']:7.0f}",
+        f"{row['decode_tokens_per_s']:9.1f}{eight['decode_tokens_per_s']:8.1f}{row['bandwidth_share']:8.0%}",
         f"{row['max_difference']:13.2g}{row['kl']:11.2g}",
         f"{row['qa_accuracy']:7.3f}" if "qa_accuracy" in row else "",
     ]
@@ -264,7 +263,7 @@ def draw(folder: Path, metrics: dict, bandwidth: float) -> None:
     points: dict[str, dict] = {}
     for name, precision in ((n, p) for n in PRECISIONS for p in PRECISIONS[n]):
         if row := metrics.get(f"{name}_{precision}"):
-            place = (row["bytes_per_token"] / 1e6, row["batch_1"]["decode_tokens_per_s"])
+            place = (row["bytes_per_token"] / 1e6, row["decode_tokens_per_s"])
             points.setdefault(NAMES[name], {})[precision] = place
     if points:
         draw_roofline(folder / "roofline.svg", points, bandwidth * 1e9)

@@ -47,6 +47,7 @@ def cached_files(folder: Path, name: str, write: Callable[[Path], dict], cache: 
             shutil.rmtree(target)
         temporary = target.with_name(f".{name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)  # 上次被打断留下的
+        check_space(root, folder)
         temporary.mkdir()
         try:
             found = write(temporary)
@@ -57,6 +58,15 @@ def cached_files(folder: Path, name: str, write: Callable[[Path], dict], cache: 
         write_json(temporary / DONE, {"files": sizes, **found})
         temporary.rename(target)
     return target
+
+
+def check_space(root: Path, folder: Path) -> None:
+    """最大的一份（float32 的 ONNX）是 bfloat16 的权重的两倍半；不够就不开始。"""
+    needed = 3 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if (free := shutil.disk_usage(root).free) < needed:
+        raise UserError(
+            f"{root} 所在的盘只剩 {free / 1e6:,.0f} MB，要 {needed / 1e6:,.0f} MB：清出空间再运行。"
+        )
 
 
 def whole(target: Path) -> bool:

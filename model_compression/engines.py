@@ -11,6 +11,7 @@ PyTorch、ONNX Runtime、OpenVINO 做的都是"一步"（step）：这一步的 
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import warnings
@@ -301,21 +302,14 @@ def read_config(folder: Path):
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-class readable:
+@contextlib.contextmanager
+def readable(source: Path) -> Iterator[None]:
     """引擎读不了写好的文件：说出是哪个文件夹，怎样重来，不是一屏 C++ 的报错。"""
-
-    def __init__(self, source: Path):
-        self.source = source
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, Exception) and not isinstance(error, UserError):
-            first = str(error).strip().splitlines()[0][:200]
-            raise UserError(
-                f"{self.source} 里的文件读不了（{first}）：删掉这个文件夹再运行，会重新写。"
-            ) from error
+    try:
+        yield
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{source} 里的文件读不了（{first}）：删掉这个文件夹再运行，会重新写。") from error
 
 
 # ---------------------------------------------------------------- llama.cpp
@@ -339,7 +333,6 @@ class LlamaEngine(Engine):
         with readable(source):
             self.server = xllamacpp.Server(params)
 
-    @torch.no_grad()
     def logits(self, prompts: list[list[int]]) -> Tensor:
         """同上；llama.cpp 给的是 log 概率，与 logits 只差一个常数。"""
         self.check(prompts)
