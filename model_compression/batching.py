@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from slot_model import SlotModel
 
 from nlp_common.lm.generation import pick_next
+from slot_model import SlotModel
 
 PREFILL = 2048  # 一次最多一起读几个提示的 token：读提示的时候，在座的都停着等
 

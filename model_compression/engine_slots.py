@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable
 
 import torch
-from batching import Closed, Full, Job
-from slot_model import SlotCache
 
+from batching import Closed, Full, Job
 from nlp_common.lm.generation import pad_left, padded_positions
+from slot_model import SlotCache
 
 
 class EngineSlots:

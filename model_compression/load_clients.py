@@ -36,12 +36,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Target:
-    """打谁。url 到 /v1 为止；params 是每个请求都带的。"""
+    """打谁。url 到 /v1 为止；explicit 是明写的 --url；said 是我们自己开的服务开起来时说的话。"""
 
     url: str
     model: str
     key: str = ""
     explicit: bool = False
+    said: str = ""
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(*check_target(self.url, self.explicit), timeout=TIMEOUT)

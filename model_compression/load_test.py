@@ -120,7 +120,7 @@ def alone(path: str, questions: list[dict]) -> dict[int, str]:
 
 def try_way(path: str, engine: str, way: str, questions: list[dict], expected: dict, settings) -> dict:
     rows = {}
-    with running(path, settings, "--engine", engine, *WAYS[way][0]) as target:
+    with running(path, settings.threads, "--engine", engine, *WAYS[way][0]) as target:
         ask_all(target, questions[:4], 2, temperature=0, max_tokens=MAX_REPLY)  # 热身
         for clients in CLIENTS:
             some = questions[: len(questions) if clients == max(CLIENTS) else len(questions) // 4]
@@ -133,29 +133,34 @@ def try_way(path: str, engine: str, way: str, questions: list[dict], expected: d
 
 
 @contextmanager
-def running(path: str, settings, *options: str) -> Iterator[Target]:
-    """serve.py 另开一个进程：打的人与答的人不抢同一个 Python。出去时关掉它。"""
-    command = [sys.executable, "serve.py", "--model", path, "--name", "tiny", "--port", "0",
-               "--threads", str(settings.threads), *options]  # fmt: skip
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(settings.threads)}
+def running(path: str, threads: int, *options: str, script: str = "serve.py") -> Iterator[Target]:
+    """服务另开一个进程：打的人与答的人不抢同一个 Python。出去时关掉它。"""
+    command = [
+        sys.executable,
+        script,
+        "--model",
+        path,
+        "--name",
+        "tiny",
+        "--port",
+        "0",
+        "--threads",
+        str(threads),
+    ]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads)}
     server = subprocess.Popen(
-        command,
-        cwd=HOME,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-    )
+        [*command, *options], cwd=HOME, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, encoding="utf-8",
+    )  # fmt: skip
     try:
-        said = []
+        said = ""
         for line in server.stdout:
-            said.append(line)
+            said += line
             if found := READY.search(line):
                 break
         else:
-            raise UserError(f"serve.py 没有开起来：{''.join(said[-5:]).strip()}")
-        yield Target(found[1], "tiny")
+            raise UserError(f"{script} 没有开起来：{said.strip()[-500:]}")
+        yield Target(found[1], "tiny", said=said)
     finally:
         server.terminate()
         try:
@@ -185,7 +190,7 @@ def rows_a_step(before: dict, after: dict) -> float:
 
 def hang_ups(path: str, engine: str, questions: list[dict], expected: dict, settings) -> dict:
     """16 个客户说到一半就挂断（温度 2，要写很长），接着 16 个正经问的：座位都空出来了，答案还是自己的。"""
-    with running(path, settings, "--engine", engine) as target:
+    with running(path, settings.threads, "--engine", engine) as target:
         ask_all(target, questions[:32], 16, hang_up_call, temperature=2, max_tokens=300, seed=settings.seed)
         started = time.perf_counter()
         calls = ask_all(target, questions[:32], 16, temperature=0, max_tokens=MAX_REPLY)

@@ -549,7 +549,7 @@ def test_the_openai_client(control):
         with pytest.raises(openai.NotFoundError):
             good.chat.completions.create(**asked | {"model": "none"})
         with pytest.raises(openai.BadRequestError) as error:
-            good.chat.completions.create(**asked | {"messages": [{"role": "user", "content": "好" * 600}]})
+            good.chat.completions.create(**asked | {"messages": [{"role": "user", "content": "好" * 3000}]})
         assert error.value.code == "context_length_exceeded"
 
 
