@@ -76,6 +76,7 @@ def test_the_full_size_is_close_to_six_times_the_parameters(gpu):
     assert 3 * gpu.forward_flops(config, 512, 512) == pytest.approx(6 * n * 512, rel=0.1)
 
 
+@pytest.mark.slow
 def test_tiny_runs_every_row(gpu, capsys):
     rows = gpu.main(["--tiny", "--steps", "1", "--peak_tflops", "0.05"])
     sides = ["ours", "library", "trl_default", "trl_no_checkpointing"]

@@ -89,6 +89,7 @@ def test_every_method_and_the_second_run(tmp_path, chat_folder, capsys):
     assert "已有训练结果" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_interrupted_and_started_again_ends_the_same(tmp_path, chat_folder, monkeypatch):
     common = [*SMALL, "--model", str(chat_folder), "--methods", "full,olora"]
     whole = il.main([*common, "--output_dir", str(tmp_path / "whole")])["metrics"]

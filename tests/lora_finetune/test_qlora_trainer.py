@@ -135,6 +135,7 @@ def test_run_second_run_and_files(tmp_path, base_folder, capsys):
     assert "直接加载" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(tmp_path, base_folder, monkeypatch, capsys):
     argv = [*FEW, "--max_steps", "2", "--model", str(base_folder), "--output_dir", str(tmp_path / "out")]
     real = script.train_one

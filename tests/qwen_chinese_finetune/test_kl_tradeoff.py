@@ -59,6 +59,7 @@ def test_smoothing_averages_the_neighbours(tradeoff):
     assert steps == [1, 2, 3, 4] and values == [5, 10, 20, 25]
 
 
+@pytest.mark.slow
 def test_the_whole_script(tradeoff, chain, monkeypatch, capsys):
     for name, values in {"NS": (1, 2), "KL_COEFS": (0.1,), "BETAS": (0.3,)}.items():
         monkeypatch.setattr(tradeoff, name, values)

@@ -118,6 +118,7 @@ def test_the_whole_script(r1, tmp_path, capsys):
     assert json.loads((out / "run.json").read_text(encoding="utf-8"))["metrics"] == record["metrics"]
 
 
+@pytest.mark.slow
 def test_interrupted_parts_are_not_done_again(r1, tmp_path, monkeypatch, capsys):
     """GRPO 做到一半断了：预训练不重做，GRPO 的每一步与不中断的相同。"""
     straight = r1.main([*SMALL, "--output_dir", str(tmp_path / "straight")])

@@ -72,6 +72,7 @@ def test_interrupted_then_resumed_equals_uninterrupted(
     assert not work.exists()
 
 
+@pytest.mark.slow
 def test_the_comparison_goes_on_where_it_was(
     methods, chat_folder, reward_folder, tmp_path, monkeypatch, capsys
 ):

@@ -162,6 +162,7 @@ def test_mac_configuration_on_apple_silicon(run_all, monkeypatch):
     assert run_all.load_script("pretrain").PRESETS["full"]["gradient_accumulation_steps"] == 4
 
 
+@pytest.mark.slow
 def test_with_grpo_comes_between_ppo_and_compare(run_all, load_script, monkeypatch, tmp_path, capsys):
     """--with grpo 只添一个阶段；比较时也带上它。不加就与以前一样。"""
     asked = []

@@ -92,6 +92,7 @@ def test_show_batch_shows_calls_learned_and_results_not(base, tmp_path, sft, cap
     assert learned[False].count("<tool_response>⏎花园⏎</tool_response>") == 3
 
 
+@pytest.mark.slow
 def test_openai_and_sharegpt_files_train_the_same_model(base, tmp_path, sft):
     """一个在新开的进程里，像读者那样运行；两种写法的行逐字相同，损失也就相同。"""
     history = []

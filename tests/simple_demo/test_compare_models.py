@@ -220,6 +220,7 @@ def test_snownlp_learns_from_our_split_only(monkeypatch):
 # ---- 像读者那样运行 ----
 
 
+@pytest.mark.slow
 def test_all_models_on_a_small_file(tmp_path):
     folder = tmp_path / "simple_demo"
     shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("outputs", "__pycache__"))
