@@ -164,9 +164,10 @@ def _read_json(path: Path) -> TrainingLog:
         if not isinstance(row, dict):
             log.notes.append(f"{path} 的第 {index} 条历史不是一个字典，跳过了。")
             continue
-        entries.append((f"第 {index} 条", _fields_of_row(row, log, f"{path} 的第 {index} 条")))
-        if "train_runtime" in row:
+        if "train_runtime" in row:  # 训练完写的总结，train_loss 是全程的平均，不是一步
             log.facts["train_seconds"] = row["train_runtime"]
+            continue
+        entries.append((f"第 {index} 条", _fields_of_row(row, log, f"{path} 的第 {index} 条")))
     if path.name == "history.json":
         _look_at_checkpoint(path.parent, log)
     return _whole(log, entries)
@@ -295,7 +296,7 @@ def _read_text(path: Path) -> TrainingLog:
                 entries.append((f"第 {number} 行", _fields_of_row(row, log, f"{path}:{number}")))
             except ValueError:
                 bad.append(number)
-        else:
+        elif "train_runtime" not in line:  # transformers 训练完的总结，不是一步
             entries.append((f"第 {number} 行", fields_of(clean(line))))
     if n_json:
         log.kind = "jsonl"

@@ -182,6 +182,7 @@ def test_powershell_and_progress_bars(tmp_path):
     assert len(read_log(path).points) == 2
     path.write_bytes(
         b"  0%|  | 0/2 [00:00<?]\r 50%|# | 1/2 [00:01]\r{'loss': 2.0, 'epoch': 0.5}\n{'loss': 1.0, 'epoch': 1.0}\n"
+        b"{'train_runtime': 3.5, 'train_loss': 1.5, 'epoch': 1.0}\n"
     )
     log = read_log(path)
     assert log.column("loss") == [(1, 2.0), (2, 1.0)] and "没有写步数" in log.notes[0]
