@@ -273,7 +273,7 @@ def draw(folder: Path, ways: dict) -> None:
 # ---------------------------------------------------------------- 5. 打别的服务
 
 
-def test_other(settings: LoadTestSettings) -> dict:
+def try_other(settings: LoadTestSettings) -> dict:
     """--url：别处开着的服务。不知道它单独怎样答，只看答对没有、快不快。"""
     questions = world.heldout_questions(settings.n_questions, seed=settings.seed)
     target = Target(settings.url, settings.server_model, os.environ.get(settings.api_key_env, ""), True)
@@ -304,7 +304,7 @@ def test_other(settings: LoadTestSettings) -> dict:
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(LoadTestSettings, PRESETS, argv)
     if settings.url:
-        return test_other(settings)
+        return try_other(settings)
     found = chain_model("sft", settings.model)
     start = f"{found['stage']}:{found['id']}"
     return run_lesson("load_test", HOME, settings, partial(learn, path=found["path"]), start=start)
