@@ -95,7 +95,21 @@ def load_bnb(path: str, slots: int, context: int, four_bits: bool) -> Loaded:
         dtype=torch.float32,
         trust_remote_code=False,
     )
-    return seated(model, load_tokenizer(path), model_bytes(model), "内存", slots, context)
+    return seated(
+        model, load_tokenizer(path), model_bytes(model) + scale_bytes(model), "内存", slots, context
+    )
+
+
+def scale_bytes(model) -> int:
+    """刻度不在 parameters 里：int8 每行一个，NF4 每块一个。"""
+    total = 0
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if (rows := getattr(weight, "SCB", None)) is not None:
+            total += rows.nbytes
+        if (state := getattr(weight, "quant_state", None)) is not None:
+            total += state.absmax.nbytes
+    return total
 
 
 def load_int8(path: str, slots: int, context: int) -> Loaded:
