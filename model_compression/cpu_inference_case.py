@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from export_gguf import other_questions
 
-from engines import INSTALL, NAMES, PRECISIONS, installed, prepare
+from engine_files import prepare
+from engines import INSTALL, NAMES, PRECISIONS, installed
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
 from nlp_common.base.processes import without_launcher

@@ -12,6 +12,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from transformers import DynamicCache
 
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import file_sha256, write_json
+from nlp_common.lm.loading import load_causal_lm
 
 HOME = Path(__file__).resolve().parent
 DONE = "engine.json"  # 全部写完才写它：各文件多大、一步要读几个字节
@@ -28,6 +30,30 @@ GROUP = 32  # int8、int4 每几个数一个刻度，与 GGUF 的一块相同
 EMBEDDING_BITS = 8  # int4 的文件里，输出层仍是八位：它最怕压
 TOO_LARGE = 1_900_000_000  # protobuf 的一个文件最多 2 GB，再大的权重另放一个文件
 FORMAT = 1  # 写法改了就加一：以前写的不再用
+
+
+def prepare(folder: Path, engine: str, precision: str, cache: str | None = None) -> Path | None:
+    """引擎要读的文件所在的文件夹，还没有就写；PyTorch 直接读模型，不用写。"""
+    if engine == "torch":
+        return None
+    writer = {"onnx": onnx_writer, "openvino": openvino_writer, "llama": gguf_writer}[engine]
+    return cached_files(folder, f"{engine}-{precision}", partial(writer, folder, precision, cache), cache)
+
+
+def onnx_writer(folder: Path, precision: str, cache: str | None, target: Path) -> dict:
+    if precision == "fp32":
+        return write_onnx(load_causal_lm(str(folder))[1], target, str(folder))
+    source = prepare(folder, "onnx", "fp32", cache)  # 小的从 float32 的来
+    return write_small_onnx(source, target, int(precision.removeprefix("int")))
+
+
+def openvino_writer(folder: Path, precision: str, cache: str | None, target: Path) -> dict:
+    return write_openvino(prepare(folder, "onnx", precision, cache), target)
+
+
+def gguf_writer(folder: Path, precision: str, _cache: str | None, target: Path) -> dict:
+    tokenizer, model = load_causal_lm(str(folder))
+    return write_gguf(model, tokenizer, target, precision, folder.name)
 
 
 def cached_files(folder: Path, name: str, write: Callable[[Path], dict], cache: str | None = None) -> Path:
@@ -154,6 +180,7 @@ def write_onnx(model: nn.Module, folder: Path, name: str) -> dict:
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
         warnings.filterwarnings("ignore", message=".*legacy TorchScript-based ONNX export.*")
         warnings.filterwarnings("ignore", message="Exporting aten::index operator.*")
+        warnings.filterwarnings("ignore", message="The feature will be removed", category=DeprecationWarning)
         torch.onnx.export(
             Step(model),
             example,

@@ -16,6 +16,8 @@ import queue
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 import engine_files as files
 import llama_engine
 from nlp_common.base.errors import UserError
+from nlp_common.lm.chatml import encode_text
 from nlp_common.lm.generation import batches_by_length, pad_left, padded_positions, stop_tokens, stream_tokens
 from nlp_common.lm.loading import end_chat_turns, load_causal_lm, load_tokenizer
 
@@ -217,34 +220,6 @@ def linear_bytes(model: nn.Module) -> int:
     return total
 
 
-# ---------------------------------------------------------------- 要写的文件
-
-
-def prepare(folder: Path, engine: str, precision: str, cache: str | None = None) -> Path | None:
-    """引擎要读的文件所在的文件夹，还没有就写；PyTorch 直接读模型，不用写。"""
-    writers = {
-        "onnx": lambda target: write_onnx(folder, precision, cache, target),
-        "openvino": lambda target: files.write_openvino(prepare(folder, "onnx", precision, cache), target),
-        "llama": lambda target: write_gguf(folder, precision, target),
-    }
-    if engine == "torch":
-        return None
-    return files.cached_files(folder, f"{engine}-{precision}", writers[engine], cache)
-
-
-def write_onnx(folder: Path, precision: str, cache: str | None, target: Path) -> dict:
-    if precision == "fp32":
-        _, model = load_causal_lm(str(folder))
-        return files.write_onnx(model, target, str(folder))
-    source = prepare(folder, "onnx", "fp32", cache)  # 小的从 float32 的来
-    return files.write_small_onnx(source, target, int(precision.removeprefix("int")))
-
-
-def write_gguf(folder: Path, precision: str, target: Path) -> dict:
-    tokenizer, model = load_causal_lm(str(folder))
-    return files.write_gguf(model, tokenizer, target, precision, folder.name)
-
-
 # ---------------------------------------------------------------- ONNX Runtime、OpenVINO
 
 
@@ -253,7 +228,7 @@ class OnnxEngine(Engine):
         import onnxruntime
 
         super().__init__(tokenizer, read_config(folder), context)
-        source = prepare(folder, "onnx", precision, cache)
+        source = files.prepare(folder, "onnx", precision, cache)
         self.bytes_read = files.noted(source)["bytes_read"]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -278,7 +253,7 @@ class OpenVinoEngine(Engine):
         import openvino
 
         super().__init__(tokenizer, read_config(folder), context)
-        source = prepare(folder, "openvino", precision, cache)
+        source = files.prepare(folder, "openvino", precision, cache)
         self.bytes_read = files.noted(source)["bytes_read"]
         hints = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
         if precision == "fp32":
@@ -322,7 +297,7 @@ class LlamaEngine(Engine):
         import xllamacpp
 
         super().__init__(tokenizer, read_config(folder), context)
-        source = prepare(folder, "llama", precision, cache)
+        source = files.prepare(folder, "llama", precision, cache)
         self.bytes_read = files.noted(source)["bytes_read"]
         params = xllamacpp.CommonParams()
         params.model.path = str(source / "model.gguf")
@@ -332,6 +307,7 @@ class LlamaEngine(Engine):
         params.verbosity, params.warmup = 0, False
         with readable(source):
             self.server = xllamacpp.Server(params)
+        self.slots, self.letter = slots, encode_text(tokenizer, "a")[0]
 
     def logits(self, prompts: list[list[int]]) -> Tensor:
         """同上；llama.cpp 给的是 log 概率，与 logits 只差一个常数。"""
@@ -339,21 +315,31 @@ class LlamaEngine(Engine):
         size = self.config.vocab_size
         found = torch.full((len(prompts), size), float("-inf"))
         for row, prompt in enumerate(prompts):
-            answer = self.ask({"prompt": prompt, "n_predict": 1, "temperature": 0.0, "n_probs": size})
+            # 抽出的若是结束符或半个汉字，它就不给概率：让它必抽一个字母，给出的仍是没有动过的概率
+            chosen = {"n_predict": 1, "temperature": 0.0, "logit_bias": [[self.letter, 1e4]]}
+            answer = self.ask({"prompt": prompt, "n_probs": size, **chosen})
             best = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
             found[row, [each["id"] for each in best]] = torch.tensor([each["logprob"] for each in best])
         return found
 
-    def stream(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, stop=True):
+    def generate(self, prompts, max_new_tokens, batch_size: int = 32, **how) -> list[list[int]]:
+        """同上；几个线程各问一个，它自己排成一批。"""
         max_new_tokens = self.check(prompts, max_new_tokens)
-        request = {
-            "prompt": prompts,
-            "n_predict": max_new_tokens,
-            "stream": True,
-            "verbose": True,
-            "seed": seed,
-        }
-        request |= {"temperature": temperature, "top_p": top_p, "ignore_eos": not stop}
+        with ThreadPoolExecutor(self.slots) as threads:
+            return list(threads.map(partial(self.whole, max_new_tokens=max_new_tokens, **how), prompts))
+
+    def whole(self, prompt: list[int], max_new_tokens: int, **how) -> list[int]:
+        """一个提示的回复，一次给全：一个 token 也不少。"""
+        request = self.request([prompt], max_new_tokens, **how) | {"stream": False}
+        return self.ask(request)["__verbose"]["tokens"]
+
+    def request(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, stop=True) -> dict:
+        how = {"temperature": temperature, "top_p": top_p, "seed": seed, "ignore_eos": not stop}
+        return {"prompt": prompts, "n_predict": max_new_tokens, "stream": True, "verbose": True, **how}
+
+    def stream(self, prompts, max_new_tokens, **how):
+        """同上；一个汉字要几个 token 的，写全了才一起给，token 照文字重新分：文字一个不差，编号可能不同。"""
+        request = self.request(prompts, self.check(prompts, max_new_tokens), **how)
         events: queue.Queue = queue.Queue()
         left = threading.Event()
 
@@ -374,7 +360,7 @@ class LlamaEngine(Engine):
             while not isinstance(event := events.get(), StopIteration):
                 if isinstance(event, BaseException):
                     raise event
-                yield from tokens_in(event)
+                yield from self.tokens_in(event)
         finally:
             left.set()
             worker.join()
@@ -384,19 +370,23 @@ class LlamaEngine(Engine):
         answer = (
             self.server.handle_completions(exact, hear) if hear else self.server.handle_completions(exact)
         )
-        if answer and "error" in answer:
-            raise UserError(f"llama.cpp 不能回答：{answer['error'].get('message', answer['error'])}")
+        refuse_error(answer or {})
         return answer
+
+    def tokens_in(self, event: dict | None) -> list[tuple[int, int]]:
+        """llama.cpp 的一条流 → [(第几个提示, token)]；说完了的那一条没有新 token。"""
+        if not event:
+            return []
+        refuse_error(event)
+        choice, tokens = event["choices"][0], event.get("__verbose", {}).get("tokens", [])
+        if choice["text"] and self.tokenizer.decode(tokens) != choice["text"]:
+            tokens = encode_text(self.tokenizer, choice["text"])
+        return [(choice["index"], token) for token in tokens]
 
     def close(self) -> None:
         self.server = None
 
 
-def tokens_in(event: dict | None) -> list[tuple[int, int]]:
-    """llama.cpp 的一条流 → [(第几个提示, token)]；说完了的那一条没有新 token。"""
-    if not event:
-        return []
-    if "error" in event:
-        raise UserError(f"llama.cpp 不能回答：{event['error'].get('message', event['error'])}")
-    tokens = event.get("__verbose", {}).get("tokens", [])
-    return [(event["choices"][0]["index"], token) for token in tokens]
+def refuse_error(answer: dict) -> None:
+    if "error" in answer:
+        raise UserError(f"llama.cpp 不能回答：{answer['error'].get('message', answer['error'])}")
