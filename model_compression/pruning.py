@@ -128,7 +128,7 @@ def keep_highest(score: Tensor, share: Share) -> Tensor:
     """score (…, n)：最后一维里分最低的 share 成剪掉 → 留下的位置，bool。"""
     if share == "2:4":
         return two_of_four(score)
-    n_pruned = int(score.shape[-1] * share)
+    n_pruned = round(score.shape[-1] * share)
     pruned = score.topk(n_pruned, dim=-1, largest=False).indices
     return torch.ones_like(score, dtype=torch.bool).scatter(-1, pruned, False)
 
