@@ -48,6 +48,7 @@ SPIKE_Z = 8.0  # 干净的训练里最大的 z 是 5 上下
 REPEAT_SCORE, MOST_LAGS = 5.0, 5000
 FEWEST = 40  # 点数比这少，趋势与重复都看不出来
 STALL_SECONDS, STALL_TIMES = 1.0, 5.0
+LEAST_SIGMA = 0.005  # 平均过的、四舍五入过的日志，起伏可能是 0
 MAD_TO_SIGMA = 1.4826  # 正态分布里，标准差是 MAD 的几倍
 
 
@@ -130,7 +131,7 @@ def robust_z(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
     residual = detrended(values, window)
     center = np.median(residual)
     sigma = MAD_TO_SIGMA * np.median(np.abs(residual - center))
-    return (residual - center) / max(sigma, 1e-4)  # 写日志时四舍五入过，起伏可能是 0
+    return (residual - center) / max(sigma, LEAST_SIGMA)
 
 
 def detrended(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
@@ -161,7 +162,8 @@ def find_spikes(report: Report, good: list) -> None:
         return
     steps, values = np.array(good).T
     z = robust_z(values)
-    report.numbers["largest_z"] = float(z.max())
+    rising = [z[index] for index in range(len(values)) if rises(values, index, 1.0)]
+    report.numbers["largest_z"] = float(max(rising, default=0.0))
     high = np.flatnonzero((z > SPIKE_Z) & (detrended(values) > math.log(1.1)))
     high = [index for index in high if rises(values, index, 1.1)]
     starts = [index for index in high if index - 1 not in high]  # 连着的几步算一次
@@ -198,7 +200,9 @@ def find_divergence_or_plateau(report: Report, good: list) -> None:
     )
     drop = float(middle - late)
     report.numbers["late_drop"] = drop
-    if drop < max(0.005, 2 * error):
+    if drop < 3 * error and 3 * error > 0.1:
+        report.cannot.append("损失的起伏太大（或点太少），看不出后一半是不是停住了。")
+    elif drop < max(0.005, 3 * error):
         said = (
             f"后一半的损失没有再降：中间两成的中位数 {math.exp(middle):.3g}，最后两成 {math.exp(late):.3g}。"
         )
