@@ -23,7 +23,7 @@ from nlp_common.lm.loading import load_causal_lm
 from nlp_common.lm.replies import MAX_REPLY, reply_to
 from nlp_common.tiny import world
 
-INSTALL = "DS_BUILD_OPS=0 pip install deepspeed"
+INSTALL = "DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed"
 QUESTION = "小刚去了哪里？"
 
 

@@ -11,7 +11,7 @@
   python quantized_deploy.py --serve bnb_nf4 --port 8000          # 只开一种，直到 Ctrl-C
   python quantized_deploy.py --serve int4 --model outputs/tiny/quantization/packed    # quantization.py 存下的
   python quantized_deploy.py --commands --model 合并好的文件夹    # vLLM、SGLang、DeepSpeed 的命令
-  python quantized_deploy.py --deepspeed                          # 一个进程；几块显卡：deepspeed --num_gpus 2 quantized_deploy.py --deepspeed
+  python quantized_deploy.py --deepspeed                          # 一个进程；几块显卡：torchrun --nproc_per_node 2 quantized_deploy.py --deepspeed
 
 应当看到（tiny，实测见本文件夹的 README.md）：四种都答得与 float32 差不多对；字节小到三分之一以下；CPU 上没有一种比 float32 快多少。
 
@@ -185,7 +185,7 @@ SGLang（同上；相同的开头只算一遍）：
   …… --tp 2
 
 DeepSpeed（张量并行；设置在 deepspeed_inference.json，dtype 不要写 int8）：
-  deepspeed --num_gpus 2 quantized_deploy.py --deepspeed --model {path}
+  torchrun --nproc_per_node 2 quantized_deploy.py --deepspeed --model {path}
 
 然后，同样的压力：
   python load_test.py --url http://127.0.0.1:8000/v1 --server_model mine --api_key_env CHAT_KEY

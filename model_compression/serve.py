@@ -167,7 +167,7 @@ def serve(service: Service, settings: ServeSettings) -> dict:
     cache = getattr(getattr(service.batcher, "model", None), "cache", None)
     memory = f"，KV 缓存 {cache.n_bytes / 1e6:,.0f} MB" if cache else ""
     print(
-        f"{service.name}，{describe(pick_device())}，{service.batcher.slots} 个座位，每个 {service.context} 个 token{memory}\n"
+        f"{service.name}，{engines.NAMES[settings.engine]}，{describe(pick_device())}，{service.batcher.slots} 个座位，每个 {service.context} 个 token{memory}\n"
         f"服务开着：{server.url}/v1{'（要钥匙）' if service.key else ''}。按 Ctrl-C 关掉。",
         flush=True,
     )
