@@ -48,7 +48,7 @@ def run_ranks(
     store = _open_store(port, n)
     # fork 出来的进程里，OpenMP 的线程池是坏的：从一个只导入过、没有算过的进程里分出来（Windows 没有 fork，重新导入）
     context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-    context.set_forkserver_preload(["__main__", "torch.distributed"])  # torch 只导入一遍
+    context.set_forkserver_preload(["__main__", "torch.distributed", *_slow_imports()])  # 只导入一遍
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(
@@ -63,6 +63,14 @@ def run_ranks(
         finally:
             _stop(processes)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(n)]
+
+
+def _slow_imports() -> list[str]:
+    """用 FSDP2 与分片的检查点的脚本：它们自己与用到时才导入的 dynamo 要一两秒，每个进程都导入一遍就慢几倍。"""
+    used = [
+        name for name in ("torch.distributed.checkpoint", "torch.distributed.fsdp") if name in sys.modules
+    ]
+    return [*used, "torch._dynamo"] if used else []
 
 
 def _open_store(port: int, n: int) -> dist.TCPStore:
