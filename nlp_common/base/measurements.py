@@ -206,10 +206,15 @@ def record(
     rows = []
     for name, value in found.items():
         its_unit = unit if isinstance(unit, str) else (unit or {}).get(name.rsplit(".", 1)[-1], unit_of(name))
-        row = {"name": f"{topic}.{name}", "value": round(value, 6), "unit": its_unit, "seed": seed}
+        row = {"name": f"{topic}.{name}", "value": _rounded(value), "unit": its_unit, "seed": seed}
         rows.append(row | same)
     save_rows(topic, rows)
     print(f"记下 {len(rows)} 个数：docs/measurements/{topic}.jsonl（make numbers-fill 填进 README）")
+
+
+def _rounded(value: float) -> float:
+    """六位小数；很小的数（float64 的误差，1e-16 上下）留三位有效数字，不写成 0。"""
+    return round(value, 6) if value == 0 or abs(value) >= 1e-4 else float(f"{value:.3g}")
 
 
 def split_prefix(prefix: str) -> tuple[str, str]:
