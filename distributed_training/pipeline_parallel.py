@@ -149,12 +149,13 @@ class Part(nn.Module):
         return self.head(self.norm(x)) if self.last else x
 
 
-def run_schedule(part: Part, schedule: str, rows: Tensor, m: int) -> dict:
+def run_schedule(part: Part, schedule: str, rows: Tensor, m: int, line: list[int], n_tokens: int) -> dict:
     """照次序做完一批：收、算、发；返回梯度、损失，与手里最多留过几个小批、几个字节的激活。
 
+    line：各段是哪几号进程；n_tokens：损失除以几个 token（整批的，不是小批的：各小批的梯度加起来才等于整批的）。
     发出去不等（isend）：1F1B 里两边会同时要发，等着就谁也动不了。
     """
-    stage, p = dist.get_rank(), dist.get_world_size()
+    stage, p = line.index(dist.get_rank()), len(line)
     micro = rows.chunk(m)  # m 份 (B/m, T+1)
     shape = (len(micro[0]), rows.shape[1] - 1, part.blocks[str(part.names[0])].norm1.weight.numel())
     inputs: dict[int, Tensor] = {}
@@ -163,27 +164,27 @@ def run_schedule(part: Part, schedule: str, rows: Tensor, m: int) -> dict:
     sending, losses, most, most_bytes = [], [], 0, 0
     for kind, i in SCHEDULES[schedule](stage, p, m):
         if kind == FORWARD:
-            inputs[i] = micro[i][:, :-1] if part.first else receive(shape, stage - 1).requires_grad_()
+            inputs[i] = micro[i][:, :-1] if part.first else receive(shape, line[stage - 1]).requires_grad_()
             with count_saved(part) as saved:
                 outputs[i] = part(inputs[i])
-                if part.last:  # 除以整批的 token 数，各小批的梯度加起来才等于整批的
+                if part.last:
                     loss = F.cross_entropy(
                         outputs[i].flatten(0, 1), micro[i][:, 1:].flatten(), reduction="sum"
                     )
-                    outputs[i] = loss / rows[:, 1:].numel()
+                    outputs[i] = loss / n_tokens
             bytes_of[i] = saved.bytes
             most, most_bytes = max(most, len(bytes_of)), max(most_bytes, sum(bytes_of.values()))
             if part.last:
                 losses.append(outputs[i].item())
             else:
-                sending.append(send(outputs[i].detach(), stage + 1))
+                sending.append(send(outputs[i].detach(), line[stage + 1]))
         else:
-            grad = None if part.last else receive(shape, stage + 1)
+            grad = None if part.last else receive(shape, line[stage + 1])
             outputs.pop(i).backward(grad)  # 参数的梯度累加在 .grad 里
             del bytes_of[i]
             x = inputs.pop(i)
             if not part.first:
-                sending.append(send(x.grad, stage - 1))
+                sending.append(send(x.grad, line[stage - 1]))
     for work, _ in sending:
         work.wait()
     grads = {name: p.grad for name, p in part.named_parameters()}
@@ -205,7 +206,8 @@ def worker(rank: int, p: int, sizes: Sizes, rows: int, length: int, m: int, seed
     found = {}
     for schedule in SCHEDULES:
         part = Part(make_model(sizes, seed), rank, p)
-        found[schedule] = run_schedule(part, schedule, make_batch(rows, length, sizes.vocab, seed), m)
+        batch = make_batch(rows, length, sizes.vocab, seed)
+        found[schedule] = run_schedule(part, schedule, batch, m, list(range(p)), rows * length)
     return found
 
 

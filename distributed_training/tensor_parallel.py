@@ -73,27 +73,35 @@ class TensorSettings(LessonSettings):
 
 # ---------------------------------------------------------------- 1. 汇合的两处：f 与 g
 
-traffic = {
-    "bytes": 0.0
-}  # 这个进程一共发了几个字节：环上的 all-reduce 发 2(n−1)/n 倍，拆开的两半各 (n−1)/n 倍
+GRID = {"group": None}  # 切给哪一组进程：None 是全体；parallel_2d.py 换成格子的一行
+# 这个进程一共发了几个字节：环上的 all-reduce 发 2(n−1)/n 倍，拆开的两半各 (n−1)/n 倍
+traffic = {"bytes": 0.0}
+
+
+def n_pieces() -> int:
+    return dist.get_world_size(GRID["group"])
+
+
+def my_place() -> int:
+    return dist.get_rank(GRID["group"])
 
 
 def count(x: Tensor, times: int) -> None:
-    n = dist.get_world_size()
+    n = n_pieces()
     traffic["bytes"] += times * (n - 1) / n * x.numel() * x.element_size()
 
 
 def all_reduce(x: Tensor) -> Tensor:
     x = x.contiguous().clone()
-    dist.all_reduce(x)
+    dist.all_reduce(x, group=GRID["group"])
     count(x, 2)
     return x
 
 
 def all_gather(x: Tensor) -> Tensor:
     """各进程的 (B, T/n, C) 接成 (B, T, C)。"""
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
+    parts = [torch.empty_like(x) for _ in range(n_pieces())]
+    dist.all_gather(parts, x.contiguous(), group=GRID["group"])
     whole = torch.cat(parts, dim=1)
     count(whole, 1)
     return whole
@@ -101,10 +109,10 @@ def all_gather(x: Tensor) -> Tensor:
 
 def reduce_scatter(x: Tensor) -> Tensor:
     """各进程的 (B, T, C) 加起来，每个进程留自己那一段 (B, T/n, C)。"""
-    n, rank = dist.get_world_size(), dist.get_rank()
+    n, rank = n_pieces(), my_place()
     parts = [part.contiguous() for part in x.chunk(n, dim=1)]
     mine = torch.empty_like(parts[rank])
-    dist.reduce_scatter(mine, parts)
+    dist.reduce_scatter(mine, parts, group=GRID["group"])
     count(x, 1)
     return mine
 
@@ -162,7 +170,7 @@ class Scatter(torch.autograd.Function):
 
 def piece(x: Tensor, dim: int) -> nn.Parameter:
     """完整的权重里，这个进程管的那一块。"""
-    return nn.Parameter(x.detach().chunk(dist.get_world_size(), dim)[dist.get_rank()].clone())
+    return nn.Parameter(x.detach().chunk(n_pieces(), dim)[my_place()].clone())
 
 
 class ParallelAttention(nn.Module):
@@ -171,7 +179,7 @@ class ParallelAttention(nn.Module):
     def __init__(self, whole, enter, leave):
         super().__init__()
         self.enter, self.leave = enter, leave
-        self.heads = whole.heads // dist.get_world_size()
+        self.heads = whole.heads // n_pieces()
         self.q, self.k, self.v = (piece(layer.weight, 0) for layer in (whole.q, whole.k, whole.v))  # (C/n, C)
         self.o = piece(whole.o.weight, 1)  # (C, C/n)
 
@@ -217,7 +225,7 @@ class ParallelGPT(nn.Module):
         positions = torch.arange(ids.shape[1])
         x = self.leave(self.embed(ids))  # 序列并行：这里起只有 (B, T/n, C)
         if self.sequence:
-            positions = positions.chunk(dist.get_world_size())[dist.get_rank()]
+            positions = positions.chunk(n_pieces())[my_place()]
         x = x + self.positions(positions)
         for block in self.blocks:
             x = block(x)
@@ -225,7 +233,7 @@ class ParallelGPT(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """词表里不归这个进程管的 token，先给 0：加起来就是对的。"""
-        local = ids - dist.get_rank() * len(self.tokens)
+        local = ids - my_place() * len(self.tokens)
         mine = (local >= 0) & (local < len(self.tokens))  # (B, T)
         return F.embedding(local.where(mine, 0), self.tokens) * mine[..., None]
 
@@ -236,7 +244,7 @@ class VocabSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         x = x.clone()
-        dist.all_reduce(x)
+        dist.all_reduce(x, group=GRID["group"])
         return x
 
     @staticmethod
@@ -249,9 +257,9 @@ def split_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
     −log softmax(y) = log Σ e^{z − m} − (z_y − m)，m 是整个词表里最大的。
     """
-    size, rank = logits.shape[-1], dist.get_rank()
+    size, rank = logits.shape[-1], my_place()
     top = logits.detach().amax(-1)  # (B, T)
-    dist.all_reduce(top, dist.ReduceOp.MAX)
+    dist.all_reduce(top, dist.ReduceOp.MAX, group=GRID["group"])
     logits = logits - top[..., None]
     total = VocabSum.apply(logits.exp().sum(-1))
     local = targets - rank * size
@@ -289,7 +297,7 @@ def sum_partial_gradients(model: ParallelGPT) -> None:
     """序列并行时，人人都有的参数（LayerNorm、位置、down 的偏置）只见过自己那一段序列：梯度要加起来。漏了不会报错。"""
     for name, parameter in model.named_parameters():
         if is_replicated(name):
-            dist.all_reduce(parameter.grad)
+            dist.all_reduce(parameter.grad, group=GRID["group"])
 
 
 def is_replicated(name: str) -> bool:
