@@ -30,6 +30,7 @@ from nlp_common.base.errors import UserError
 from nlp_common.lm.chatml import encode_text, prompt_ids
 from serve_metrics import Metrics
 
+MOST_DISCARDED = 64 << 20  # 字节
 LOOK = 0.2  # 秒：每隔这么久看一眼，问的人还在不在
 NO_THINKING = "<think>\n\n</think>\n\n"  # Qwen3：先替它写好一段空的思考，它就直接回答
 
@@ -147,6 +148,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.unread = False
         return raw
 
+    def discard(self) -> None:
+        """没有读的内容读掉再关：对面还在发的时候关，它收到的是"连接重置"，看不到我们说了什么。"""
+        length = self.headers.get("Content-Length", "")
+        left = min(int(length), MOST_DISCARDED) if length.isascii() and length.isdigit() else 0
+        self.connection.settimeout(0.5)
+        while left > 0 and (piece := self.rfile.read(min(left, 1 << 16))):
+            left -= len(piece)
+
     # ------------------------------------------------------------ 回答
 
     def answer(self, asked: Asked, job: Job) -> None:
@@ -246,9 +255,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             yield
         except Refusal as refusal:
-            if getattr(self, "unread", False):
-                self.close_connection = True
-            self.send_json(refusal.status, refusal.body)
+            unread = getattr(self, "unread", False)
+            self.close_connection |= unread
+            with contextlib.suppress(OSError):
+                self.send_json(refusal.status, refusal.body)
+                if unread:
+                    self.discard()
         except OSError:  # 没有发完就断了、三十秒没有动静
             self.close_connection = True
         except Exception as error:  # 没有想到的：问的人得到 500，终端上有 traceback，服务照常

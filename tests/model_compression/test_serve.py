@@ -112,6 +112,8 @@ def test_max_tokens_and_stop(served):
     _, _, text = request(served, "POST", PATH, ASKED | {"stream": True, "stop": "去了花"}, KEY)
     pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in events(text)]
     assert "".join(pieces) == "小刚"
+    assert until(lambda: not served.service.batcher.seated)
+    assert served.service.metrics.cancelled == 0  # 碰到 stop 是说完了，不是走了
 
 
 def test_models_health_metrics(served):
@@ -248,6 +250,7 @@ def test_malformed_requests(served):
         code="model_not_found",
     )
     refused(served, 413, b" " * 5000, "最多 4000 个字节", code="request_too_large")
+    refused(served, 413, b" " * 8_000_000, "最多 4000 个字节")  # 对面还在发，也收得到回答
     refused(served, 415, b"{}", "application/json", headers={"Content-Type": "text/plain"})
     refused(served, 404, ASKED, "没有 /v1/completions", path="/v1/completions")
     refused(served, 404, None, "没有 /v2", method="GET", path="/v2")
@@ -588,7 +591,7 @@ def test_a_port_in_use(base_folder):
 def test_signals_close_it_cleanly(tokenizer, capsys, number):
     """在主线程里开着；来一个信号，说到一半的说完，然后才关。"""
     settings = script.ServeSettings(port=0)
-    model = says(tokenizer, SAID, wait=0.02)
+    model = says(tokenizer, SAID, wait=0.05)
     service = script.service_of(model, tokenizer, "tiny", settings)
     found = {}
 
@@ -602,7 +605,7 @@ def test_signals_close_it_cleanly(tokenizer, capsys, number):
         port = int(re.search(r":(\d+)/v1", found["out"])[1])
         server = type("Server", (), {"server_port": port})
         threads, answers = start_asking(server, 2)
-        until(lambda: service.batcher.seated)
+        until(lambda: len(service.batcher.seated) == 2)
         os.kill(os.getpid(), number)
         for thread in threads:
             thread.join(10)

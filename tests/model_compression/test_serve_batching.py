@@ -130,6 +130,25 @@ def test_everyone_gets_their_own_answer(prompts, slots, static, at_most):
     assert model.rows == [] and model.most <= slots
 
 
+def test_long_prompts_do_not_all_come_at_once(monkeypatch):
+    """一起读的提示有上限：在座的不必停着等一大批读完。"""
+    import batching
+
+    monkeypatch.setattr(batching, "PREFILL", 10)
+    model, sizes = Parrot(own_reply, 50, slots=4), []
+    prefill = model.prefill
+    model.prefill = lambda prompts: (sizes.append([len(p) for p in prompts]), prefill(prompts))[1]
+    batcher = Batcher(model)
+    jobs = [Job([3] * n, 5, [STOP]) for n in (2, 2, 2, 6, 30)]
+    with batcher.changed:  # 一起来
+        batcher.waiting.extend(jobs)
+        batcher.changed.notify()
+    assert all(drain(job)[1] in ("stop", "length") for job in jobs)
+    batcher.close()
+    assert [size for each in sizes for size in each] == [2, 2, 2, 6, 30]
+    assert all(len(each) * max(each) <= 10 or len(each) == 1 for each in sizes)
+
+
 def test_static_waits_for_the_longest_continuous_does_not():
     def reply(prompt):
         return [5] * prompt[0] + [STOP] * 9
