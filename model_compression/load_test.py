@@ -41,7 +41,7 @@ from nlp_common.lm.loading import load_causal_lm
 from nlp_common.lm.replies import MAX_REPLY, reply_to
 from nlp_common.tiny import world
 from nlp_common.train.chain import chain_model
-from nlp_common.train.lesson import run_lesson
+from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 
@@ -94,7 +94,10 @@ def learn(stage: Stage, path: str) -> dict:
             print(f"没有装 {engines.NAMES[engine]}，跳过它：{command}。")
             continue
         ways = [way for way in WAYS if not (engine == "llama" and way == "static")]  # 它自己排座位
-        metrics[engine] = {way: try_way(path, engine, way, questions, expected, settings) for way in ways}
+        metrics[engine] = {}
+        for way in ways:
+            work = partial(try_way, path=path, engine=engine, way=way, questions=questions, expected=expected)
+            metrics[engine][way] = run_part(stage, f"{engine}_{way}", work)
         show(engine, metrics[engine])
     if not (tried := [name for name in engines.PRECISIONS if name in metrics]):
         raise UserError("这几个引擎一个也没有装。")
@@ -118,9 +121,9 @@ def alone(path: str, questions: list[dict]) -> dict[int, str]:
 # ---------------------------------------------------------------- 2. 一种做法，几个客户
 
 
-def try_way(path: str, engine: str, way: str, questions: list[dict], expected: dict, settings) -> dict:
+def try_way(part: Stage, path: str, engine: str, way: str, questions: list[dict], expected: dict) -> dict:
     rows = {}
-    with running(path, settings.threads, "--engine", engine, *WAYS[way][0]) as target:
+    with running(path, part.settings.threads, "--engine", engine, *WAYS[way][0]) as target:
         ask_all(target, questions[:4], 2, temperature=0, max_tokens=MAX_REPLY)  # 热身
         for clients in CLIENTS:
             some = questions[: len(questions) if clients == max(CLIENTS) else len(questions) // 4]
@@ -209,7 +212,7 @@ def too_busy(path: str, engine: str, questions: list[dict], expected: dict, sett
     slots, waiting = BUSY
     many = (questions * 4)[:64]
     with running(
-        path, settings, "--engine", engine, "--slots", str(slots), "--waiting", str(waiting)
+        path, settings.threads, "--engine", engine, "--slots", str(slots), "--waiting", str(waiting)
     ) as target:
         started = time.perf_counter()
         calls = ask_all(target, many, 64, temperature=0, max_tokens=MAX_REPLY)

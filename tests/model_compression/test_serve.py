@@ -321,15 +321,17 @@ def start_asking(server, n, **more):
 
 def test_too_busy_is_429(tokenizer):
     with serving(endless(tokenizer, slots=1), tokenizer, waiting=2, most_tokens=300) as (server, service):
-        threads, found = start_asking(server, 3, max_tokens=300)
+        first, found_first = start_asking(server, 1, max_tokens=300)
+        assert until(lambda: service.batcher.seated)
+        threads, found = start_asking(server, 2, max_tokens=300)
         assert until(lambda: len(service.batcher.waiting) == 2)
         status, headers, text = request(server, "POST", PATH, ASKED)
         assert status == 429 and json.loads(text)["error"]["code"] == "rate_limit_exceeded"
         assert headers["Retry-After"] == "1"
         service.batcher.close(0)
-        for thread in threads:
+        for thread in [*first, *threads]:
             thread.join(10)
-        assert [each[0] for each in found] == [503] * 3  # 关了，没有说完
+        assert [each[0] for each in found_first + found] == [503] * 3  # 关了，没有说完
         assert request(server, "POST", PATH, ASKED)[0] == 503 == request(server, "GET", "/health")[0]
 
 
