@@ -22,6 +22,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -138,18 +139,7 @@ def try_way(part: Stage, path: str, engine: str, way: str, questions: list[dict]
 @contextmanager
 def running(path: str, threads: int, *options: str, script: str = "serve.py") -> Iterator[Target]:
     """服务另开一个进程：打的人与答的人不抢同一个 Python。出去时关掉它。"""
-    command = [
-        sys.executable,
-        script,
-        "--model",
-        path,
-        "--name",
-        "tiny",
-        "--port",
-        "0",
-        "--threads",
-        str(threads),
-    ]
+    command = [sys.executable, script, "--model", path, "--name", "tiny", "--port", "0", "--threads", str(threads)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads)}
     server = subprocess.Popen(
         [*command, *options], cwd=HOME, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -163,14 +153,17 @@ def running(path: str, threads: int, *options: str, script: str = "serve.py") ->
                 break
         else:
             raise UserError(f"{script} 没有开起来：{said.strip()[-500:]}")
+        # 后面它再说什么也要读走：管道满了，它就停在那里等
+        threading.Thread(target=server.stdout.read, daemon=True).start()
         yield Target(found[1], "tiny", said=said)
     finally:
         server.terminate()
         try:
-            server.communicate(timeout=15)
+            server.wait(15)
         except subprocess.TimeoutExpired:
             server.kill()
-            server.communicate()
+            server.wait()
+        server.stdout.close()
 
 
 def counters(target: Target) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -77,8 +77,8 @@ def load_bnb(path: str, slots: int, context: int, four_bits: bool) -> Loaded:
 
     device = pick_device()
     kept = ["lm_head", *(odd_widths(path) if four_bits and device.type == "cpu" else [])]
-    # 它把 float32 的输入变成 float16 再量化，每一层每一步都说一遍
-    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+    # int8 把 float32 的输入变成 float16 再量化，每一层每一步都说一遍：几分钟就是几兆字
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if four_bits:
         config = BitsAndBytesConfig(
             load_in_4bit=True,
