@@ -6,7 +6,14 @@ from pathlib import Path
 
 from nlp_common.draw.plots import bar_chart, line_chart
 
-TITLES = {"magnitude": "幅度|magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
+MAIN = ("magnitude", "wanda", "sparsegpt")
+TITLES = {
+    "magnitude": "幅度|magnitude",
+    "wanda": "Wanda",
+    "sparsegpt": "SparseGPT",
+    "magnitude_row": "幅度，一行里比|magnitude by row",
+    "wanda_layer": "Wanda，整层一起比|Wanda by layer",
+}
 EXACT = {"wanda_exact": "Wanda 的掩码，最优解", "sparsegpt_exact": "SparseGPT 的掩码，最优解"}
 CLOSE = 0.001  # 损失差不到这么多 nats，算一样
 
@@ -32,6 +39,7 @@ def show(metrics: dict, settings) -> None:
         print("各层各剪一半，输出相对误差的平均：")
         for key, error in metrics["errors"]["mean"].items():
             print(f"  {error:.4f}  {EXACT.get(key, key)}")
+        print(f"各层最大的输入是中间的几倍，平均：{metrics['errors']['norm_ratio']:.1f}")
     for key, its in metrics.get("recovered", {}).items():
         before = methods[names[-1] if key == "plain" else key].get(share_key(settings.recover_share))
         start = f"{before['heldout_loss']:.4f} → " if before else ""
@@ -51,9 +59,9 @@ def show(metrics: dict, settings) -> None:
 
 def order(methods: dict, key: str) -> str:
     """这一行里，留出损失的次序是不是 magnitude > Wanda ≥ SparseGPT；三种不全就不说。"""
-    if set(methods) != set(TITLES):
+    if not set(MAIN) <= set(methods):
         return ""
-    magnitude, wanda, sparsegpt = (methods[name][key]["heldout_loss"] for name in TITLES)
+    magnitude, wanda, sparsegpt = (methods[name][key]["heldout_loss"] for name in MAIN)
     first = "≈" if abs(magnitude - wanda) < CLOSE else (">" if magnitude > wanda else "<")
     second = "≈" if abs(wanda - sparsegpt) < CLOSE else (">" if wanda > sparsegpt else "<")
     return f"magnitude {first} Wanda {second} SparseGPT"

@@ -42,7 +42,8 @@ from sparse_weights import save_sparse, total_bytes
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
-METHODS = {"magnitude": "幅度|magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
+METHODS = ("magnitude", "wanda", "sparsegpt")
+VARIANTS = ("magnitude_row", "wanda_layer")  # 换一个范围比：magnitude 一行里比，Wanda 整个矩阵一起比
 DAMPING = 0.01  # H 的对角线加上它平均的 1%：校准没有照到的方向，也不会除以 0
 BLOCK = 128  # SparseGPT 一次挑几列的掩码；要是 4 的倍数
 EXACT_UP_TO = 512  # 输入不超过这么宽的层，另算同一张掩码的精确最优解（一行解一个方程组，太宽就慢）
@@ -70,7 +71,7 @@ class PruneSettings(LessonSettings):
         "校准、恢复、量的数据：tiny_world、python_docs（Python 自带的英文手册，smollm2 的默认），或自己的对话，写法同 SFT"
     )
     eval_dataset: str | None = option("自己的留出对话；没给就从 --dataset 里分出来")
-    methods: str = option(f"试哪几种，逗号隔开：{'、'.join(METHODS)}", ",".join(METHODS))
+    methods: str = option(f"试哪几种，逗号隔开：{'、'.join(METHODS + VARIANTS)}", ",".join(METHODS))
     shares: str | None = option("剪几成，逗号隔开：0 到 1 之间的小数，或 2:4")
     n_calibration: int | None = option("校准用几段对话", limits=COUNT)
     max_train_samples: int = option("恢复时学几段对话（自己的数据：校准的也在里面）", 2000)
@@ -88,15 +89,14 @@ class PruneSettings(LessonSettings):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         for name in self.methods.split(","):
-            if name not in METHODS:
-                raise UserError(
-                    f"--methods 不认识 {name or '空的一项'}，可以是 {'、'.join(METHODS)}，逗号隔开。"
-                )
+            if name not in METHODS + VARIANTS:
+                known = "、".join(METHODS + VARIANTS)
+                raise UserError(f"--methods 不认识 {name or '空的一项'}，可以是 {known}，逗号隔开。")
         for word in self.shares.split(","):
             read_share(word, "--shares")
         read_share(self.recover_share, "--recover_share")
         method, _, share = self.save.partition("-")
-        if method not in METHODS:
+        if method not in METHODS + VARIANTS:
             raise UserError(f"--save 要写成 办法-几成，例如 sparsegpt-0.5，给的是 {self.save}。")
         read_share(share, "--save")
 
@@ -133,19 +133,23 @@ def keep_highest(score: Tensor, share: Share) -> Tensor:
     return torch.ones_like(score, dtype=torch.bool).scatter(-1, pruned, False)
 
 
-def magnitude_mask(weight: Tensor, share: Share) -> Tensor:
+def magnitude_mask(weight: Tensor, share: Share, by_row: bool = False) -> Tensor:
     """绝对值小的剪掉，整个矩阵一起比。不看输入，不要校准。"""
-    if share == "2:4":
-        return two_of_four(weight.abs())
-    return keep_highest(weight.abs().flatten(), share).view_as(weight)
+    return mask_of(weight.abs(), share, by_row)
 
 
-def wanda_mask(weight: Tensor, x: Tensor, share: Share) -> Tensor:
+def wanda_mask(weight: Tensor, x: Tensor, share: Share, by_row: bool = True) -> Tensor:
     """|W_ij| · ‖x_j‖ 小的剪掉，一个输出的各个输入之间比；x (N, in) 是这一层收到的输入。
 
     小权重乘上大输入，也要紧：输出里少掉的正是 W_ij x_j。一行里比：每个输出都留一样多。
     """
-    return keep_highest(weight.abs() * x.norm(dim=0), share)
+    return mask_of(weight.abs() * x.norm(dim=0), share, by_row)
+
+
+def mask_of(score: Tensor, share: Share, by_row: bool) -> Tensor:
+    if by_row or share == "2:4":
+        return keep_highest(score, share)
+    return keep_highest(score.flatten(), share).view_as(score)
 
 
 def hessian_of(x: Tensor) -> Tensor:
@@ -218,18 +222,18 @@ def prune(model, tokenizer, rows: list[dict], method: str, share: Share) -> dict
     """
     check(model, rows, method, share)
     masks = {}
-    if method == "magnitude":
+    if method.startswith("magnitude"):
         for layers in linear_blocks(model):
             for name, layer in layers.items():
-                masks[name] = magnitude_mask(layer.weight, share)
+                masks[name] = magnitude_mask(layer.weight, share, by_row=method == "magnitude_row")
                 layer.weight *= masks[name]
         return masks
     for layers, inputs in walk_blocks(model, rows, tokenizer.pad_token_id):
         for name, layer in layers.items():
             x = inputs[name]  # (N, in)
             check_inputs(name, x, method)
-            if method == "wanda":
-                masks[name] = wanda_mask(layer.weight, x, share)
+            if method.startswith("wanda"):
+                masks[name] = wanda_mask(layer.weight, x, share, by_row=method == "wanda")
                 layer.weight *= masks[name]
             else:
                 layer.weight.copy_(sparsegpt(layer.weight, hessian_of(x), share))
@@ -239,8 +243,8 @@ def prune(model, tokenizer, rows: list[dict], method: str, share: Share) -> dict
 
 def check(model, rows: list[dict], method: str, share: Share) -> None:
     """剪之前就知道不行的。"""
-    if method not in METHODS:
-        raise UserError(f"剪枝的办法不认识 {method}，可以是 {'、'.join(METHODS)}。")
+    if method not in METHODS + VARIANTS:
+        raise UserError(f"剪枝的办法不认识 {method}，可以是 {'、'.join(METHODS + VARIANTS)}。")
     read_share(str(share))
     if any(getattr(model.config, name, None) for name in ("quantization_config", "packed")):
         raise UserError("这个模型已经量化过：剪枝会改权重，改过就不在它的格子上了。先剪枝，再量化。")
@@ -254,7 +258,7 @@ def check(model, rows: list[dict], method: str, share: Share) -> None:
         raise UserError(
             f"2:4 要每层的输入宽度是 4 的倍数，{len(odd)} 层不是，例如 {odd[0]}：换成 0.5 这样的。"
         )
-    if method != "magnitude" and not rows:
+    if not method.startswith("magnitude") and not rows:
         raise UserError(
             f"{method} 要看输入，校准的对话一段也没有：看看 --dataset 指的文件，或调大 --n_calibration。"
         )
@@ -279,12 +283,13 @@ def check_inputs(name: str, x: Tensor, method: str) -> None:
 @torch.no_grad()
 def layer_errors(part: Stage, model, tokenizer, rows: list[dict], share: Share) -> dict:
     """不动模型，每一层各剪一次：同样的输入、同样的几成，输出差多少。*_exact 是同一张掩码的最优解。"""
-    found = {}
+    found, ratios = {}, {}
     for layers, inputs in walk_blocks(model, rows, tokenizer.pad_token_id):
         for name, layer in layers.items():
             w, x = layer.weight, inputs[name]
             check_inputs(name, x, "sparsegpt")
-            h = hessian_of(x)
+            h, norms = hessian_of(x), x.norm(dim=0)
+            ratios[name] = (norms.max() / norms.median()).item()  # 最大的输入是平常的几倍：有没有离群的
             pruned = {
                 "magnitude": w * magnitude_mask(w, share),
                 "wanda": w * wanda_mask(w, x, share),
@@ -296,7 +301,8 @@ def layer_errors(part: Stage, model, tokenizer, rows: list[dict], share: Share) 
             found[name] = {key: relative_error(new, w, h) for key, new in pruned.items()}
     keys = {key for its in found.values() for key in its}
     means = {key: [its[key] for its in found.values() if key in its] for key in sorted(keys)}
-    return {"layers": found, "mean": {key: sum(each) / len(each) for key, each in means.items()}}
+    mean = {key: sum(each) / len(each) for key, each in means.items()}
+    return {"layers": found, "mean": mean, "norm_ratio": sum(ratios.values()) / len(ratios)}
 
 
 def prune_copy(part: Stage, copied, tokenizer, data: PruneData, method: str, share: Share) -> dict:

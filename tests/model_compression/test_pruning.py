@@ -158,6 +158,15 @@ def test_wanda_is_top_k_in_each_row(seed, share):
         assert sorted(keep[row].nonzero()[:, 0].tolist()) == sorted(wanted.tolist())
 
 
+def test_the_variants_compare_over_another_range():
+    w, x = layer(2)
+    by_row = script.magnitude_mask(w, 0.5, by_row=True)
+    assert (by_row.sum(1) == 4).all() and not torch.equal(by_row, script.magnitude_mask(w, 0.5))
+    whole = script.wanda_mask(w, x, 0.5, by_row=False)
+    score = w.abs() * x.norm(dim=0)
+    assert whole.sum() == 32 and score[whole].min() >= score[~whole].max()
+
+
 def test_magnitude_equals_torchs_own():
     from torch.nn.utils import prune as torch_prune
 
@@ -211,7 +220,7 @@ def test_walking_equals_starting_over(tiny, rows):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("method", script.METHODS)
+@pytest.mark.parametrize("method", script.METHODS + script.VARIANTS)
 @pytest.mark.parametrize("share", [0.5, "2:4"])
 def test_every_layer_has_its_share_of_zeros(tiny, rows, method, share):
     tokenizer, model = tiny
