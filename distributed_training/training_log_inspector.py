@@ -138,7 +138,7 @@ def detrended(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
     """减去前后各半个窗口的滑动中位数。"""
     half = window // 2
     padded = np.pad(np.log(values), half, mode="reflect")
-    trend = np.array([np.median(padded[i : i + window]) for i in range(len(values))])
+    trend = np.median(np.lib.stride_tricks.sliding_window_view(padded, window), axis=1)
     return np.log(values) - trend
 
 
@@ -245,7 +245,7 @@ def best_lag(residual: np.ndarray) -> tuple[int, float, float]:
     相关 r 取 Fisher 变换 atanh(r)，没有相关时近似正态，标准差 1/√(n−3)。
     """
     best = (0, 0.0, 0.0)
-    for lag in range(10, min(len(residual) - 30, MOST_LAGS)):
+    for lag in range(WINDOW, min(len(residual) - 30, MOST_LAGS)):  # 再近，两个窗口重叠
         a, b = residual[lag:], residual[:-lag]
         if a.std() > 0 and b.std() > 0:
             r = float(np.corrcoef(a, b)[0, 1])
