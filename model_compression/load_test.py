@@ -139,7 +139,8 @@ def try_way(part: Stage, path: str, engine: str, way: str, questions: list[dict]
 @contextmanager
 def running(path: str, threads: int, *options: str, script: str = "serve.py") -> Iterator[Target]:
     """服务另开一个进程：打的人与答的人不抢同一个 Python。出去时关掉它。"""
-    command = [sys.executable, script, "--model", path, "--name", "tiny", "--port", "0", "--threads", str(threads)]
+    command = [sys.executable, script, "--model", path, "--name", "tiny"]
+    options = ("--port", "0", "--threads", str(threads), *options)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads)}
     server = subprocess.Popen(
         [*command, *options], cwd=HOME, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
