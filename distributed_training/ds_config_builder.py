@@ -106,7 +106,7 @@ def learn(stage: Stage) -> dict:
         "eight": eight_gpus(SIZES["deepseek-v3"]),
     }
     if found:
-        metrics["best"] = {part: found[0][part] for part in ("gb", "bubble", "seconds")}
+        metrics["best"] = {part: found[0][part] for part in ("gb", "bubble")}
         metrics["best"]["layout"] = found[0]["layout"].words()
     show_eight(metrics["eight"])
     data = {"train": {"name": sizes.name, "kind": "builtin", "rows": 0}}
@@ -123,6 +123,7 @@ def fit(sizes: ModelSizes, layout: Layout, memory_gb: float) -> dict:
         "gb": total / GB,
         "states_gb": each["states"] / GB,
         "activations_gb": each["activations"] / GB,
+        "context_gb": CONTEXT / GB,
         "traffic_gb": {name: n / GB for name, n in each["traffic"].items()},
         "bubble": each["bubble"],
         "fits": total <= memory_gb * GB,
@@ -131,17 +132,12 @@ def fit(sizes: ModelSizes, layout: Layout, memory_gb: float) -> dict:
 
 def write(folder: Path, recipes: dict, found: list[dict]) -> None:
     parts = {"states_gb": "状态|states", "activations_gb": "激活与 logits|activations"}
-    largest = max(each["memory"] for each in recipes.values())
+    parts["context_gb"] = "CUDA、NCCL"
     stacked_bars(
         folder / "recipes.svg",
-        {
-            f"{name}（{each['memory']:g}）|{name} ({each['memory']:g})": {
-                label: each[part] for part, label in parts.items()
-            }
-            for name, each in recipes.items()
-        },
-        "NVIDIA 的配方，最紧的一站（括号里是一块 GPU 有多大）|Published recipes, fullest stage",
-        largest,
+        {name: {label: each[part] for part, label in parts.items()} for name, each in recipes.items()},
+        "NVIDIA 的配方，最紧的一站|Published recipes, fullest stage",
+        [each["memory"] for each in recipes.values()],
     )
     if found:
         layout = found[0]["layout"]

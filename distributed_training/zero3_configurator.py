@@ -141,7 +141,7 @@ def write(settings, chosen: Choice | None, machines: Machines, plans: dict, fold
         folder / "plan.svg",
         {choice.name(): {PARTS[n]: b / GB for n, b in each["gpu"].items()} for choice, each in plans.items()},
         f"一块 GPU 要几 GB：{settings.model}|GB per GPU: {settings.model}",
-        settings.gpu_memory,
+        [settings.gpu_memory] * len(plans),
     )
     if chosen is None:
         print("没有装得下的切法，不写设置文件。")
