@@ -97,6 +97,7 @@ class LlamaBatcher:
                 self.changed.wait(0.2)
             self.waiting.remove(job)
             self.seated.append(job)
+            self.changed.notify_all()  # 排在后面的，现在是第一个了
         try:
             if not job.left and not job.end:
                 self._speak(job)
