@@ -73,7 +73,7 @@ def show_bytes(sizes: dict, save: str) -> None:
         "bitmap": "一位掩码",
         "csr16": "CSR（16 位列号）",
         "torch": "torch 的 CSR",
-        "2:4": "2:4",
+        "2of4": "2:4",
     }
     said = "，".join(f"{names[key]} {size / sizes['dense']:.2f}" for key, size in sizes.items())
     print(f"{save}，一个数 16 位，各种存法是原来的几倍：{said}")

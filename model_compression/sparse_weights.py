@@ -27,7 +27,7 @@ def bytes_of(shape: tuple[int, int], kept: int, value: int = 2) -> dict[str, flo
     bitmap  一个位置一位，加上留下的
     csr16   每个留下的记一个 16 位的列号（in 不超过 65536），每行记一个 32 位的起点
     torch   torch.sparse_csr_tensor 默认的 CSR：列号与起点都是 64 位
-    2:4     每四个留两个，每个记 2 位的位置（只有正好是 2:4 的才行，与 kept 无关）
+    2of4    2:4：每四个留两个，每个记 2 位的位置（只有正好是 2:4 的才行，与 kept 无关）
     """
     n_out, n_in = shape
     n = n_out * n_in
@@ -36,18 +36,18 @@ def bytes_of(shape: tuple[int, int], kept: int, value: int = 2) -> dict[str, flo
         "bitmap": math.ceil(n / 8) + kept * value,
         "csr16": kept * (value + 2) + 4 * (n_out + 1),
         "torch": kept * (value + 8) + 8 * (n_out + 1),
-        "2:4": n / 2 * value + n / 8,
+        "2of4": n / 2 * value + n / 8,
     }
 
 
 def total_bytes(masks: dict[str, Tensor], value: int = 2) -> dict[str, float]:
-    """各层加起来：各种存法几个字节，不算没有剪的嵌入与归一；不是 2:4 的没有 2:4 一项。"""
+    """各层加起来：各种存法几个字节，不算没有剪的嵌入与归一；不是 2:4 的没有 2of4 一项。"""
     total: dict[str, float] = {}
     for keep in masks.values():
         for name, n in bytes_of(tuple(keep.shape), int(keep.sum()), value).items():
             total[name] = total.get(name, 0) + n
     if not all(k.shape[1] % 4 == 0 and (k.unflatten(1, (-1, 4)).sum(-1) <= 2).all() for k in masks.values()):
-        del total["2:4"]
+        del total["2of4"]
     return total
 
 

@@ -258,14 +258,14 @@ def test_save_and_load_gives_the_same_logits(pruned, rows, tmp_path):
 def test_bytes_by_hand():
     """README 的练习 2：4×8 留下一半，16 位。"""
     found = sparse_weights.bytes_of((4, 8), 16)
-    assert found == {"dense": 64, "bitmap": 36, "csr16": 84, "torch": 200, "2:4": 36}
+    assert found == {"dense": 64, "bitmap": 36, "csr16": 84, "torch": 200, "2of4": 36}
     n = 4096
     for share, smaller in ((0.5, False), (0.6, True)):
         its = sparse_weights.bytes_of((n, n), int(n * n * (1 - share)))
         assert (its["csr16"] < its["dense"]) is smaller
     half = {"a": torch.tensor([[True, True, False, False]])}
-    assert "2:4" in sparse_weights.total_bytes(half)
-    assert "2:4" not in sparse_weights.total_bytes({"a": torch.tensor([[True, True, True, False]])})
+    assert "2of4" in sparse_weights.total_bytes(half)
+    assert "2of4" not in sparse_weights.total_bytes({"a": torch.tensor([[True, True, True, False]])})
 
 
 def test_both_products_are_the_same_product():
