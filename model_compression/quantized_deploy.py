@@ -2,7 +2,7 @@
 
 你会学到
   1. 服务只认座位（slot_model.py）：权重是几位的、谁在算，换一个载入的函数（quantized_models.py）就行，接口、队伍一点不变。
-  2. 量化省的可能是磁盘，可能是内存，可能是每一步要读的字节，不一定快：CPU 上 bitsandbytes 每一步都要还原，反而慢。
+  2. 量化省的可能是磁盘，可能是内存，可能是每一步要读的字节，不一定快：CPU 上 bitsandbytes 的 int8 每一步都要压一遍、还原一遍，反而慢。
   3. 快的是一边还原一边乘的核：OpenVINO、llama.cpp、显卡上的 Marlin；小模型上连它们也不快，权重本来就在缓存里。
   4. 一台机器不够了：vLLM、SGLang 的命令；DeepSpeed 的推理哪里坏了，哪里能用。
 
@@ -13,7 +13,7 @@
   python quantized_deploy.py --commands --model 合并好的文件夹    # vLLM、SGLang、DeepSpeed 的命令
   python quantized_deploy.py --deepspeed                          # 一个进程；几块显卡：torchrun --nproc_per_node 2 quantized_deploy.py --deepspeed
 
-应当看到（tiny，实测见本文件夹的 README.md）：四种都答得与 float32 差不多对；字节小到三分之一以下；CPU 上没有一种比 float32 快多少。
+应当看到（tiny，实测见本文件夹的 README.md）：四种都答得与 float32 差不多对；字节小到一半以下（int4 六分之一）；这个小模型在 CPU 上，没有一种比 float32 快多少。
 
 参考：Dettmers et al. 2022、2023（LLM.int8()、QLoRA）；Kwon et al. 2023（vLLM）；DeepSpeed 的 8577 号问题。
 """
