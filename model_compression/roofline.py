@@ -83,11 +83,20 @@ def draw_roofline(path: Path, points: dict[str, dict[str, tuple[float, float]]],
                 )
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for limits, set_ticks in ((axes.get_xlim(), axes.set_xticks), (axes.get_ylim(), axes.set_yticks)):
+            set_ticks(ticks := round_numbers(*limits), [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
         axes.grid(axis="x", alpha=0.25)
 
     title = "写一个 token 要读的字节，与写得多快|Bytes read per token and decode speed"
     labels = (title, "一个 token 读几 MB|MB read per token", "token/秒（一次一个）|tokens/s, batch 1")
     return render(path, draw, [*points, ROOF], labels)
+
+
+def round_numbers(low: float, high: float) -> list[float]:
+    """low 到 high 之间的 1、2、5 乘 10 的几次方：对数坐标的刻度。"""
+    every = [digit * 10.0**power for power in range(-6, 10) for digit in (1, 2, 5)]
+    return [number for number in every if low <= number <= high]
 
 
 ROOF = "内存的带宽|memory bandwidth"

@@ -144,5 +144,9 @@ def test_speed_is_the_difference():
     }
 
 
+def test_round_numbers():
+    assert roofline.round_numbers(4, 230) == [5, 10, 20, 50, 100, 200]
+
+
 def test_bandwidth():
     assert roofline.copy_bandwidth(1) > 1e7
