@@ -75,8 +75,9 @@ class Experts(nn.Module):
 
     def __init__(self, n_experts: int, width: int, inner: int):
         super().__init__()
-        self.up = nn.Parameter(torch.randn(n_experts, width, inner) / math.sqrt(width))
-        self.down = nn.Parameter(torch.randn(n_experts, inner, width) / math.sqrt(inner))
+        # 起点同 nn.Linear：±1/√输入宽度 之间均匀
+        self.up = nn.Parameter((torch.rand(n_experts, width, inner) * 2 - 1) / math.sqrt(width))
+        self.down = nn.Parameter((torch.rand(n_experts, inner, width) * 2 - 1) / math.sqrt(inner))
 
     def forward(self, boxes: Tensor) -> Tensor:
         return F.gelu(boxes @ self.up) @ self.down
