@@ -169,6 +169,8 @@ def batches_of(documents: list[list[int]], batching: str, settings: TrickSetting
     size = settings.micro_batch_size
     if batching == "packing":
         blocks = pack_documents(documents, settings.context)
+        # 一批的格子数不超过不打包的：比的是填充，不是谁的批大
+        size = max(1, size * max(map(len, documents)) // settings.context)
         groups = [blocks[at : at + size] for at in range(0, len(blocks), size)]
         batches = [collate_blocks(group, settings.context, 0) for group in groups]
         for batch, group in zip(batches, groups, strict=True):
