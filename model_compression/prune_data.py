@@ -20,7 +20,7 @@ from nlp_common.tiny import world
 from nlp_common.train.splits import drop_long, load_train_and_eval
 
 DOCS_LENGTH = 128  # python_docs 一行几个 token
-N_HELDOUT = 32  # python_docs 留出几行
+N_HELDOUT = 16  # python_docs 留出几行
 
 
 @dataclass
@@ -66,9 +66,7 @@ def docs_rows(tokenizer) -> list[dict]:
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
-    ids = tokenizer.backend_tokenizer.encode(
-        text, add_special_tokens=False
-    ).ids  # 整本书：比上下文长，后面就切
+    ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids  # 比上下文长，后面就切
     n_rows = len(ids) // DOCS_LENGTH
     if n_rows < 2 * N_HELDOUT:
         raise UserError(f"这个 Python 自带的手册只有 {n_rows} 行，不够分：用 --dataset 给自己的对话。")
