@@ -17,6 +17,7 @@ import queue
 import secrets
 import select
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -330,7 +331,7 @@ def hung_up(connection: socket.socket) -> bool:
 
 class ChatHTTPServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
-    allow_reuse_address = True
+    allow_reuse_address = sys.platform != "win32"  # Windows 上是"别人占着也拿来用"，占用了就看不出来
     request_queue_size = 256  # 默认只有 5：一下子来几十个，多出来的要等一秒再连
 
     def __init__(self, host: str, port: int, service: Service):
@@ -385,7 +386,5 @@ class ChatHTTPServer(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, address: Any) -> None:
         """问的人断了线不值一说；别的照常印出来。"""
-        import sys
-
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, address)
