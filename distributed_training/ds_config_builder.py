@@ -41,7 +41,7 @@ PRESETS: dict[str, dict] = {"tiny": {}, "full": {}}  # 只算账，两个预设�
 
 # NVIDIA 公布的 DeepSeek-V3 预训练（都是一行 4,096、BF16 的 Adam 状态）：名字、一块 GPU 几 GB、摆法。
 # lib：recipes/deepseek/h100/deepseek_v3.py（commit ce1c61a）；别的：docs/performance-summary.md（commit df0289c）的行，
-# 重算哪几样在 deepseek_v3_perf.py（commit 79ec86a）。显存：H100 80GB 的 81,559 MiB；B200 180、B300 270、GB200 186、GB300 279 是规格。
+# 表里没有写重算哪几样，照 deepseek_v3_perf.py（commit 79ec86a）里同一种 GPU 的。显存：H100 80GB 的 81,559 MiB；B200 180、B300 270、GB200 186、GB300 279 是规格。
 V3 = {"bf16_moments": True, "mtp": 1, "global_batch": 4096}
 UP = {"recompute": ("mla_up_proj",)}
 RECIPES = {

@@ -239,6 +239,12 @@ def show_guide(rows: list[dict]) -> None:
         said = [words[row[name]] for name in ("fitted", "ours", "formula", "deepspeed")]
         table.append([row["words"], *said[:2], f"{row['gb']:.1f}", *said[2:]])
     print_table(table)
+    issue = issue_4527()
+    print("\n估算器只算状态，没有算：激活、logits、通信的缓冲、CUDA 与 NCCL、显存的碎片。")
+    print(
+        f"  例如 DeepSpeed 的 issue 4527：它说 {issue['deepspeed']:.2f} GiB，其实 14.3 到 20.8；"
+        f"我们的账里一个 token 也没有就有 {issue['no_tokens']:.1f}。"
+    )
 
 
 # ---------------------------------------------------------------- 3. DeepSpeed 的估算器
