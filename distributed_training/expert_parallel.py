@@ -1,7 +1,7 @@
 """专家并行：专家分给几个进程，token 用 all-to-all 送到专家那里，算完再送回来。
 
 学到什么：一个 token 只去两个专家，所以参数多了几倍，算的不多；容量定死了格子的大小，通信才是一样长的一块一块；
-没有均衡损失，路由会挤到几个专家上，装不下的 token 就丢了。
+起点偏向两个专家的路由，没有均衡损失就一直偏着，装不下的 token 丢掉；有它，几百步就匀了。
 
 运行：
     python expert_parallel.py                     # 四个进程，再训练三个小模型，一两分钟
@@ -9,7 +9,7 @@
     python expert_parallel.py --preset full       # 同样的比较，模型大些、步数多些
 
 预期输出（实测见本文件夹的 README.md）：输出与每一个梯度等于逐个 token 算的（float64，1e-12）；
-算的一样多（激活的参数相等），MoE 的留出损失比稠密的低或相当；有均衡损失的，各专家收到的差不多。
+算的一样多（激活的参数相等）的稠密模型与 MoE 比留出损失；有均衡损失的，各专家收到的差不多。
 
 参考：Shazeer et al. 2017；Lepikhin et al. 2020（GShard，all-to-all）；Fedus et al. 2021（Switch，容量与均衡损失）。
 一层 MoE 在 moe.py。
@@ -54,6 +54,7 @@ PRESETS = {
 }
 BLOCK = 96  # 一行几个 token
 BALANCE = 0.01  # 均衡损失的系数（Fedus et al. 2021）
+SKEW = 5.0  # 起点故意偏：头两个专家的路由放大几倍，看均衡损失救不救得回来
 KINDS = {
     "dense": "稠密|dense",
     "moe": "MoE",
@@ -190,6 +191,7 @@ def build(kind: str, settings, vocab: int) -> SmallGPT:
                 block.mlp = MoE(
                     settings.width, settings.inner // TOP, settings.num_experts, settings.capacity_factor
                 )
+                block.mlp.router.data[:TOP] *= SKEW
     return model
 
 

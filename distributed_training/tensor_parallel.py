@@ -417,21 +417,15 @@ def learn(stage: Stage) -> dict:
 
 
 def draw(folder: Path, metrics: dict) -> None:
+    rows = {"一个进程|one process": metrics} | {title: metrics[way] for way, title in WAYS.items()}
     series = {
-        "一个进程|one process": {
-            "参数|parameters": metrics["parameter_bytes"],
-            "激活|activations": metrics["activation_bytes"],
+        title: {
+            "参数|parameters": its["parameter_bytes"] / 1000,
+            "激活|activations": its["activation_bytes"] / 1000,
         }
+        for title, its in rows.items()
     }
-    for way, title in WAYS.items():
-        its = metrics[way]
-        series[title] = {
-            "参数|parameters": its["parameter_bytes"],
-            "激活|activations": its["activation_bytes"],
-        }
-    bar_chart(
-        folder / "tensor_parallel.svg", series, "一个进程要放几个字节|Bytes held by one process", "", "字节|bytes"
-    )  # fmt: skip
+    bar_chart(folder / "tensor_parallel.svg", series, "一个进程放多少|Held by one process", "", "千字节|KB")
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -358,12 +358,12 @@ def learn(stage: Stage) -> dict:
 
 def draw(folder: Path, metrics: dict) -> None:
     series = {
-        label: {title: metrics[f"stage{level}"]["held"][part] for level, title in STAGES.items()}
+        label: {title: metrics[f"stage{level}"]["held"][part] / 1000 for level, title in STAGES.items()}
         for part, label in PARTS.items()
     }
     n = metrics["num_processes"]
     bar_chart(
-        folder / "zero.svg", series, f"{n} 个进程，一个进程放几个字节|Bytes held by one of {n} processes", "", "字节|bytes"
+        folder / "zero.svg", series, f"{n} 个进程，一个进程放多少|Held by one of {n} processes", "", "千字节|KB"
     )  # fmt: skip
 
 
