@@ -40,11 +40,12 @@ PRECISIONS = {
 }
 NAMES = {"torch": "PyTorch", "onnx": "ONNX Runtime", "openvino": "OpenVINO", "llama": "llama.cpp"}
 INSTALL = {
-    "onnx": "pip install onnx onnxruntime",
-    "openvino": "pip install onnx onnxruntime openvino",
+    "onnx": "pip install onnx onnx-ir onnxruntime",
+    "openvino": "pip install onnx onnx-ir onnxruntime openvino",
     "llama": llama_engine.INSTALL,
 }
-NEEDS = {"torch": (), "onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "onnxruntime", "openvino")}
+ONNX = ("onnx", "onnx_ir", "onnxruntime")  # onnxruntime 压权重的工具要 onnx_ir，自己却不装它
+NEEDS = {"torch": (), "onnx": ONNX, "openvino": (*ONNX, "openvino")}
 CONTEXT = 2048  # 最多给多长的前文留地方：llama.cpp 一开始就要占下
 SLOTS = 8  # llama.cpp 一次最多一起写几个
 
