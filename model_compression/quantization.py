@@ -6,13 +6,14 @@
 运行：
     python quantization.py                                 # Qwen 链的 SFT 模型，三种办法 × 四种位数 × 三种组，约三分钟
     python quantization.py --methods gptq --bits 3 --groups 64 --output_dir outputs/one
+    python quantization.py --model smollm2                 # 真的小模型，英文，看留出损失，约十分钟
     python quantization.py --model 文件夹 --dataset 我的对话.jsonl --output_dir outputs/mine    # 自己的模型与对话，看留出损失
     python quantization.py --preset full                   # Qwen2.5-0.5B-Instruct，要加速器
 
 预期输出（实测见本文件夹的 README.md）：8 位、4 位几乎不花题，3 位分出高下，2 位只有看输入的办法还能答；每一层 GPTQ 的输出误差都比 RTN 小。
 
 参考：Frantar et al. 2022（GPTQ）；Lin et al. 2023（AWQ）；Dettmers et al. 2022（LLM.int8()）；Xiao et al. 2022（SmoothQuant）。
-取整在 quantizers.py，存法在 packed_weights.py，激活在 activation_outliers.py，量在 measuring.py。
+取整在 quantizers.py，存法在 packed_weights.py，激活在 activation_outliers.py，数据与怎样量在 prune_data.py。
 """
 
 from nlp_common.base.cli import run_main
@@ -26,21 +27,18 @@ from typing import Literal
 import torch
 
 from activation_outliers import int8_lesson, plant_outlier, smollm2_outliers
-from calibration import calibration_rows, capture_inputs, linear_blocks
-from measuring import measure, model_bytes
+from calibration import linear_blocks, walk_blocks
+from measuring import model_bytes
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
-from nlp_common.data.chats import to_chats
 from nlp_common.draw.plots import bar_chart, line_chart
-from nlp_common.lm.chat_rows import chat_row, heldout_loss
 from nlp_common.lm.loading import load_chat_lm
-from nlp_common.tiny import world
 from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.settings import LessonSettings, parse_settings
-from nlp_common.train.splits import load_train_and_eval
 from nlp_common.train.stage import Stage
 from packed_weights import Packed, packed_bytes, rest_of, save_packed
+from prune_data import load_data
 from quantizers import awq_scale, gptq, hessian_of, output_error, rtn
 
 HOME = Path(__file__).resolve().parent
@@ -52,20 +50,12 @@ VARIANTS = {  # GPTQ 的另外几种做法：(列的次序, 格子什么时候�
     "act_early": ("act", "early"),
 }
 PRESETS = {
-    "tiny": {
-        "dataset": "tiny_world",
-        "n_calibration": 128,
-        "max_eval_samples": 512,
-        "bits": "8,4,3,2",
-        "groups": "32,64,128",
-    },
-    "full": {
-        "dataset": "tiny_world",
-        "n_calibration": 128,
-        "max_eval_samples": 512,
-        "bits": "4,3",
-        "groups": "128",
-    },
+    "tiny": {"max_eval_samples": 512},
+    "full": {"max_eval_samples": 512, "bits": "4,3", "groups": "128"},
+}
+DEFAULTS = {  # 没给的：别的模型；smollm2（只懂英文，CPU 上慢，所以少试几样）
+    False: {"dataset": "tiny_world", "n_calibration": 128, "bits": "8,4,3,2", "groups": "32,64,128"},
+    True: {"dataset": "python_docs", "n_calibration": 32, "bits": "4,3", "groups": "64"},
 }
 
 
@@ -73,9 +63,12 @@ PRESETS = {
 class QuantSettings(LessonSettings):
     model: str | None = option("量化哪个模型：文件夹、hub 名或 smollm2；默认是 Qwen 链 tiny 预设的 SFT 模型")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
-    dataset: str | None = option("校准的对话：tiny_world，或自己的文件、文件夹、hub 名，写法同 SFT")
+    dataset: str | None = option(
+        "校准与量的数据：tiny_world、python_docs（Python 自带的英文手册，smollm2 的默认），或自己的对话，写法同 SFT"
+    )
     eval_dataset: str | None = option("自己的留出对话；没给就从 --dataset 里分出来")
     max_train_samples: int = option("自己的数据最多读几段", 2000)
+    max_length: int = option("自己的对话最多几个 token，更长的不用", 512)
     max_eval_samples: int | None = option("用几道留出的题（自己的数据：几段留出的对话）量")
     n_calibration: int | None = option("校准用几段对话", limits=COUNT)
     methods: str = option(f"试哪几种，逗号隔开：{'、'.join(METHODS)}", ",".join(METHODS))
@@ -84,6 +77,9 @@ class QuantSettings(LessonSettings):
     save: str = option("存下哪一种，写成 办法-位数-组；load_packed 读得回来", "gptq-4-64")
 
     def check(self) -> None:
+        for name, value in DEFAULTS[self.model == "smollm2"].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         for name in self.methods.split(","):
             if name not in METHODS:
                 raise UserError(
@@ -124,8 +120,8 @@ def quantize_model(
     check_model(model, method, rows)
     done = Quantized({})
     place = torch.device("cpu") if model.device.type == "mps" else model.device  # MPS 没有 float64
-    for block, layers in zip(model.get_decoder().layers, linear_blocks(model), strict=True):
-        inputs = capture_inputs(model, rows, layers, tokenizer.pad_token_id)  # {层: X (N, in)}
+    walk = walk_blocks(model, rows, tokenizer.pad_token_id)  # 一块的 {层: 矩阵}、{层: X (N, in)}
+    for block, (layers, inputs) in zip(model.get_decoder().layers, walk, strict=True):
         check_inputs(inputs)
         inputs = {name: x.to(place) for name, x in inputs.items()}
         hessians = {name: hessian_of(x) for name, x in inputs.items()}
@@ -243,19 +239,19 @@ def learn(stage: Stage, path: str) -> dict:
     settings = stage.settings
     tokenizer, model = load_chat_lm(path, stage.device)
     model.eval()
-    chats, heldout, data = load_chats(settings)
-    rows = calibration_rows(tokenizer, settings.n_calibration, settings.seed, chats)
+    data = load_data(settings, tokenizer)
+    rows = data.calibration
     print(f"校准 {len(rows)} 段对话，{sum(len(row['input_ids']) for row in rows):,d} 个 token")
-    measured = partial(score, tokenizer=tokenizer, heldout=heldout, tiny=settings.dataset == "tiny_world")
+    measured = partial(data.measure, tokenizer=tokenizer)
     original = run_part(stage, "float32", lambda part: {"bytes": model_bytes(model), **measured(model)})
     print(line("float32", original))
     plans = {}
     for bits in map(int, settings.bits.split(",")):
         for group in map(int, settings.groups.split(",")):
             plans |= {f"{name}-{bits}-{group}": (name, bits, group) for name in settings.methods.split(",")}
-    if "gptq" in settings.methods.split(","):
-        for key, options in VARIANTS.items():
-            for bits in sorted({bits for _, bits, _ in plans.values()} & {2, 3}, reverse=True):
+    for key, options in VARIANTS.items():  # 3 位与 2 位才分得出高下
+        for bits in (3, 2):
+            if f"gptq-{bits}-64" in plans:
                 plans[f"gptq_{key}-{bits}-64"] = ("gptq", bits, 64, *options)
     results = {}
     for key, plan in plans.items():
@@ -278,7 +274,7 @@ def learn(stage: Stage, path: str) -> dict:
         save_packed(folder / "packed", model, tokenizer, packed)
         draw(folder, metrics, settings)
 
-    return stage.save(metrics, data, write)
+    return stage.save(metrics, data.source, write)
 
 
 def one(part: Stage, model, tokenizer, rows: list[dict], plan: tuple, measured) -> dict:
@@ -302,22 +298,6 @@ def outliers(part: Stage, model, tokenizer, rows: list[dict], measured) -> dict[
         quantize_model(copied, tokenizer, rows, method, 3, 64)
         found[f"planted_{method}3"] = measured(copied)
     return found
-
-
-def load_chats(settings: QuantSettings) -> tuple[list[dict] | None, list[dict], dict]:
-    """→ (校准的对话，None 是小世界的, 留出的题或对话, 数据来源)。"""
-    if settings.dataset == "tiny_world":
-        heldout = world.heldout_questions(settings.max_eval_samples, seed=0)
-        return None, heldout, {"train": {"name": "tiny_world", "kind": "builtin"}}
-    return load_train_and_eval(settings, "chats", to_chats)
-
-
-def score(model, tokenizer, heldout: list[dict], tiny: bool) -> dict[str, float]:
-    """小世界：答对几成与留出损失；自己的对话：留出损失。"""
-    if tiny:
-        return measure(model, tokenizer, heldout)
-    rows = [chat_row(tokenizer, chat["messages"]) for chat in heldout]
-    return {"heldout_loss": heldout_loss(model, rows, tokenizer.pad_token_id, 8)}
 
 
 def below_rtn(results: dict) -> dict[str, int]:
