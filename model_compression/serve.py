@@ -106,23 +106,26 @@ def read_key(settings: ServeSettings) -> str:
 
 def open_service(path: str, name: str, settings: ServeSettings, key: str = "") -> Service:
     """模型文件夹 → 一个转起来的服务（还没有开端口）。"""
+    if settings.engine == "llama" and settings.batching == "static":
+        raise UserError("--engine llama 自己排座位，只有 --batching continuous。")
     if settings.engine == "torch" and settings.precision in (None, "fp32"):
         tokenizer, model = load_causal_lm(path)
         model = model.to(pick_device())
-        context = context_of(model.config, settings)
-        return service_of(TorchSlots(model, settings.slots, context), tokenizer, name, settings, key)
+        slots = TorchSlots(model, settings.slots, context_of(model.config, settings))
+        return service_of(slots, tokenizer, name, settings, key)
     engine = engines.load(
         path, settings.engine, settings.precision, context=settings.context, slots=settings.slots
     )
     context = context_of(engine.config, settings)
-    if settings.engine != "llama":
+    if settings.engine == "llama":
+        metrics = Metrics()
+        batcher = LlamaBatcher(engine, settings.slots, settings.waiting, metrics.finished)
+        return finish_service(batcher, metrics, engine.tokenizer, name, context, settings, key)
+    if settings.engine == "torch":  # bf16、int8
+        slots = TorchSlots(engine.model, settings.slots, context)
+    else:
         slots = EngineSlots(engine, settings.slots, context)
-        return service_of(slots, engine.tokenizer, name, settings, key)
-    if settings.batching == "static":
-        raise UserError("--engine llama 自己排座位，只有 continuous。")
-    metrics = Metrics()
-    batcher = LlamaBatcher(engine, settings.slots, settings.waiting, metrics.finished)
-    return finish_service(batcher, metrics, engine.tokenizer, name, context, settings, key)
+    return service_of(slots, engine.tokenizer, name, settings, key)
 
 
 def context_of(config, settings: ServeSettings) -> int:

@@ -567,6 +567,7 @@ def test_arguments_that_cannot_be(base_folder, monkeypatch):
         (["--host", "0.0.0.0"], "要先有钥匙"),
         (["--api_key_env", "NOT_SET_KEY"], "NOT_SET_KEY 没有设"),
         ([*model, "--context", "100000"], "最多 512"),
+        ([*model, "--engine", "llama", "--batching", "static"], "自己排座位"),
         ([*model, "--engine", "onnx", "--precision", "fp64"], "没有 fp64"),
         (["--slots", "0"], "正整数"),
         (["--engine", "vllm"], "不认识 vllm"),
@@ -577,6 +578,16 @@ def test_arguments_that_cannot_be(base_folder, monkeypatch):
     monkeypatch.setattr(script.engines, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"没有装 llama.*：pip install xllamacpp"):
         script.main([*model, "--engine", "llama"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_other_precisions_of_torch(base_folder, precision):
+    settings = script.ServeSettings(engine="torch", precision=precision, slots=2, port=0)
+    service = script.open_service(str(base_folder), "tiny", settings)
+    job = service.job(check_fields(ASKED | {"max_tokens": 3, "temperature": 0}, "tiny", 64, 1.0))
+    service.batcher.submit(job)
+    assert until(lambda: job.end) and job.end in ("stop", "length"), job.end
+    service.batcher.close()
 
 
 def test_a_port_in_use(base_folder):
