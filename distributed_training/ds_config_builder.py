@@ -64,9 +64,9 @@ FLOPS, NVLINK, NETWORK = 0.4 * 989e12, 450e9, 50e9
 
 @dataclass
 class BuilderSettings(LessonSettings):
-    COMMON: ClassVar[dict] = {}
+    COMMON: ClassVar[dict] = {"model": "deepseek-v3"}
 
-    model: str = option(f"哪个模型：有 config.json 的文件夹，或内置的 {'、'.join(SIZES)}", "deepseek-v3")
+    model: str | None = option(f"哪个模型：有 config.json 的文件夹，或内置的 {'、'.join(SIZES)}")
     gpus: int = option("一共几块 GPU", 256, limits=COUNT)
     gpus_per_node: int = option("一台几块", 8, limits=COUNT)
     gpu_memory: float = option("一块 GPU 几 GB（10⁹ 字节；H100 80GB 是 85.5）", 85.5, limits=POSITIVE)
@@ -221,16 +221,20 @@ def search(sizes: ModelSizes, settings: BuilderSettings) -> list[dict]:
         [1, 3],
         recomputes,
     )
-    found = []
+    found, reason = [], ""
     for tp, pp, vp, ep, cp, zero, recompute in shapes:
         layout = replace(base, tp=tp, pp=pp, vp=vp, ep=ep, cp=cp, zero=zero, recompute=recompute)
         try:
             check(sizes, layout)
-        except UserError:
+        except UserError as error:
+            reason = reason or str(error)  # 一种也除不尽的话，就说最简单的那种为什么
             continue
+        reason = f"状态与激活都算上，没有一种不超过 {settings.gpu_memory:g} GB。"
         each = fit(sizes, layout, settings.gpu_memory)
         if each["fits"]:
             found.append(each | {"seconds": seconds(sizes, each, settings.gpus_per_node)})
+    if not found:
+        print(f"\n{settings.gpus} 块 GPU：没有放得下的摆法。{reason}")
     return sorted(found, key=lambda each: (each["seconds"], each["layout"].pp, each["layout"].tp))
 
 
@@ -253,7 +257,6 @@ def seconds(sizes: ModelSizes, each: dict, gpus_per_node: int) -> float:
 
 def show_found(settings: BuilderSettings, found: list[dict]) -> None:
     if not found:
-        print(f"\n{settings.gpus} 块、每块 {settings.gpu_memory:g} GB：没有放得下的摆法。")
         return
     print(f"\n{settings.gpus} 块 GPU，放得下的有 {len(found)} 种；排在前面的，与一块 GPU 一步发出的 GB：")
     table = [["摆法", "重算", "一共，GB", "空等", "数据", "张量", "流水线", "专家", "上下文"]]

@@ -4,9 +4,9 @@
 不是"第几号进程的"，所以换了进程数，各读各的那一段就行。数据也要接得上：一步用哪几行只看步数，不看有几个进程。
 
 运行：
-    python resume_anywhere.py                    # 十几秒：4 个进程，第 6 步被杀掉，2 个进程接着
+    python resume_anywhere.py                    # 十几秒：4 个进程，第 7 步被杀掉，2 个进程接着
     python resume_anywhere.py --first 4 --then 1 # 换进程数
-    python resume_anywhere.py --preset full      # 大一点的模型，多几步
+    python resume_anywhere.py --preset full      # 多几步
 
 预期输出（实测见本文件夹的 README.md）：每一步的损失与一口气训练完的最多相差 1e-15 上下（float64）。
 
@@ -155,7 +155,9 @@ def worker(
         done = load(found[1], model, optimizer)
     losses = []
     for step in range(done + 1, n_steps + 1):
-        rows = make_batch(ROWS, LENGTH, sizes.vocab, seed=seed * 1000 + step % 3)  # 三批轮流：只看步数，不看进程
+        rows = make_batch(
+            ROWS, LENGTH, sizes.vocab, seed=seed * 1000 + step % 3
+        )  # 三批轮流：只看步数，不看进程
         mine = rows[rank::n]
         loss = loss_sum(model, mine) / (ROWS * LENGTH / n)  # fully_shard 再除以 n
         loss.backward()

@@ -64,9 +64,9 @@ PARTS = {
 
 @dataclass
 class ConfiguratorSettings(LessonSettings):
-    COMMON: ClassVar[dict] = {}
+    COMMON: ClassVar[dict] = {"model": "qwen2.5-7b"}
 
-    model: str = option(f"哪个模型：有 config.json 的文件夹，或内置的 {'、'.join(SIZES)}", "qwen2.5-7b")
+    model: str | None = option(f"哪个模型：有 config.json 的文件夹，或内置的 {'、'.join(SIZES)}")
     nodes: int = option("几台机器", 1, limits=COUNT)
     gpus_per_node: int = option("一台几块 GPU", 8, limits=COUNT)
     gpu_memory: float = option("一块 GPU 几 GB（10⁹ 字节；H100 80GB 是 85.5）", 85.5, limits=POSITIVE)

@@ -161,10 +161,15 @@ def test_no_experts_no_expert_parallelism():
         check(DENSE, Layout(8, ep=2))
 
 
-def test_nothing_fits_is_an_answer(tmp_path, capsys):
-    argv = ["--preset", "tiny", "--gpus", "8", "--global_batch", "8", "--output_dir", str(tmp_path / "out")]
-    assert script.main(argv)["metrics"]["layouts"] == 0
-    assert "没有放得下的摆法" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "gpus, said",
+    [("8", "没有一种不超过 85.5 GB"), ("7", "一步的总行数 8 不能被 micro-batch × DP = 7 整除")],
+)
+def test_nothing_fits_is_an_answer(gpus, said, tmp_path, capsys):
+    argv = ["--preset", "tiny", "--gpus", gpus, "--global_batch", "8"]
+    assert script.main([*argv, "--output_dir", str(tmp_path / "out")])["metrics"]["layouts"] == 0
+    shown = capsys.readouterr().out
+    assert "没有放得下的摆法" in shown and said in shown
     assert not (tmp_path / "out" / "layout.json").exists()
 
 
