@@ -197,7 +197,8 @@ def one_engine(part: Stage, path: Path, request: dict, name: str, precision: str
     ours = torch.from_numpy(np.load(folder / "reference.npy")).double().log_softmax(-1)
     likely = ours > -20  # 概率低于两亿分之一的不比：llama.cpp 有时只给 −∞
     found["max_difference"] = (theirs - ours)[likely].abs().max().item()
-    found["kl"] = (ours.exp() * (ours - theirs)).where(likely, 0.0).sum(-1).mean().item()
+    kl = (ours.exp() * (ours - theirs)).where(likely, 0.0).sum(-1).mean().item()
+    found["kl"] = max(kl, 0.0)  # 一样的模型，舍入会给出 −1e-12
     found["same_best_token"] = (theirs.argmax(-1) == ours.argmax(-1)).float().mean().item()
     return found
 

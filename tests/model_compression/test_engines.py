@@ -202,6 +202,20 @@ def test_nothing_half_written(folder, tmp_path, monkeypatch):
         engine_files.cached_files(folder, "onnx-fp32", interrupted, str(tmp_path))
 
 
+def test_weights_beside_the_graph(folder, loaded, tmp_path, monkeypatch):
+    """大过 2 GB 的，权重另放一个文件：两家都读得到。"""
+    small = loaded("onnx", "int8").logits(PROMPTS)
+    monkeypatch.setattr(engine_files, "TOO_LARGE", 0)
+    other = engines.load(str(folder), "onnx", "int8", str(tmp_path), CONTEXT)
+    assert {path.name for path in next(tmp_path.glob("*/onnx-int8")).iterdir()} == {
+        "model.onnx", "model.data", engine_files.DONE,
+    }  # fmt: skip
+    assert torch.equal(other.logits(PROMPTS), small)
+    if engines.missing("openvino") is None:
+        beside = engines.load(str(folder), "openvino", "int8", str(tmp_path), CONTEXT)
+        assert torch.equal(beside.logits(PROMPTS), loaded("openvino", "int8").logits(PROMPTS))
+
+
 def test_another_model_has_other_files(folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(folder, other)
