@@ -15,6 +15,7 @@
 from nlp_common.base.cli import run_main
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,21 +25,15 @@ import tensor_parallel
 from nlp_common.base.arguments import COUNT, Limits, option
 from nlp_common.base.console import print_table
 from nlp_common.base.errors import UserError
+from nlp_common.draw.plots import bar_chart
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
-from pipeline_parallel import Part, run_schedule
+from pipeline_parallel import Part, bytes_sent, run_schedule
 from ranks import run_ranks
 from small_gpt import Sizes, make_batch, make_model
-from tensor_parallel import (
-    RATE,
-    STEPS,
-    ParallelGPT,
-    max_difference,
-    one_process,
-    put_together,
-    split_cross_entropy,
-)
+from tensor_parallel import ParallelGPT, put_together, split_cross_entropy
+from tensor_references import RATE, STEPS, max_difference, one_process
 
 HOME = Path(__file__).resolve().parent
 PRESETS = {
@@ -46,7 +41,7 @@ PRESETS = {
     "full": {"width": 256, "layers": 8, "rows": 16, "length": 128},
 }
 VOCAB, HEADS = 96, 4
-WAYS = {"data_tensor": "数据 × 张量", "data_pipeline": "数据 × 流水线"}
+WAYS = {"data_tensor": "数据 × 张量|data × tensor", "data_pipeline": "数据 × 流水线|data × pipeline"}
 
 
 @dataclass
@@ -95,10 +90,14 @@ def my_groups(rank: int, data: int, model: int) -> tuple[dist.ProcessGroup, dist
     return mine[0], mine[1]
 
 
-def add_gradients(model: torch.nn.Module, column: dist.ProcessGroup) -> None:
-    """数据并行：一列的几个进程管着同一块权重，梯度加起来（损失已经除以全体的 token 数，不必再平均）。"""
+def add_gradients(model: torch.nn.Module, column: dist.ProcessGroup) -> float:
+    """数据并行：一列的几个进程管着同一块权重，梯度加起来（损失已经除以全体的 token 数，不必再平均）；返回发了几个字节。"""
+    numbers = 0
     for parameter in model.parameters():
         dist.all_reduce(parameter.grad, group=column)
+        numbers += parameter.grad.numel()
+    n = dist.get_world_size(column)
+    return 2 * (n - 1) / n * numbers * 8
 
 
 # ---------------------------------------------------------------- 2. 两种叠法
@@ -112,12 +111,14 @@ def data_tensor(
     net = ParallelGPT(make_model(sizes, seed), sequence=False)
     optimizer = torch.optim.AdamW(net.parameters(), RATE)
     for step in range(STEPS):
+        tensor_parallel.traffic["bytes"] = 0.0
         batch = make_batch(rows, length, sizes.vocab, seed + step).chunk(data)[dist.get_rank(column)]
         (split_cross_entropy(net(batch[:, :-1]), batch[:, 1:]) / (rows * length)).backward()
-        add_gradients(net, column)
+        in_column = add_gradients(net, column)
         optimizer.step()
         optimizer.zero_grad()
-    return {name: p.detach() for name, p in net.named_parameters()}
+    weights = {name: p.detach() for name, p in net.named_parameters()}
+    return {"weights": weights, "in_row": tensor_parallel.traffic["bytes"], "in_column": in_column}
 
 
 def data_pipeline(
@@ -129,11 +130,12 @@ def data_pipeline(
     optimizer = torch.optim.AdamW(part.parameters(), RATE)
     for step in range(STEPS):
         batch = make_batch(rows, length, sizes.vocab, seed + step).chunk(data)[dist.get_rank(column)]
-        run_schedule(part, "1f1b", batch, m, line, rows * length)
-        add_gradients(part, column)
+        in_row = run_schedule(part, "1f1b", batch, m, line, rows * length)["sent"]
+        in_column = add_gradients(part, column)
         optimizer.step()
         optimizer.zero_grad()
-    return {name: p.detach() for name, p in part.named_parameters()}
+    weights = {name: p.detach() for name, p in part.named_parameters()}
+    return {"weights": weights, "in_row": in_row, "in_column": in_column}
 
 
 # ---------------------------------------------------------------- 3. 比较
@@ -146,19 +148,67 @@ def learn(stage: Stage) -> dict:
     grid = (settings.data, settings.model)
     wanted = one_process(*shape)["weights"]
     n = settings.data * settings.model
-    tensors = run_ranks(data_tensor, n, *grid, *shape, port=settings.port)
-    stages = run_ranks(data_pipeline, n, *grid, *shape, settings.micro_batches, port=settings.port)
-    pipeline = {name: value for part in stages[: settings.model] for name, value in part.items()}
-    metrics: dict = {
-        "data_tensor": max_difference(put_together(tensors[: settings.model]), wanted),
-        "data_pipeline": max_difference(pipeline, wanted),
-        "between_rows": max(rows_apart(tensors, settings.model), rows_apart(stages, settings.model)),
+    found = {
+        "data_tensor": run_ranks(data_tensor, n, *grid, *shape, port=settings.port),
+        "data_pipeline": run_ranks(
+            data_pipeline, n, *grid, *shape, settings.micro_batches, port=settings.port
+        ),
     }
-    metrics["max_difference"] = max(metrics["data_tensor"], metrics["data_pipeline"])
-    print(f"\n{settings.data} 行（数据）× {settings.model} 列（模型）")
-    print_table([["", "与一个进程差"], *([title, f"{metrics[way]:.1e}"] for way, title in WAYS.items())])
-    print(f"  各行之间（同一块权重的几份）差 {metrics['between_rows']:.1e}\n")
-    return stage.save(metrics, {})
+    metrics: dict = {"data": settings.data, "model": settings.model}
+    table = [["", "与一个进程差", "各行之间差", "行里发（字节）", "公式", "列里发（字节）", "公式"]]
+    for way, title in WAYS.items():
+        parts = [part["weights"] for part in found[way]]
+        first_row = parts[: settings.model]
+        if way == "data_tensor":
+            weights = put_together(first_row)
+        else:
+            weights = {name: value for part in first_row for name, value in part.items()}
+        its = {
+            "max_difference": max_difference(weights, wanted),
+            "between_rows": rows_apart(parts, settings.model),
+            "row_bytes": sum(part["in_row"] for part in found[way][: settings.model]),
+            "row_formula": row_bytes(settings, way),
+            "column_bytes": found[way][0]["in_column"],
+            "column_formula": column_bytes(settings, way, wanted),
+        }
+        metrics[way] = its
+        table.append(
+            [title.split("|")[0], f"{its['max_difference']:.1e}", f"{its['between_rows']:.1e}",
+             *(f"{its[name]:,.0f}" for name in ("row_bytes", "row_formula", "column_bytes", "column_formula"))]
+        )  # fmt: skip
+    metrics["max_difference"] = max(metrics[way]["max_difference"] for way in WAYS)
+    print(f"\n{settings.data} 行（数据）× {settings.model} 列（模型），一步里：")
+    print_table(table)
+    print("  行里是一行的几个进程一共发的，列里是 0 号进程发的。\n")
+    return stage.save(metrics, {}, partial(draw, metrics=metrics))
+
+
+def row_bytes(settings: GridSettings, way: str) -> float:
+    """一行的几个进程一共该发几个字节：各自那一份数据的张量并行（或流水线）。公式见那两个脚本。"""
+    model, rows = settings.model, settings.rows // settings.data
+    tokens = rows * settings.length
+    if way == "data_pipeline":
+        return bytes_sent(rows, settings.length, settings.width, model)
+    numbers = (4 * settings.layers + 2) * tokens * settings.width + 3 * tokens
+    return model * 2 * (model - 1) / model * numbers * 8
+
+
+def column_bytes(settings: GridSettings, way: str, weights: dict[str, torch.Tensor]) -> float:
+    """0 号进程在它那一列里该发几个字节：它管的参数的 2(d−1)/d 倍。"""
+    numbers = 0
+    for name, weight in weights.items():
+        if way == "data_tensor":  # 切成 model 份，只有这几样人人都有
+            share = (
+                1 if "norm" in name or "positions" in name or name.endswith("down.bias") else settings.model
+            )
+            numbers += weight.numel() // share
+        elif name.startswith(("tokens", "positions")) or name.startswith(first_blocks(settings)):
+            numbers += weight.numel()
+    return 2 * (settings.data - 1) / settings.data * numbers * 8
+
+
+def first_blocks(settings: GridSettings) -> tuple[str, ...]:
+    return tuple(f"blocks.{i}." for i in range(settings.layers // settings.model))
 
 
 def rows_apart(parts: list[dict], model: int) -> float:
@@ -167,6 +217,24 @@ def rows_apart(parts: list[dict], model: int) -> float:
         (part[name] - parts[rank % model][name]).abs().max().item()
         for rank, part in enumerate(parts)
         for name in part
+    )
+
+
+def draw(folder: Path, metrics: dict) -> None:
+    """0 号进程一步里往哪里发：行里的按一行的平均。"""
+    series = {
+        title: {
+            "行里：激活|rows: activations": metrics[way]["row_bytes"] / metrics["model"],
+            "列里：梯度|columns: gradients": metrics[way]["column_bytes"],
+        }
+        for way, title in WAYS.items()
+    }
+    bar_chart(
+        folder / "grid_bytes.svg",
+        series,
+        "一个进程一步发几个字节|Bytes sent by one process",
+        "",
+        "字节|bytes",
     )
 
 

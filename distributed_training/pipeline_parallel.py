@@ -188,7 +188,8 @@ def run_schedule(part: Part, schedule: str, rows: Tensor, m: int, line: list[int
     for work, _ in sending:
         work.wait()
     grads = {name: p.grad for name, p in part.named_parameters()}
-    return {"grads": grads, "loss": sum(losses), "most": most, "saved": most_bytes}
+    sent = sum(x.numel() * x.element_size() for _, x in sending)
+    return {"grads": grads, "loss": sum(losses), "most": most, "saved": most_bytes, "sent": sent}
 
 
 def send(x: Tensor, to: int) -> tuple:
@@ -234,6 +235,11 @@ def timing_worker(rank: int, p: int, schedule: str, m: int) -> list:
 # ---------------------------------------------------------------- 3. 比较
 
 
+def bytes_sent(rows: int, length: int, width: int, p: int) -> int:
+    """一步里各段一共发几个字节（float64）：p − 1 个接缝，前向传激活、反向传它的梯度，各 (B, T, C)，与拆成几个小批无关。"""
+    return 2 * (p - 1) * rows * length * width * 8
+
+
 def learn(stage: Stage) -> dict:
     settings = stage.settings
     p, m, sizes = settings.num_processes, settings.micro_batches, settings.sizes()
@@ -246,7 +252,18 @@ def learn(stage: Stage) -> dict:
     parts = run_ranks(worker, p, *shape, port=settings.port)
     formula = (p - 1) / (m + p - 1)
     metrics: dict = {"num_processes": p, "micro_batches": m, "bubble_formula": formula}
-    table = [["", "梯度差", "气泡，照次序算", "气泡，量到的", "最多留几个小批", "激活（字节，最多的一段）"]]
+    metrics["bytes_formula"] = bytes_sent(settings.rows, settings.length, settings.width, p)
+    table = [
+        [
+            "",
+            "梯度差",
+            "气泡，照次序算",
+            "气泡，量到的",
+            "最多留几个小批",
+            "激活（字节，最多的一段）",
+            "一共发（字节）",
+        ]
+    ]
     measured = {}
     for name in SCHEDULES:
         grads = {key: grad for part in parts for key, grad in part[name]["grads"].items()}
@@ -259,11 +276,13 @@ def learn(stage: Stage) -> dict:
             "bubble_measured": bubble_of(measured[name]),
             "most_micro_batches": max(part[name]["most"] for part in parts),
             "activation_bytes": max(part[name]["saved"] for part in parts),
+            "bytes_sent": sum(part[name]["sent"] for part in parts),
         }
         metrics[name] = its
         table.append(
             [TITLES[name], f"{its['max_difference']:.1e}", f"{its['bubble']:.4f}", f"{its['bubble_measured']:.3f}",
-             str(its["most_micro_batches"]), f"{its['activation_bytes']:,d}"]
+             str(its["most_micro_batches"]), f"{its['activation_bytes']:,d}",
+             f"{its['bytes_sent']:,d}"]
         )  # fmt: skip
     metrics["max_difference"] = max(metrics[name]["max_difference"] for name in SCHEDULES)
     metrics["bubbles"] = {
@@ -271,7 +290,7 @@ def learn(stage: Stage) -> dict:
     }
     print()
     print_table(table)
-    print(f"  公式 (p − 1)/(m + p − 1) = {formula:.4f}\n")
+    print(f"  公式：气泡 (p − 1)/(m + p − 1) = {formula:.4f}，一共发 {metrics['bytes_formula']:,d} 字节\n")
     return stage.save(metrics, {}, partial(draw, p=p, m=m, measured=measured, metrics=metrics))
 
 

@@ -34,15 +34,14 @@ from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from ranks import run_ranks
 from saved_bytes import count_saved
-from small_gpt import Sizes, SmallGPT, loss_sum, make_batch, make_model
+from small_gpt import Sizes, SmallGPT, make_batch, make_model
+from tensor_references import RATE, STEPS, max_difference, one_process, torch_worker
 
 HOME = Path(__file__).resolve().parent
 PRESETS = {
     "tiny": {"width": 32, "heads": 4, "layers": 4, "vocab": 96, "rows": 8, "length": 16},
     "full": {"width": 256, "heads": 8, "layers": 8, "vocab": 4096, "rows": 8, "length": 128},
 }
-STEPS = 5
-RATE = 1e-2
 WAYS = {"tensor": "张量并行|tensor", "sequence": "加上序列并行|tensor + sequence"}
 
 
@@ -238,20 +237,6 @@ class ParallelGPT(nn.Module):
         return F.embedding(local.where(mine, 0), self.tokens) * mine[..., None]
 
 
-class VocabSum(torch.autograd.Function):
-    """(B, T) 的数各进程加起来；梯度原样。与 Sum 一样，只是小，不算进通信量。"""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x, group=GRID["group"])
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
-
-
 def split_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """logits (B, T, V/n) 是自己那一段词表的；交叉熵加起来。每个位置只传三个数，不传 V 个。
 
@@ -260,12 +245,13 @@ def split_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     size, rank = logits.shape[-1], my_place()
     top = logits.detach().amax(-1)  # (B, T)
     dist.all_reduce(top, dist.ReduceOp.MAX, group=GRID["group"])
+    count(top, 2)
     logits = logits - top[..., None]
-    total = VocabSum.apply(logits.exp().sum(-1))
+    total = Sum.apply(logits.exp().sum(-1))
     local = targets - rank * size
     mine = (local >= 0) & (local < size)
     wanted = logits.gather(-1, local.where(mine, 0)[..., None])[..., 0] * mine
-    return (total.log() - VocabSum.apply(wanted)).sum()
+    return (total.log() - Sum.apply(wanted)).sum()
 
 
 # ---------------------------------------------------------------- 3. 每个进程做的：训练五步
@@ -282,9 +268,9 @@ def worker(rank: int, n: int, sizes: Sizes, rows: int, length: int, seed: int, s
         with count_saved(model) as kept:
             loss = split_cross_entropy(model(batch[:, :-1]), batch[:, 1:]) / (rows * length)
         loss.backward()
-        sent, saved = traffic["bytes"], kept.bytes
         if sequence:
             sum_partial_gradients(model)
+        sent, saved = traffic["bytes"], kept.bytes
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -297,59 +283,14 @@ def sum_partial_gradients(model: ParallelGPT) -> None:
     """序列并行时，人人都有的参数（LayerNorm、位置、down 的偏置）只见过自己那一段序列：梯度要加起来。漏了不会报错。"""
     for name, parameter in model.named_parameters():
         if is_replicated(name):
-            dist.all_reduce(parameter.grad, group=GRID["group"])
+            parameter.grad = all_reduce(parameter.grad)
 
 
 def is_replicated(name: str) -> bool:
     return "norm" in name or "positions" in name or name.endswith("down_bias")
 
 
-def torch_worker(rank: int, n: int, sizes: Sizes, rows: int, length: int, seed: int) -> dict:
-    """同样五步，用 torch 自己的 parallelize_module。"""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    model = make_model(sizes, seed)
-    plan = {
-        "tokens": RowwiseParallel(input_layouts=Replicate()),
-        "head": ColwiseParallel(output_layouts=Replicate()),
-    }
-    for i, block in enumerate(model.blocks):
-        block.attention.heads //= n
-        columns = ("attention.q", "attention.k", "attention.v", "mlp.up")
-        plan |= {f"blocks.{i}.{name}": ColwiseParallel() for name in columns}
-        plan |= {f"blocks.{i}.{name}": RowwiseParallel() for name in ("attention.o", "mlp.down")}
-    parallelize_module(model, init_device_mesh("cpu", (n,)), plan)
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, foreach=False)
-    for step in range(STEPS):
-        (loss_sum(model, make_batch(rows, length, sizes.vocab, seed + step)) / (rows * length)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    whole = {}
-    for name, p in model.named_parameters():
-        whole[name] = (p.full_tensor() if hasattr(p, "full_tensor") else p).detach()
-    return {"weights": whole}
-
-
-# ---------------------------------------------------------------- 4. 一个进程的答案，与比较
-
-
-def one_process(sizes: Sizes, rows: int, length: int, seed: int) -> dict:
-    model = make_model(sizes, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), RATE)
-    losses, saved = [], 0
-    for step in range(STEPS):
-        with count_saved(model) as kept:
-            loss = loss_sum(model, make_batch(rows, length, sizes.vocab, seed + step)) / (rows * length)
-        loss.backward()
-        saved = kept.bytes
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    held = sum(p.numel() * p.element_size() for p in weights.values())
-    return {"weights": weights, "losses": losses, "saved": saved, "held": held}
+# ---------------------------------------------------------------- 4. 比较
 
 
 def put_together(parts: list[dict]) -> dict[str, Tensor]:
@@ -369,16 +310,18 @@ def put_together(parts: list[dict]) -> dict[str, Tensor]:
     return whole
 
 
-def max_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
-    return max((found[name] - wanted[name]).abs().max().item() for name in wanted)
+def bytes_sent(settings: TensorSettings, sequence: bool) -> float:
+    """一步里一个进程该发几个字节（float64）。
 
-
-def bytes_sent(settings: TensorSettings) -> float:
-    """一步里一个进程该发几个字节：每层前向、反向各两次，嵌入前向一次、输出层反向一次。序列并行把每次拆成两半，一样多。"""
-    n = settings.num_processes
-    size = settings.rows * settings.length * settings.width * 8  # float64
-    return (4 * settings.layers + 2) * 2 * (n - 1) / n * size
+    每层前向、反向各两次，嵌入前向一次、输出层反向一次，传 (B, T, C)；交叉熵三次，传 (B, T)。
+    序列并行把每次拆成两半，一样多；另外，人人都有的参数（LayerNorm、位置、down 的偏置）的梯度要加起来。
+    """
+    n, width, layers = settings.num_processes, settings.width, settings.layers
+    tokens = settings.rows * settings.length
+    numbers = (4 * layers + 2) * tokens * width + 3 * tokens
+    if sequence:
+        numbers += (2 * layers + 1) * 2 * width + settings.length * width + layers * width
+    return 2 * (n - 1) / n * numbers * 8
 
 
 def learn(stage: Stage) -> dict:
@@ -400,7 +343,7 @@ def learn(stage: Stage) -> dict:
             "parameter_bytes": parts[0]["held"],
             "activation_bytes": parts[0]["saved"],
             "bytes_sent": parts[0]["sent"],
-            "bytes_formula": bytes_sent(settings),
+            "bytes_formula": bytes_sent(settings, way == "sequence"),
         }
         metrics[way] = its
         rows.append(

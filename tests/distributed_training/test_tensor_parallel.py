@@ -40,8 +40,26 @@ def test_second_run_loads(tensor, capsys):
 
 def test_the_bytes_formula_by_hand():
     settings = tp.TensorSettings(num_processes=2, width=4, layers=1, rows=1, length=2)
-    # 一层四次、嵌入一次、输出一次，每次 2·(1/2)·1·2·4·8 = 64 字节
-    assert tp.bytes_sent(settings) == 6 * 64
+    # 一层四次、嵌入一次、输出一次，每次 2·(1/2)·1·2·4·8 = 64 字节；交叉熵三次，每次 1·2·8 = 16
+    assert tp.bytes_sent(settings, sequence=False) == 6 * 64 + 3 * 16
+    # 三个 LayerNorm 3·2·4，位置 2·4，down 的偏置 4：36 个数
+    assert tp.bytes_sent(settings, sequence=True) == 6 * 64 + 3 * 16 + 36 * 8
+
+
+def test_cross_entropy_of_one_piece_is_the_usual_one():
+    """只有一个进程的组：切开的交叉熵就是平常的，梯度也是。"""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        logits = (50 * torch.randn(2, 3, 7, dtype=torch.float64)).requires_grad_()  # e^50 也不溢出
+        targets = torch.randint(7, (2, 3))
+        ours = tp.split_cross_entropy(logits, targets)
+        usual = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        pairs = zip(torch.autograd.grad(ours, logits), torch.autograd.grad(usual, logits), strict=True)
+        assert abs(ours - usual) < 1e-9 and all((a - b).abs().max() < 1e-12 for a, b in pairs)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_saved_bytes_by_hand():
@@ -66,6 +84,7 @@ def test_pipeline_gradients_and_bubble(pipeline):
         assert metrics[name]["max_difference"] < 1e-12 and metrics[name]["loss_difference"] < 1e-12
         assert metrics[name]["bubble"] == pytest.approx(1 / 5)
         assert 0.1 < metrics[name]["bubble_measured"] < 0.6
+        assert metrics[name]["bytes_sent"] == metrics["bytes_formula"]
         assert (folder / f"pipeline_{name}.svg").exists()
     assert metrics["gpipe"]["most_micro_batches"] == 4 and metrics["1f1b"]["most_micro_batches"] == 2
     assert metrics["1f1b"]["activation_bytes"] < metrics["gpipe"]["activation_bytes"]
@@ -93,9 +112,10 @@ def test_every_schedule_does_all_the_work_and_has_the_bubble_of_the_formula(sche
 def test_two_dimensions_equal_one_process(tmp_path):
     flags = ["--preset", "tiny", "--layers", "2", "--rows", "8", "--output_dir", str(tmp_path / "out")]
     metrics = parallel_2d.main(flags)["metrics"]
-    assert (
-        metrics["data_tensor"] < 1e-12 and metrics["data_pipeline"] < 1e-12 and metrics["between_rows"] == 0.0
-    )
+    for way in parallel_2d.WAYS:
+        its = metrics[way]
+        assert its["max_difference"] < 1e-12 and its["between_rows"] == 0.0
+        assert its["row_bytes"] == its["row_formula"] and its["column_bytes"] == its["column_formula"]
 
 
 def test_the_grid_by_hand():
