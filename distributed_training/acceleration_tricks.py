@@ -8,7 +8,7 @@
     python acceleration_tricks.py --tricks tiled,sdpa,packing --output_dir outputs/three
     python acceleration_tricks.py --dataset 我的文章.txt --output_dir outputs/mine    # 你的文章，一行一篇
 
-预期输出（实测见本文件夹的 README.md）：SDPA、打包快得多，重算激活省内存、慢一些，手写的分块省内存而不快。
+预期输出（实测见本文件夹的 README.md）：SDPA、长短相近的一批快四分之一上下，重算激活省内存、慢一半；打包在这里反而慢。
 
 参考：Dao et al. 2022（FlashAttention）；Milakov & Gimelshein 2018（在线 softmax）；Chen et al. 2016（重算激活）；
 Krell et al. 2021（打包）。三种注意力在 tiled_attention.py，量内存在 peak_bytes.py。
