@@ -71,7 +71,7 @@ def recover(part: Stage, model, tokenizer, data: PruneData, masked: bool) -> dic
     masked 是 False：平常的 LoRA，合并以后剪掉的都不是 0 了，再照原来的掩码剪一次。
     """
     settings = part.settings
-    masks = {name: layer.weight != 0 for block in linear_blocks(model) for name, layer in block.items()}
+    masks = masks_of(model)
     learned = add_lora(model, settings.lora_r, 2.0 * settings.lora_r, masked)
     optimizer = torch.optim.AdamW(learned, lr=settings.learning_rate, weight_decay=0.0)
     lengths = [len(row["input_ids"]) for row in data.train]
@@ -101,7 +101,12 @@ def recover(part: Stage, model, tokenizer, data: PruneData, masked: bool) -> dic
     return found
 
 
+def masks_of(model) -> dict[str, Tensor]:
+    """解码块里每个线性层留下（不是 0）的位置，{全名: (out, in) bool}。"""
+    return {name: layer.weight != 0 for block in linear_blocks(model) for name, layer in block.items()}
+
+
 def zeros(model) -> float:
     """解码块的线性层里，几成的权重是 0。"""
-    weights = [layer.weight for block in linear_blocks(model) for layer in block.values()]
-    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+    masks = masks_of(model).values()
+    return sum(int((~keep).sum()) for keep in masks) / sum(keep.numel() for keep in masks)

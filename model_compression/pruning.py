@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from calibration import linear_blocks, walk_blocks
-from masked_lora import recover, zeros
+from masked_lora import masks_of, recover, zeros
 from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, option
 from nlp_common.base.errors import UserError
 from nlp_common.lm.loading import load_chat_lm
@@ -322,9 +322,10 @@ def learn(stage: Stage, path: str) -> dict:
     model.eval()
     data = load_data(settings, tokenizer)
     methods, shares = settings.methods.split(","), settings.shares.split(",")
-    for method in methods:  # 不行的，剪第一个之前就说
-        for share in shares:
-            check(model, data.calibration, method, read_share(share))
+    kept = tuple(settings.save.split("-"))
+    runs = [(method, share) for share in shares for method in methods]
+    for method, share in [*runs, kept]:  # 不行的，剪第一个之前就说
+        check(model, data.calibration, method, read_share(share))
     metrics: dict = {
         "n_calibration_tokens": sum(len(row["input_ids"]) for row in data.calibration),
         "dense": data.measure(model, tokenizer),
@@ -334,32 +335,29 @@ def learn(stage: Stage, path: str) -> dict:
     if set(methods) == set(METHODS):
         work = partial(layer_errors, model=model, tokenizer=tokenizer, rows=rows, share=0.5)
         metrics["errors"] = run_part(stage, "errors", work)
-    for share in shares:
-        for method in methods:
-            print(f"{method} {share} …", flush=True)
-            copied = copy.deepcopy(model)
-            work = partial(
-                prune_copy,
-                copied=copied,
-                tokenizer=tokenizer,
-                data=data,
-                method=method,
-                share=read_share(share),
-            )
-            metrics["methods"][method][share_key(share)] = run_part(
-                stage, f"{method}_{share_key(share)}", work
-            )
+    saved = copy.deepcopy(model)
+    for method, share in runs:
+        print(f"{method} {share} …", flush=True)
+        copied = saved if (method, share) == kept else copy.deepcopy(model)
+        work = partial(
+            prune_copy, copied=copied, tokenizer=tokenizer, data=data, method=method, share=read_share(share)
+        )
+        key = f"{method}_{share_key(share)}"
+        metrics["methods"][method][share_key(share)] = run_part(
+            stage, key, work, copied if copied is saved else None
+        )
+    if kept not in runs:
+        prune(saved, tokenizer, rows, kept[0], read_share(kept[1]))
     if settings.recover_steps:
         metrics["recovered"] = recover_each(stage, model, tokenizer, data, methods)
     metrics["speed"] = run_part(stage, "speed", lambda part: sparse_speed(part.settings.seed))
-    method, _, share = settings.save.partition("-")
-    masks = prune(model, tokenizer, rows, method, read_share(share))
+    masks = masks_of(saved)
     metrics["bytes"] = total_bytes(masks)
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder / "pruned")  # 平常的文件夹：0 也照存，一个字节也不省
+        saved.save_pretrained(folder / "pruned")  # 平常的文件夹：0 也照存，一个字节也不省
         tokenizer.save_pretrained(folder / "pruned")
-        save_sparse(folder / "sparse", model, tokenizer, masks)
+        save_sparse(folder / "sparse", saved, tokenizer, masks)
         draw(folder, metrics)
 
     return stage.save(metrics, data.source, write)
