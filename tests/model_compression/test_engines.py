@@ -202,6 +202,7 @@ def test_nothing_half_written(folder, tmp_path, monkeypatch):
         engine_files.cached_files(folder, "onnx-fp32", interrupted, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_weights_beside_the_graph(folder, loaded, tmp_path, monkeypatch):
     """大过 2 GB 的，权重另放一个文件：两家都读得到。"""
     small = loaded("onnx", "int8").logits(PROMPTS)
