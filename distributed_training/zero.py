@@ -311,20 +311,8 @@ def learn(stage: Stage) -> dict:
         "parameters": sum(w.numel() for w in wanted.values()),
         "bytes_per_rank": {},
     }
-    table = [
-        [
-            "",
-            "与一个进程差",
-            "参数",
-            "梯度",
-            "动量",
-            "合计（字节）",
-            "公式",
-            "一步发（字节）",
-            "公式",
-            "整份的梯度最多",
-        ]
-    ]
+    titles = "与一个进程差 参数 梯度 动量 合计（字节） 公式 一步发（字节） 公式 整份的梯度最多"
+    table = [["", *titles.split()]]
     for level, title in STAGES.items():
         runs = [part[str(level)] for part in parts]
         formula = formulas(level, n, [w.numel() for w in wanted.values()])
@@ -363,7 +351,8 @@ def draw(folder: Path, metrics: dict) -> None:
     }
     n = metrics["num_processes"]
     bar_chart(
-        folder / "zero.svg", series, f"{n} 个进程，一个进程放多少|Held by one of {n} processes", "", "千字节|KB"
+        folder / "zero.svg", series, f"{n} 个进程，一个进程放多少|Held by one of {n} processes",
+        "", "千字节|KB", digits=0,
     )  # fmt: skip
 
 
