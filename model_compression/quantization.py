@@ -111,11 +111,20 @@ class Quantized:
 
 @torch.no_grad()
 def quantize_model(
-    model, tokenizer, rows, method: str, bits: int, group: int, order: str = "left", grid: str = "late"
+    model,
+    tokenizer,
+    rows: list[dict],
+    method: str,
+    bits: int,
+    group: int,
+    order: str = "left",
+    grid: str = "late",
+    masks: dict | None = None,
 ) -> Quantized:
     """就地量化：解码块里的线性层换成还原的值，嵌入 8 位，其余的舍入成 float16。rows 是 calibration_rows 的结果。
 
     一块一块地来：一块量化好了，下一块收到的输入就是量化过的模型给的。order 与 grid 是 GPTQ 的，见 quantizers.py。
+    masks：pruning.prune 给的 {层: 留下的位置}，剪掉的还是 0（RTN 与 AWQ 不用说，0 总在格子上）。
     """
     check_model(model, method, rows)
     done = Quantized({})
@@ -129,7 +138,8 @@ def quantize_model(
         scales = awq_block(block, layers, inputs, hessians, bits, group) if method == "awq" else {}
         for name, layer in layers.items():
             if method == "gptq":
-                packed = gptq(original[name], hessians[name], bits, group, order, grid)
+                keep = None if masks is None else masks[name].to(place)
+                packed = gptq(original[name], hessians[name], bits, group, order, grid, keep)
             else:
                 packed = rtn(layer.weight, bits, group)
             layer.weight.copy_(packed.weight())

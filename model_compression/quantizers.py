@@ -50,7 +50,13 @@ def rtn(weight: Tensor, bits: int, group: int) -> Packed:
 
 
 def gptq(
-    weight: Tensor, hessian: Tensor, bits: int, group: int, order: str = "left", grid: str = "late"
+    weight: Tensor,
+    hessian: Tensor,
+    bits: int,
+    group: int,
+    order: str = "left",
+    grid: str = "late",
+    keep: Tensor | None = None,
 ) -> Packed:
     """weight (out, in)、hessian (in, in) float64。
 
@@ -59,6 +65,7 @@ def gptq(
 
     order  left：从左到右；act：输入大的列先来（act-order）。
     grid   late：轮到一组才定它的格子，那时权重已经补过；early：一开始就照原来的权重定好。act 只能 early，组是打散的。
+    keep   剪过的矩阵留下的位置 (out, in)：剪掉的总是 0，由此差的也让后面的补。
     """
     w = weight.double().clone()  # (out, in)
     n_in = w.shape[1]
@@ -77,6 +84,8 @@ def gptq(
             grids[which] = make_grid(w[:, column : column + group], bits)
         scale, zero = grids[which]
         codes[:, column] = to_codes(w[:, column], scale, zero, bits)
+        if keep is not None:
+            codes[:, column] = codes[:, column].where(keep[:, column], zero)  # 编号是零点，还原正好是 0
         error = (w[:, column] - scale * (codes[:, column] - zero)) / upper[place, place]  # (out,)
         later = columns[place + 1 :]
         w[:, later] -= error[:, None] * upper[place, place + 1 :]
