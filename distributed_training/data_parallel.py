@@ -272,7 +272,8 @@ def learn(stage: Stage) -> dict:
         for how in ("tokens", "means", "ddp")
     }
     line = parts[0]["line"]
-    early = sum(start < line["backward"] for start in line["starts"])
+    last = line["units"][-1][0]  # 反向走到最后一个单元（嵌入）的时候：装着它的那一桶，只能等它
+    early = sum(start < last for start in line["starts"])
     metrics: dict = {
         "num_processes": n,
         "max_difference": differences["tokens"],
@@ -281,7 +282,7 @@ def learn(stage: Stage) -> dict:
         "buckets": parts[0]["tokens"]["buckets"],
         "gradient_bytes": parts[0]["tokens"]["sent"],
         "parameter_bytes": sum(w.numel() * w.element_size() for w in wanted.values()),
-        "started_before_the_end": early / len(line["starts"]),
+        "overlapped": early / len(line["starts"]),
     }
     names = {
         "tokens": "除以全体的 token 数",
@@ -291,7 +292,7 @@ def learn(stage: Stage) -> dict:
     print(f"\n{n} 个进程，各 {settings.gradient_accumulation_steps} 个小批，{metrics['buckets']} 个桶")
     print_table([["", "与一个进程差"], *([title, f"{differences[how]:.1e}"] for how, title in names.items())])
     print(f"  一步传 {metrics['gradient_bytes']:,d} 字节的梯度，正好是参数的大小：累加几个小批也只传一遍")
-    print(f"  反向结束以前已经开始传的桶：{early} / {len(line['starts'])}\n")
+    print(f"  反向走到最后一个单元（嵌入）以前，已经开始传的桶：{early} / {len(line['starts'])}\n")
     return stage.save(metrics, {}, partial(draw, line=line))
 
 
