@@ -224,8 +224,8 @@ def draw(folder: Path, metrics: dict) -> None:
     """0 号进程一步里往哪里发：行里的按一行的平均。"""
     series = {
         title: {
-            "行里：激活|rows: activations": metrics[way]["row_bytes"] / metrics["model"],
-            "列里：梯度|columns: gradients": metrics[way]["column_bytes"],
+            "行里：激活|rows: activations": metrics[way]["row_bytes"] / metrics["model"] / 1e3,
+            "列里：梯度|columns: gradients": metrics[way]["column_bytes"] / 1e3,
         }
         for way, title in WAYS.items()
     }
