@@ -355,13 +355,21 @@ def learn(stage: Stage) -> dict:
 def look_at(settings: InspectSettings) -> dict:
     """看读者的一份日志：终端里说，再写一页网页。"""
     path = Path(settings.log).expanduser()
-    log = read_log(path)
+    try:
+        log = read_log(path)
+    except OSError as error:
+        raise UserError(f"读不了 {error.filename or path}（{error.strerror}）。") from None
     if log.kind == "run.json" and (bad := broken_weights(log.path.parent)):
         log.facts["broken_weights"] = bad
     report = inspect(log, settings)
     print_report(report)
     page = Path(settings.page or HOME / "outputs" / "inspect" / f"{path.resolve().stem}.html").expanduser()
-    write_page(page, report)
+    try:
+        write_page(page, report)
+    except OSError as error:
+        raise UserError(
+            f"网页写不到 {error.filename or page}（{error.strerror}）：--page 换一个文件名。"
+        ) from None
     print(f"\n网页：{page.resolve()}")
     return {"findings": [finding.kind for finding in report.findings], **report.numbers}
 

@@ -304,6 +304,9 @@ def test_a_readers_own_log(tmp_path):
 def test_wrong_arguments(tmp_path):
     with pytest.raises(UserError, match=r"没有 .*none"):
         script.main(["--log", str(tmp_path / "none")])
+    (tmp_path / "x.log").write_text("step 1 loss 2.0\n")
+    with pytest.raises(UserError, match="网页写不到"):
+        script.main(["--log", str(tmp_path / "x.log"), "--page", str(tmp_path)])
     with pytest.raises(UserError, match="--gpu"):
         script.main(["--log", str(tmp_path), "--gpu", "h1000"])
     with pytest.raises(UserError, match="--steps"):
