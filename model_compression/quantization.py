@@ -10,7 +10,7 @@
     python quantization.py --model 文件夹 --dataset 我的对话.jsonl --output_dir outputs/mine    # 自己的模型与对话，看留出损失
     python quantization.py --preset full                   # Qwen2.5-0.5B-Instruct，要加速器
 
-预期输出（实测见本文件夹的 README.md）：8 位、4 位几乎不花题，3 位分出高下，2 位只有看输入的办法还能答；每一层 GPTQ 的输出误差都比 RTN 小。
+预期输出（实测见本文件夹的 README.md）：8 位到 3 位几乎不花题，2 位分出高下，GPTQ 错得最少；每一层 GPTQ 的输出误差都比 RTN 小。
 
 参考：Frantar et al. 2022（GPTQ）；Lin et al. 2023（AWQ）；Dettmers et al. 2022（LLM.int8()）；Xiao et al. 2022（SmoothQuant）。
 取整在 quantizers.py，存法在 packed_weights.py，激活在 activation_outliers.py，数据与怎样量在 prune_data.py。

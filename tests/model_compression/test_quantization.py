@@ -332,6 +332,8 @@ def test_lesson(tmp_path, base_folder, capsys, few):
         "4",
         "--n_calibration",
         "12",
+        "--max_train_samples",
+        "4",
     ]
     options += [
         "--methods",
