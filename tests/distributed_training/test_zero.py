@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import zero
-from zero import Piece, formulas
 
+import zero
 from nlp_common.base.errors import UserError
+from zero import Piece, formulas
 
 
 @pytest.fixture(scope="module")
