@@ -65,7 +65,7 @@ class CpuSettings(LessonSettings):
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
     engines: str | None = option("量哪几种引擎，逗号隔开：torch、onnx、openvino、llama；没有装的跳过")
     prompt_tokens: int = option("量速度的提示有几个 token", 64, limits=COUNT)
-    new_tokens: int = option("量速度时写几个 token", 24, limits=COUNT)
+    new_tokens: int = option("量速度时写几个 token", 16, limits=COUNT)
     n_questions: int | None = option("小世界的模型答几道题", limits=COUNT)
     cache: str | None = option("导出的文件放在哪里；默认 outputs/engines")
 
