@@ -85,23 +85,34 @@ def walk_blocks(
     try:
         batches = _first_inputs(model, rows, pad_id, batch_size)
         for block, layers in zip(model.get_decoder().layers, linear_blocks(model), strict=True):
-            caught: dict[str, list[Tensor]] = {name: [] for name in layers}
-            for hidden, real, more in batches:
-                hooks = [
-                    layer.register_forward_pre_hook(
-                        lambda _module, args, kept=caught[name], real=real: kept.append(args[0][real])
-                    )
-                    for name, layer in layers.items()
-                ]
-                try:
-                    block(hidden, **more)
-                finally:
-                    for hook in hooks:
-                        hook.remove()
-            yield layers, {name: torch.cat(parts) for name, parts in caught.items()}
+            yield layers, _block_inputs(block, layers, batches)
             batches = [(block(hidden, **more), real, more) for hidden, real, more in batches]
     finally:
         model.train(was_training)
+
+
+def _block_inputs(
+    block: nn.Module, layers: dict[str, nn.Linear], batches: list[tuple[Tensor, Tensor, dict[str, Any]]]
+) -> dict[str, Tensor]:
+    """batches 经过一块时，里面每个线性层收到的输入，{全名: X (N, in)}；填充的位置不算。"""
+    caught: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def keep(name: str):
+        def hook(_module, args) -> None:
+            caught[name].append(args[0])  # (B, T, in)
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
+    try:
+        for hidden, real, more in batches:
+            block(hidden, **more)
+            for parts in caught.values():
+                parts[-1] = parts[-1][real]  # (B, T, in) → (真实 token, in)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(parts) for name, parts in caught.items()}
 
 
 def _first_inputs(
@@ -116,7 +127,7 @@ def _first_inputs(
         lengths = torch.tensor([len(row["input_ids"]) for row in part])
         real = (torch.arange(ids.shape[1]) < lengths[:, None]).to(model.device)
 
-        def stop(_module, args, more, real=real):
+        def stop(_module, args, more, real=real):  # 第一块收到的就记下来，后面的块不跑
             hidden = args[0] if args else more.pop("hidden_states")
             found.append((hidden, real, more))
             raise _Enough
