@@ -54,7 +54,7 @@ def draw(rng: random.Random, heldout: bool) -> dict[str, str]:
 
 
 def documents(n: int, seed: int, heldout: bool = False) -> list[str]:
-    """n 篇：一份记录，再小结三四句。回顾在这里学：每个 token 都是目标。"""
+    """n 篇：一份记录，再把每一样小结一遍，次序打乱。往回找、照抄在这里学：每个 token 都是目标。"""
     rng = random.Random(f"clinic-documents-{seed}-{heldout}")
     texts = []
     for _ in range(n):
