@@ -19,7 +19,7 @@ from nlp_common.lm.loading import load_chat_lm
 from nlp_common.lm.replies import reply_to
 
 THRESHOLD = 6.0  # 绝对值超过它的通道算离群（LLM.int8() 的默认）
-PLANTED, TIMES = (7, 39, 71, 103), 50.0  # 种在哪几个通道，放大几倍
+PLANTED, TIMES = (7, 39, 71, 103), 200.0  # 种在哪几个通道，放大几倍
 PROMPTS = (
     "What is the capital of France?",
     "Explain why the sky is blue.",
