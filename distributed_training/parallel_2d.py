@@ -232,9 +232,9 @@ def draw(folder: Path, metrics: dict) -> None:
     bar_chart(
         folder / "grid_bytes.svg",
         series,
-        "一个进程一步发几个字节|Bytes sent by one process",
+        "一个进程一步发多少|Sent by one process",
         "",
-        "字节|bytes",
+        "千字节|KB",
     )
 
 
