@@ -281,7 +281,7 @@ def learn(stage: Stage, path: str) -> dict:
     students: dict = {}
     for name in methods:
         results[name], students[name] = run(stage, name, METHODS[name], student, teacher, tokenizer, data)
-    for name in COMPARED if reads else ():
+    for name in [name for name in COMPARED if reads and name in methods]:
         key = f"{name}_from_nothing"
         results[key], _ = run(stage, key, METHODS[name], blank, teacher, tokenizer, data)
     for temperature in TEMPERATURES if "forward" in methods else ():
