@@ -4,7 +4,7 @@
 各花几个字节、几道题；激活为什么比权重难压：一个离群的通道就把 int8 毁了，LLM.int8() 怎样绕过去。
 
 运行：
-    python quantization.py                                 # Qwen 链的 SFT 模型，三种办法 × 四种位数 × 三种组，约三分钟
+    python quantization.py                                 # Qwen 链的 SFT 模型，三种办法 × 四种位数 × 三种组，约五分钟
     python quantization.py --methods gptq --bits 3 --groups 64 --output_dir outputs/one
     python quantization.py --model smollm2                 # 真的小模型，英文，看留出损失，约十分钟
     python quantization.py --model 文件夹 --dataset 我的对话.jsonl --output_dir outputs/mine    # 自己的模型与对话，看留出损失
