@@ -263,12 +263,13 @@ def draw(folder: Path, metrics: dict) -> None:
                 color=color,
                 label=text(label),
             )
-        for name in line:
+        for place, name in enumerate(line):  # 一上一下，名字不叠在一起
             its = methods[name]
+            offset = (5, 6) if place % 2 else (5, -12)
             axes.annotate(
                 name,
                 (its["bytes"] / 1000, its["qa_accuracy"]),
-                (5, -12),
+                offset,
                 textcoords="offset points",
                 fontsize=8,
             )
