@@ -124,7 +124,9 @@ TOPICS: dict[str, dict[str, list[Call]]] = {
         "react_agent.py": [Call(TINY, "工具坏到几成，还能答对几成，一分钟；小模型没有训练过就先训练。")],
     },
     "model_compression": {
-        "distillation.py": [Call(TINY, "没有 Qwen 链的小模型时先训练它（另开进程，两三分钟）。学生跟老师学，约四分钟。")],
+        "distillation.py": [
+            Call(TINY, "没有 Qwen 链的小模型时先训练它（另开进程，两三分钟）。学生跟老师学，约四分钟。")
+        ],
         "pruning.py": [Call(TINY, "三种剪枝，每一种花了几道题。")],
         "quantization.py": [Call(TINY, "三种量化，几位、几个一组。")],
     },
