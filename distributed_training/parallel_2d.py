@@ -49,7 +49,7 @@ class GridSettings(LessonSettings):
     NOT_IN_FINGERPRINT = LessonSettings.NOT_IN_FINGERPRINT | {"port"}
 
     data: int = option("格子几行：数据分成几份", 2, Limits(at_least=2, at_most=4))
-    model: int = option("格子几列：模型切成几份", 2, Limits(at_least=2, at_most=4))
+    columns: int = option("格子几列：模型切成几份", 2, Limits(at_least=2, at_most=4))
     port: int = option("各进程在哪个端口碰头；0 是找一个空的", 0, Limits(at_least=0, at_most=65535))
     micro_batches: int = option("流水线：一份数据拆成几个小批", 4, COUNT)
     width: int | None = option("模型多宽", limits=COUNT)
@@ -62,9 +62,9 @@ class GridSettings(LessonSettings):
             raise UserError(
                 f"--rows {self.rows} 分不匀：要是 --data × --micro_batches（{self.data * self.micro_batches}）的倍数。"
             )
-        if self.layers % self.model or HEADS % self.model or VOCAB % self.model or self.width % HEADS:
+        if self.layers % self.columns or HEADS % self.columns or VOCAB % self.columns or self.width % HEADS:
             raise UserError(
-                f"--layers {self.layers}、头数 {HEADS}、词表 {VOCAB} 要能匀分给 --model {self.model} 份，--width 要是 {HEADS} 的倍数。"
+                f"--layers {self.layers}、头数 {HEADS}、词表 {VOCAB} 要能匀分给 --columns {self.columns} 份，--width 要是 {HEADS} 的倍数。"
             )
 
     def sizes(self) -> Sizes:
@@ -145,28 +145,28 @@ def learn(stage: Stage) -> dict:
     settings = stage.settings
     sizes = settings.sizes()
     shape = (sizes, settings.rows, settings.length, settings.seed)
-    grid = (settings.data, settings.model)
+    grid = (settings.data, settings.columns)
     wanted = one_process(*shape)["weights"]
-    n = settings.data * settings.model
+    n = settings.data * settings.columns
     found = {
         "data_tensor": run_ranks(data_tensor, n, *grid, *shape, port=settings.port),
         "data_pipeline": run_ranks(
             data_pipeline, n, *grid, *shape, settings.micro_batches, port=settings.port
         ),
     }
-    metrics: dict = {"data": settings.data, "model": settings.model}
+    metrics: dict = {"data": settings.data, "model": settings.columns}
     table = [["", "与一个进程差", "各行之间差", "行里发（字节）", "公式", "列里发（字节）", "公式"]]
     for way, title in WAYS.items():
         parts = [part["weights"] for part in found[way]]
-        first_row = parts[: settings.model]
+        first_row = parts[: settings.columns]
         if way == "data_tensor":
             weights = put_together(first_row)
         else:
             weights = {name: value for part in first_row for name, value in part.items()}
         its = {
             "max_difference": max_difference(weights, wanted),
-            "between_rows": rows_apart(parts, settings.model),
-            "row_bytes": sum(part["in_row"] for part in found[way][: settings.model]),
+            "between_rows": rows_apart(parts, settings.columns),
+            "row_bytes": sum(part["in_row"] for part in found[way][: settings.columns]),
             "row_formula": row_bytes(settings, way),
             "column_bytes": found[way][0]["in_column"],
             "column_formula": column_bytes(settings, way, wanted),
@@ -177,7 +177,7 @@ def learn(stage: Stage) -> dict:
              *(f"{its[name]:,.0f}" for name in ("row_bytes", "row_formula", "column_bytes", "column_formula"))]
         )  # fmt: skip
     metrics["max_difference"] = max(metrics[way]["max_difference"] for way in WAYS)
-    print(f"\n{settings.data} 行（数据）× {settings.model} 列（模型），一步里：")
+    print(f"\n{settings.data} 行（数据）× {settings.columns} 列（模型），一步里：")
     print_table(table)
     print("  行里是一行的几个进程一共发的，列里是 0 号进程发的。\n")
     return stage.save(metrics, {}, partial(draw, metrics=metrics))
@@ -185,7 +185,7 @@ def learn(stage: Stage) -> dict:
 
 def row_bytes(settings: GridSettings, way: str) -> float:
     """一行的几个进程一共该发几个字节：各自那一份数据的张量并行（或流水线）。公式见那两个脚本。"""
-    model, rows = settings.model, settings.rows // settings.data
+    model, rows = settings.columns, settings.rows // settings.data
     tokens = rows * settings.length
     if way == "data_pipeline":
         return bytes_sent(rows, settings.length, settings.width, model)
@@ -199,7 +199,7 @@ def column_bytes(settings: GridSettings, way: str, weights: dict[str, torch.Tens
     for name, weight in weights.items():
         if way == "data_tensor":  # 切成 model 份，只有这几样人人都有
             share = (
-                1 if "norm" in name or "positions" in name or name.endswith("down.bias") else settings.model
+                1 if "norm" in name or "positions" in name or name.endswith("down.bias") else settings.columns
             )
             numbers += weight.numel() // share
         elif name.startswith(("tokens", "positions")) or name.startswith(first_blocks(settings)):
@@ -208,7 +208,7 @@ def column_bytes(settings: GridSettings, way: str, weights: dict[str, torch.Tens
 
 
 def first_blocks(settings: GridSettings) -> tuple[str, ...]:
-    return tuple(f"blocks.{i}." for i in range(settings.layers // settings.model))
+    return tuple(f"blocks.{i}." for i in range(settings.layers // settings.columns))
 
 
 def rows_apart(parts: list[dict], model: int) -> float:

@@ -143,7 +143,7 @@ def test_make_model_and_batch_are_the_same_everywhere():
         (pp, ["--layers", "6"], "分不匀给 4 段"),
         (pp, ["--micro_batches", "5"], "分不匀成 5 个小批"),
         (parallel_2d, ["--rows", "6"], "--data × --micro_batches"),
-        (parallel_2d, ["--model", "3"], "匀分给 --model 3 份"),
+        (parallel_2d, ["--columns", "3"], "匀分给 --columns 3 份"),
     ],
 )
 def test_sizes_that_do_not_divide(script, flags, said):
