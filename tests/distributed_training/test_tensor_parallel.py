@@ -118,6 +118,11 @@ def test_two_dimensions_equal_one_process(tmp_path):
         assert its["row_bytes"] == its["row_formula"] and its["column_bytes"] == its["column_formula"]
 
 
+def test_the_grid_has_no_option_called_model():
+    """parse_settings 把 --model 当作模型文件夹：给了它就换成 full 预设，默认的 2 也算。"""
+    assert not hasattr(parallel_2d.GridSettings(), "model")
+
+
 def test_the_grid_by_hand():
     assert parallel_2d.make_grid(2, 3) == ([[0, 1, 2], [3, 4, 5]], [[0, 3], [1, 4], [2, 5]])
 
