@@ -4,7 +4,7 @@
 ZeRO-3 连参数也分，用到哪一层才凑齐哪一层；前两级通信不比数据并行多，第三级多一半。结果一个数也不变。
 
 运行：
-    python zero.py                       # 四个进程，十几秒
+    python zero.py                       # 四个进程，半分钟上下
     python zero.py --num_processes 2
     python zero.py --preset full         # 同样的比较，模型大些
 
