@@ -154,13 +154,13 @@ def empty_past(config, batch: int, length: int = 0, dtype: torch.dtype = torch.f
 
 def write_onnx(model: nn.Module, folder: Path, name: str) -> dict:
     """model.onnx：float32，批、步长、前文长度都可变。name 是报错时说的。"""
-    import onnx
-
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise UserError(
             f"{name} 的注意力是 {'、'.join(sorted(kinds))}，这里只会导出看得到全部前文的：用 PyTorch。"
         )
+    import onnx
+
     model = plain(model)
     names = past_names(model.config)
     outputs = [name.replace("past", "present") for name in names]
