@@ -27,12 +27,13 @@ from calibration import calibration_rows
 from measuring import measure, model_bytes
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
+from nlp_common.base.runs import load_run
 from nlp_common.draw.figures import render
 from nlp_common.lm.chatml import prompt_ids
 from nlp_common.lm.generation import generate
 from nlp_common.lm.loading import load_chat_lm
 from nlp_common.tiny import world
-from nlp_common.train.chain import chain_model, find_trained, run_script
+from nlp_common.train.chain import chain_model, run_script
 from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
@@ -187,7 +188,7 @@ def load_student(stage: Stage, seed: int, tokenizer, teacher: str):
     if folder is None:
         # 放在结果文件夹旁边：中断了，接着来的时候还在
         folder = stage.path.parent / f"{stage.path.name}_students" / f"seed{seed}"
-        if find_trained(None, folder / "student") is None and not (folder / "student").is_dir():
+        if load_run(folder) is None:  # 中断以前教好了的，不重教
             print(f"学生还没有教，先教一个（种子 {seed}）…", flush=True)
             options = ["--preset", stage.settings.preset, "--methods", "greedy", "--seed", str(seed)]
             run_script(

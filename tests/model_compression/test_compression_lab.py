@@ -2,6 +2,8 @@
 
 import copy
 import math
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,3 +100,24 @@ def test_the_speed_counts_tokens(tiny):
 
     tokenizer, model = tiny
     assert script.speed(model, tokenizer, world.heldout_questions(2, seed=0)) > 0
+
+
+def test_a_student_taught_before_an_interruption_is_not_taught_again(
+    tiny, base_folder, tmp_path, monkeypatch
+):
+    """学生在结果文件夹旁边：有 run.json 的直接用，没有教完的才教。"""
+    folder = tmp_path / "lab_students" / "seed0"
+    shutil.copytree(base_folder, folder / "student")
+    (folder / "run.json").write_text("{}", encoding="utf-8")
+    stage = SimpleNamespace(
+        path=tmp_path / "lab",
+        device=torch.device("cpu"),
+        settings=SimpleNamespace(student=None, preset="tiny"),
+    )
+    taught = []
+    monkeypatch.setattr(script, "run_script", lambda *given: taught.append(given))
+    script.load_student(stage, 0, tiny[0], "老师")
+    assert not taught
+    with pytest.raises(Exception, match="seed1"):  # 没有教过的：去教（这里的替身什么也没写，所以读不到）
+        script.load_student(stage, 1, tiny[0], "老师")
+    assert len(taught) == 1
