@@ -3,7 +3,7 @@
 学到什么：同样的字节，谁答对的多（Pareto 线）；只有形状变小的（蒸馏）才在平常的乘法里快；几样合起来是不是更好。
 
 运行：
-    python compression_lab.py                        # 二十几种，三个种子，安静的两个核上不到十分钟
+    python compression_lab.py                        # 二十几种，三个种子，两个核上四五分钟
     python compression_lab.py --seeds 1 --methods float32,gptq4,student,student_gptq4 --output_dir outputs/four
     python compression_lab.py --student outputs/tiny/distillation/student --output_dir outputs/mine   # 学生用已有的
 
