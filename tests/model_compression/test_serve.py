@@ -123,7 +123,12 @@ def test_models_health_metrics(served):
     assert request(served, "GET", "/v1/models/none", headers=KEY)[0] == 404
     assert json.loads(request(served, "GET", "/health")[2]) == {"status": "ok"}
     chat(served, headers=KEY)
-    status, headers, text = request(served, "GET", "/metrics")
+    deadline = time.monotonic() + 10
+    while True:  # 回答先送到，数随后才记上、座位随后才空出来
+        status, headers, text = request(served, "GET", "/metrics")
+        if ('status="200"' in text and "\nchat_running 0" in text) or time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
     assert status == 200 and headers["Content-Type"].startswith("text/plain; version=0.0.4")
     line = re.compile(r'[a-z_]+(\{[a-z]+="[^"]*"\})? -?[0-9.e+-]+')
     values = {}
