@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from measuring import accuracy
 from nlp_common.data.chats import to_chats
 from nlp_common.lm.chat_rows import chat_length, chat_row, heldout_loss
-from nlp_common.lm.replies import MAX_REPLY, reply_to
 from nlp_common.tiny import world
-from nlp_common.tiny.judge import judge
 from nlp_common.train.splits import drop_long, load_train_and_eval
 
 
@@ -37,12 +36,6 @@ class Data:
         if self.tiny:
             found["sampled_accuracy"] = accuracy(model, tokenizer, self.heldout, temperature=1.0)
         return found
-
-
-def accuracy(model, tokenizer, questions: list[dict], **sampling) -> float:
-    replies = reply_to(model, tokenizer, questions, MAX_REPLY, **sampling)
-    right = [judge(q, r["text"], r["ended"]).right for q, r in zip(questions, replies, strict=True)]
-    return sum(right) / len(right)
 
 
 def load_data(settings: Any, tokenizer) -> Data:

@@ -7,19 +7,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nlp_common.base.errors import UserError
-from nlp_common.base.runs import file_sha256
-from nlp_common.lm.checks import readable_errors
+from noted_weights import load_model, read_about, save_model
 
 WEIGHTS, ABOUT = "packed.safetensors", "packed.json"
 AGAIN = "请重新复制，或重新量化"
@@ -113,27 +111,16 @@ def rest_of(model, packed: dict[str, Packed]) -> list[tuple[str, Tensor]]:
 
 def save_packed(folder: str | Path, model, tokenizer, packed: dict[str, Packed]) -> None:
     """model 是 quantize_model 量化过的，packed 是它给的；packed.json 最后写，有它就是写完了。"""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{name}.{part}": getattr(each, part) for name, each in packed.items() for part in PARTS}
     tensors |= {name: p.detach().half().cpu().contiguous() for name, p in rest_of(model, packed)}
-    save_file(tensors, folder / WEIGHTS)
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     layers = {name: [*each.shape, each.bits, each.group] for name, each in packed.items()}
-    about = {"layers": layers, "sha256": file_sha256(folder / WEIGHTS)}
-    (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+    save_model(Path(folder), model, tokenizer, tensors, layers, WEIGHTS, ABOUT)
 
 
 def load_packed(folder: str | Path):
     """→ (分词器, 模型)：还原成普通的 float32 模型，与存的时候 logits 相同；省的是磁盘，不是内存。"""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from nlp_common.lm.loading import end_chat_turns, load_tokenizer, make_fast
-
     folder = Path(folder)
-    layers = read_about(folder)
+    layers = read_about(folder, WEIGHTS, ABOUT, "quantization.py", AGAIN)
     try:
         saved = load_file(folder / WEIGHTS)
         state = {}
@@ -143,38 +130,4 @@ def load_packed(folder: str | Path):
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} 的权重与 {ABOUT} 对不上（{error}）；{AGAIN}。") from None
     state |= {name: tensor.float() for name, tensor in saved.items()}
-    with readable_errors(str(folder)):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    tokenizer = load_tokenizer(str(folder))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise UserError(
-            f"{folder} 的权重与 config.json 对不上（{str(error).splitlines()[-1].strip()}）；{AGAIN}。"
-        ) from None
-    model.tie_weights()
-    if unexpected or [name for name in missing if name != "lm_head.weight"]:
-        raise UserError(f"{folder} 的权重与 config.json 对不上（{[*missing, *unexpected][0]}）；{AGAIN}。")
-    end_chat_turns(model, tokenizer)
-    return tokenizer, make_fast(model).eval()
-
-
-def read_about(folder: Path) -> dict[str, list[int]]:
-    """packed.json 里各层的形状、位数、组的大小；没有写完、少了文件、内容变了，都是 UserError。"""
-    if not folder.is_dir():
-        raise UserError(f"没有文件夹 {folder}：先运行 python quantization.py。")
-    if not (folder / ABOUT).is_file():
-        raise UserError(f"{folder} 没有 {ABOUT}：不是 quantization.py 存的，或没有写完；{AGAIN}。")
-    try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        layers, wanted = dict(about["layers"]), str(about["sha256"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / ABOUT} 坏了，读不出来；{AGAIN}。") from None
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder} 少了 {WEIGHTS}：没有复制完；{AGAIN}。")
-    if (found := file_sha256(folder / WEIGHTS)) != wanted:
-        raise UserError(
-            f"{folder / WEIGHTS} 坏了或被改过：sha256 是 {found[:12]}…，写的时候是 {wanted[:12]}…；{AGAIN}。"
-        )
-    return layers
+    return load_model(folder, state, AGAIN)

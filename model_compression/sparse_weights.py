@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nlp_common.base.errors import UserError
-from nlp_common.base.runs import file_sha256
-from nlp_common.lm.checks import readable_errors
+from noted_weights import load_model, read_about, save_model
 from packed_weights import pack_bits, unpack_bits
 
 WEIGHTS, ABOUT = "sparse.safetensors", "sparse.json"
@@ -56,8 +54,6 @@ def total_bytes(masks: dict[str, Tensor], value: int = 2) -> dict[str, float]:
 
 def save_sparse(folder: str | Path, model, tokenizer, masks: dict[str, Tensor]) -> None:
     """masks 是 prune 给的 {线性层的全名: 留下的位置}；sparse.json 最后写，有它就是写完了。数的精度不变。"""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors, layers = {}, {}
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     for name, parameter in model.state_dict().items():
@@ -69,22 +65,13 @@ def save_sparse(folder: str | Path, model, tokenizer, masks: dict[str, Tensor]) 
             layers[name] = list(keep.shape)
         elif not (tied and name == "lm_head.weight"):
             tensors[name] = parameter.cpu().contiguous()
-    save_file(tensors, folder / WEIGHTS)
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    about = {"layers": layers, "sha256": file_sha256(folder / WEIGHTS)}
-    (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+    save_model(Path(folder), model, tokenizer, tensors, layers, WEIGHTS, ABOUT)
 
 
 def load_sparse(folder: str | Path):
     """→ (分词器, 模型)：0 都补回去，是普通的稠密模型，logits 与存的时候一位不差；省的是磁盘与下载，不是内存。"""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from nlp_common.lm.loading import end_chat_turns, load_tokenizer, make_fast
-
     folder = Path(folder)
-    layers = read_about(folder)
+    layers = read_about(folder, WEIGHTS, ABOUT, "pruning.py", AGAIN)
     try:
         state = load_file(folder / WEIGHTS)
         for name, shape in layers.items():
@@ -93,38 +80,4 @@ def load_sparse(folder: str | Path):
             state[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter(keep, values)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} 的权重与 {ABOUT} 对不上（{error}）；{AGAIN}。") from None
-    with readable_errors(str(folder)):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    tokenizer = load_tokenizer(str(folder))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{folder} 的权重与 config.json 对不上（{reason}）；{AGAIN}。") from None
-    model.tie_weights()
-    if unexpected or [name for name in missing if name != "lm_head.weight"]:
-        wrong = [*unexpected, *missing][0]
-        raise UserError(f"{folder} 的权重与 config.json 对不上（{wrong}）；{AGAIN}。")
-    end_chat_turns(model, tokenizer)
-    return tokenizer, make_fast(model).eval()
-
-
-def read_about(folder: Path) -> dict[str, list[int]]:
-    """sparse.json 里剪过的矩阵的形状；没有写完、少了文件、内容变了，都是 UserError。"""
-    if not folder.is_dir():
-        raise UserError(f"没有文件夹 {folder}：先运行 python pruning.py。")
-    if not (folder / ABOUT).is_file():
-        raise UserError(f"{folder} 没有 {ABOUT}：不是 pruning.py 存的，或没有写完；{AGAIN}。")
-    try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        layers, wanted = dict(about["layers"]), str(about["sha256"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / ABOUT} 坏了，读不出来；{AGAIN}。") from None
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder} 少了 {WEIGHTS}：没有复制完；{AGAIN}。")
-    if (found := file_sha256(folder / WEIGHTS)) != wanted:
-        raise UserError(
-            f"{folder / WEIGHTS} 坏了或被改过：sha256 是 {found[:12]}…，写的时候是 {wanted[:12]}…；{AGAIN}。"
-        )
-    return layers
+    return load_model(folder, state, AGAIN)
