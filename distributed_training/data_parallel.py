@@ -35,7 +35,7 @@ from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from ranks import run_ranks
-from small_gpt import Sizes, SmallGPT, make_batch, make_model
+from small_gpt import Sizes, SmallGPT, make_batch, make_model, max_difference
 from time_line import time_line
 
 HOME = Path(__file__).resolve().parent
@@ -256,10 +256,6 @@ def one_process(settings: DataSettings) -> dict[str, Tensor]:
         optimizer.step()
         optimizer.zero_grad()
     return {name: p.detach() for name, p in model.named_parameters()}
-
-
-def max_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    return max((found[name] - wanted[name]).abs().max().item() for name in wanted)
 
 
 def learn(stage: Stage) -> dict:

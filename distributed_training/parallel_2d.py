@@ -31,9 +31,9 @@ from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from pipeline_parallel import Part, bytes_sent, run_schedule
 from ranks import run_ranks
-from small_gpt import Sizes, make_batch, make_model
+from small_gpt import Sizes, make_batch, make_model, max_difference
 from tensor_parallel import ParallelGPT, put_together, split_cross_entropy
-from tensor_references import RATE, STEPS, max_difference, one_process
+from tensor_references import RATE, STEPS, one_process
 
 HOME = Path(__file__).resolve().parent
 PRESETS = {

@@ -92,3 +92,9 @@ def loss_sum(model: nn.Module, rows: Tensor) -> Tensor:
     """每个位置的交叉熵，加起来（不平均：平均要除以全体进程的个数，由调用的人除）。"""
     logits = model(rows[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+
+
+def max_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """两份权重（或梯度），一个数与一个数，最多差多少；名字要一样。"""
+    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
+    return max((found[name] - wanted[name]).abs().max().item() for name in wanted)

@@ -34,8 +34,8 @@ from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from ranks import run_ranks
 from saved_bytes import count_saved
-from small_gpt import Sizes, SmallGPT, make_batch, make_model
-from tensor_references import RATE, STEPS, max_difference, one_process, torch_worker
+from small_gpt import Sizes, SmallGPT, make_batch, make_model, max_difference
+from tensor_references import RATE, STEPS, one_process, torch_worker
 
 HOME = Path(__file__).resolve().parent
 PRESETS = {

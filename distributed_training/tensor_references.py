@@ -1,9 +1,8 @@
-"""张量并行拿来对照的：一个进程训练同样五步；torch 自己的 parallelize_module 也训练同样五步。"""
+"""拿来对照的：一个进程训练同样五步（张量并行、ZeRO、叠起来的都与它比）；torch 自己的 parallelize_module 也训练同样五步。"""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from saved_bytes import count_saved
 from small_gpt import Sizes, loss_sum, make_batch, make_model
@@ -27,11 +26,6 @@ def one_process(sizes: Sizes, rows: int, length: int, seed: int) -> dict:
     weights = {name: p.detach() for name, p in model.named_parameters()}
     held = sum(p.numel() * p.element_size() for p in weights.values())
     return {"weights": weights, "losses": losses, "saved": saved, "held": held}
-
-
-def max_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
-    return max((found[name] - wanted[name]).abs().max().item() for name in wanted)
 
 
 def torch_worker(rank: int, n: int, sizes: Sizes, rows: int, length: int, seed: int) -> dict:

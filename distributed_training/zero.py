@@ -33,7 +33,8 @@ from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from ranks import run_ranks
-from small_gpt import Sizes, SmallGPT, loss_sum, make_batch, make_model
+from small_gpt import Sizes, SmallGPT, loss_sum, make_batch, make_model, max_difference
+from tensor_references import RATE, STEPS, one_process
 
 HOME = Path(__file__).resolve().parent
 PRESETS = {
@@ -41,7 +42,6 @@ PRESETS = {
     "full": {"width": 256, "layers": 8, "rows": 16, "length": 128},
 }
 VOCAB, HEADS = 96, 4
-STEPS, RATE = 5, 1e-2
 STAGES = {0: "数据并行|data parallel", 1: "ZeRO-1", 2: "ZeRO-2", 3: "ZeRO-3"}
 PARTS = {
     "parameters": "参数|parameters",
@@ -273,17 +273,6 @@ def torch_steps(model: nn.Module, optimizer, settings: ZeroSettings) -> None:
 # ---------------------------------------------------------------- 4. 比较
 
 
-def one_process(settings: ZeroSettings) -> dict[str, Tensor]:
-    model = make_model(settings.sizes(), settings.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), RATE)
-    for step in range(STEPS):
-        rows = make_batch(settings.rows, settings.length, VOCAB, settings.seed + step)
-        (loss_sum(model, rows) / (settings.rows * settings.length)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return {name: p.detach() for name, p in model.named_parameters()}
-
-
 def formulas(stage: int, n: int, sizes: list[int], item: int = 8) -> dict[str, float]:
     """一个进程放的、一步发的字节数。sizes 是各参数几个数，每个补到 n 的倍数再切。"""
     whole = item * sum(sizes)
@@ -297,14 +286,10 @@ def formulas(stage: int, n: int, sizes: list[int], item: int = 8) -> dict[str, f
     }
 
 
-def max_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    return max((found[name] - wanted[name]).abs().max().item() for name in wanted)
-
-
 def learn(stage: Stage) -> dict:
     settings = stage.settings
     n = settings.num_processes
-    wanted = one_process(settings)
+    wanted = one_process(settings.sizes(), settings.rows, settings.length, settings.seed)["weights"]
     parts = run_ranks(worker, n, settings, port=settings.port)
     metrics: dict = {
         "num_processes": n,
