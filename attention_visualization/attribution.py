@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rollout_and_flow import rollout
 
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
@@ -49,6 +48,7 @@ from readers import (
     need_language_model,
     without_heads,
 )
+from rollout_and_flow import rollout
 from strips import Strip, write_strips
 
 PRESETS = {

@@ -48,7 +48,6 @@ def give_memory_back() -> None:
 def train_once(name: str, args, folder: str, n_rows: int) -> float:
     """用一种设置训练一遍：每秒几行。"""
     sys.path.insert(0, str(FOLDER))
-    import bert_finetune_sentiment as script
     import torch
     from transformers import (
         BertConfig,
@@ -59,6 +58,7 @@ def train_once(name: str, args, folder: str, n_rows: int) -> float:
         TrainingArguments,
     )
 
+    import bert_finetune_sentiment as script
     from nlp_common.base.device import precision_flags
     from nlp_common.base.runs import RunFolder
     from nlp_common.fast.bert_rows import use_read_rows

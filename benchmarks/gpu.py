@@ -43,7 +43,6 @@ sys.path.insert(0, str(QWEN))  # 基准不在脚本的文件夹里，要自己�
 
 from nlp_common.base.cli import run_main  # noqa: E402
 
-import sft_chinese_qwen as sft  # noqa: E402
 import torch  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
@@ -54,6 +53,7 @@ from transformers import (  # noqa: E402
 import dpo_chinese_qwen as dpo  # noqa: E402
 import ppo_alignment as ppo  # noqa: E402
 import pretrain_chinese as pretrain  # noqa: E402
+import sft_chinese_qwen as sft  # noqa: E402
 from nlp_common.base.device import describe, peak_gpu_memory_mb, pick_device, precision  # noqa: E402
 from nlp_common.base.errors import UserError  # noqa: E402
 from nlp_common.base.runs import RunFolder  # noqa: E402

@@ -33,7 +33,6 @@ RATES = {  # 方法 → 试哪几个学习率；KTO、PPO、GRPO 的是各自的
 def tune(stage, names: list[str], sft_path: str) -> dict:
     """→ {方法: {学习率: {强弱: 一个点}}}，写进 stage 的结果。"""
     import compare_methods as compare
-
     from nlp_common.train.lesson import run_part
 
     pairs, _, data = compare.load_train_and_eval(stage.settings, "pairs", compare.to_pairs)
@@ -71,7 +70,6 @@ def main() -> None:
     args = parser.parse_args()
 
     import compare_methods as compare
-
     from nlp_common.base.measurements import record
     from nlp_common.train.chain import chain_model
     from nlp_common.train.lesson import run_lesson

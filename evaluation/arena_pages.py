@@ -16,9 +16,8 @@ from nlp_common.draw.plots import bar_chart, line_chart
 from results import item, write_result
 
 if TYPE_CHECKING:
-    from judge_arena import ArenaSettings
-
     from contamination import Overlap
+    from judge_arena import ArenaSettings
 
 PAPERS = {"right": "对的比错的", "same": "一样的，排在前面的", "wordy": "啰嗦的比不啰嗦的"}
 

@@ -27,10 +27,10 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from export_gguf import other_questions
 
 from engine_files import prepare
 from engines import INSTALL, NAMES, PRECISIONS, installed
+from export_gguf import other_questions
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
 from nlp_common.base.processes import without_launcher

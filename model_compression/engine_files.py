@@ -258,7 +258,6 @@ def write_openvino(source: Path, folder: Path) -> dict:
 def write_gguf(model, tokenizer, folder: Path, wanted: str, name: str) -> dict:
     """model.gguf，export_gguf.py 手写的那一种；q4_0 的嵌入（也是输出层）是 q8_0。"""
     from export_gguf import check_model, export
-
     from gguf_format import read_gguf
 
     model = plain(model)

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Literal
 
 import deepspeed_part
-
 from load_clients import ask_all, summary
 from load_test import alone, running
 from nlp_common.base.arguments import COUNT, Limits, option

@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from confusion import confident_mistakes, confusion_matrix, draw_confusion, print_report
 from headlines import LABELS, bayes_accuracy, headlines, posterior
-
 from nlp_common.base.arguments import option
 from nlp_common.base.device import precision_flags
 from nlp_common.base.errors import UserError

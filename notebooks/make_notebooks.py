@@ -20,6 +20,7 @@ from pathlib import Path
 
 import nbformat
 from nbformat import v4
+
 from topics import REMARKS, REPOSITORY, TOPICS, Call
 
 HERE = Path(__file__).resolve().parent

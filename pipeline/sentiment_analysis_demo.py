@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from demo_settings import DemoSettings, parse_demo, read_sentences
 
+from demo_settings import DemoSettings, parse_demo, read_sentences
 from nlp_common.base.device import describe, pick_device
 
 HERE = Path(__file__).resolve().parent

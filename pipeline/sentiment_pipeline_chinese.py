@@ -33,11 +33,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo_settings import DemoSettings, parse_demo, read_sentences
-from sentiment_analysis_demo import load_classifier, show_scores, tour
-
 from nlp_common.base.device import describe, pick_device
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import RUN_FILE, load_run
+from sentiment_analysis_demo import load_classifier, show_scores, tour
 
 HERE = Path(__file__).resolve().parent
 FULL_MODEL = "uer/roberta-base-finetuned-jd-binary-chinese"

@@ -8,12 +8,11 @@
 
 from __future__ import annotations
 
-from update_strategy import sync
-
 from catalogue import make_products
 from nlp_common.base.console import print_table
 from rag_common.embed import Embedder
 from store_keeping import StorePlace, chunks_of
+from update_strategy import sync
 
 BOOKS = 40  # 多少篇文档，一篇两件商品、八块
 TRAPS = {

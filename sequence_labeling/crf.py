@@ -10,9 +10,9 @@
 from __future__ import annotations
 
 import torch
-from hmm_crf import NEVER, log_marginals, sequence_score
 from torch import nn
 
+from hmm_crf import NEVER, log_marginals, sequence_score
 from span_metrics import may_follow
 
 # 分数的起伏在这以内，概率不会下溢：float64 到 e^-700，float32（苹果的 GPU 没有 float64）只到 e^-87

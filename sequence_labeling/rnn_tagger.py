@@ -25,10 +25,10 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from bilstm_crf import count_sentences
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from bilstm_crf import count_sentences
 from labeling import LabelSettings, all_tags, show_prediction
 from long_sentences import MAX_CHARS, short_sentences
 from nlp_common.base.arguments import COUNT, Limits, option

@@ -24,9 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from bilstm_crf import BiLSTMSettings, BiLSTMTagger, tag_sentences, train_tagger
 from safetensors.torch import load_model, save_model
 
+from bilstm_crf import BiLSTMSettings, BiLSTMTagger, tag_sentences, train_tagger
 from labeling import all_tags, predict_text
 from long_sentences import MAX_CHARS, short_sentences
 from nlp_common.base.arguments import POSITIVE, option

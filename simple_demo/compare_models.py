@@ -29,11 +29,12 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import nn
+
 from minimal_word_embedding_train import WordEmbeddingModel
 from reviews import UserError, read_reviews, split_reviews
 from rnn_text_classifier import RNNClassifier
 from simple_sentiment_classifier import MeanPoolingClassifier, mean_pooling
-from torch import nn
 from transformer_encoder_classifier import TransformerEncoderClassifier
 from transformer_sentiment_classification import TransformerClassifier
 

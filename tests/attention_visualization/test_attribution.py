@@ -2,10 +2,10 @@
 
 import copy
 
-import attribution as at
 import pytest
 import torch
 
+import attribution as at
 from nlp_common.base.errors import UserError
 from readers import without_heads
 

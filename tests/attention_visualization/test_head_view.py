@@ -6,11 +6,11 @@ import re
 import shutil
 import subprocess
 
-import head_view as hv
 import pytest
 import torch
 from transformers import BertConfig, BertModel, MambaConfig, MambaForCausalLM
 
+import head_view as hv
 import pages
 import readers
 from nlp_common.base.errors import UserError

@@ -1,9 +1,9 @@
 """归纳头：分数的定义对着手写的注意力与 TransformerLens；训练、去掉、接着来。"""
 
-import induction_heads as ih
 import pytest
 import torch
 
+import induction_heads as ih
 from nlp_common.base.errors import UserError
 
 SMALL = [

@@ -2,10 +2,10 @@
 
 import random
 
-import logit_lens as ll
 import pytest
 import torch
 
+import logit_lens as ll
 from nlp_common.base.errors import UserError
 from questions import swap_answer
 from readers import layers_of, norm_of

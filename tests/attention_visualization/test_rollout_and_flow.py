@@ -3,9 +3,9 @@
 import itertools
 
 import pytest
-import rollout_and_flow as rf
 import torch
 
+import rollout_and_flow as rf
 from nlp_common.base.errors import UserError
 
 

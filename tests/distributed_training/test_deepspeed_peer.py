@@ -2,10 +2,10 @@
 
 from importlib.util import find_spec
 
-import deepspeed_peer as script
 import pytest
 import torch
 
+import deepspeed_peer as script
 from nlp_common.base.errors import UserError
 from small_gpt import loss_sum, make_batch, make_model
 

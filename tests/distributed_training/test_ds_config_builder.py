@@ -3,9 +3,9 @@
 import json
 from dataclasses import replace
 
-import ds_config_builder as script
 import pytest
 
+import ds_config_builder as script
 from megatron_layouts import (
     Layout,
     activation_bytes,

@@ -1,9 +1,9 @@
 """resume_anywhere.py：4 个进程被杀掉、2 个接着，损失一样；1 个、3 个接着也一样；写到一半的检查点不算；说错的话。"""
 
 import pytest
-import resume_anywhere as script
 import torch
 
+import resume_anywhere as script
 from nlp_common.base.errors import UserError
 
 TINY = ["--preset", "tiny", "--n_steps", "6", "--kill_at", "4", "--save_every", "2"]

@@ -1,9 +1,9 @@
 """张量、流水线、两种叠起来：等于一个进程；字节数等于公式；次序与气泡对手算的；分不匀的说出来。"""
 
-import parallel_2d
 import pytest
 import torch
 
+import parallel_2d
 import pipeline_parallel as pp
 import tensor_parallel as tp
 from nlp_common.base.errors import UserError

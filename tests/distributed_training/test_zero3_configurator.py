@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 import yaml
-import zero3_configurator as script
 from transformers import AutoModelForCausalLM
 
+import zero3_configurator as script
 from config_files import accelerate_yaml, deepspeed_json, fsdp2_yaml
 from memory_plan import (
     CHOICES,

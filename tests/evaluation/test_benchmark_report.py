@@ -5,10 +5,10 @@ import random
 import re
 from html.parser import HTMLParser
 
-import benchmark_report as br
 import pytest
 
 import benchmark_page as bp
+import benchmark_report as br
 import results as rs
 from nlp_common.base.errors import UserError
 from nlp_common.base.intervals import Interval

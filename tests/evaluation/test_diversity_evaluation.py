@@ -7,10 +7,10 @@ import random
 from collections import Counter
 from types import SimpleNamespace
 
-import diversity_evaluation as de
 import pytest
 import torch
 
+import diversity_evaluation as de
 from answering import Answerer
 from nlp_common.base.errors import UserError
 from nlp_common.lm.generation import sampling_weights

@@ -4,10 +4,10 @@ import importlib.util
 import json
 from pathlib import Path
 
-import evaluation_metrics as em
 import numpy as np
 import pytest
 
+import evaluation_metrics as em
 import results
 import scored_files
 from answer_scores import item_scores

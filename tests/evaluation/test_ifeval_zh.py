@@ -3,10 +3,10 @@
 import json
 from types import SimpleNamespace
 
-import ifeval_zh as iz
 import pytest
 import torch
 
+import ifeval_zh as iz
 import instruction_files as files
 import reward_gaming as gaming
 from instruction_prompts import general_prompts, tiny_prompts

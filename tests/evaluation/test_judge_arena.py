@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-import judge_arena as ja
 import numpy as np
 import pytest
 
+import judge_arena as ja
 from answer_files import read_answers
 from judge_bias import exam
 from judges import program_judge

@@ -2,9 +2,7 @@
 
 import re
 
-import gpt2_generate as gg
 import pytest
-import tiny_gpt2
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation import (
@@ -14,6 +12,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+import gpt2_generate as gg
+import tiny_gpt2
 from nlp_common.base.errors import UserError
 
 

@@ -6,10 +6,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import mini_gpt as mg
-import muon
 import pytest
 import torch
+
+import mini_gpt as mg
+import muon
 
 SMALL = mg.Config(layers=3, heads=2, dim=32, block=16, batch=4, steps=12, warmup=3)
 FAST = replace(SMALL, bias=False, gain=False, activation="relu", optimizer="muon")  # --recipe fast 的结构

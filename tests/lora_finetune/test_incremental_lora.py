@@ -2,10 +2,10 @@
 
 import copy
 
-import incremental_lora as il
 import pytest
 import torch
 
+import incremental_lora as il
 from lora_by_hand import add_lora, lora_layers, merge_lora
 from nlp_common.base.errors import UserError
 

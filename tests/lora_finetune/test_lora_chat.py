@@ -3,10 +3,10 @@
 import builtins
 import json
 
-import lora_chat as script
 import pytest
 import torch
 
+import lora_chat as script
 from nlp_common.base.errors import UserError
 from nlp_common.lm.adapters import base_of, weights_mark
 from nlp_common.lm.loading import load_causal_lm

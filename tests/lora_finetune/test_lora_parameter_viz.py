@@ -2,10 +2,10 @@
 
 import copy
 
-import lora_parameter_viz as viz
 import pytest
 import torch
 
+import lora_parameter_viz as viz
 from lora_by_hand import add_lora, lora_layers, merge_lora, trainable
 from nlp_common.base.errors import UserError
 from tasks import task_chats

@@ -4,12 +4,12 @@ import copy
 import json
 import shutil
 
-import merge_lora as script
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import adapter_files
+import merge_lora as script
 from adapter_files import (
     Adapter,
     LoRA,

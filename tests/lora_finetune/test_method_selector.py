@@ -1,8 +1,8 @@
 """method_selector.py：公式与真张量一个字节不差，几种情形选得对，读 config.json，说错的话。"""
 
-import method_selector as script
 import pytest
 
+import method_selector as script
 from finetune_memory import SIZES, lora_parameters, parts_of
 from nlp_common.base.errors import UserError
 

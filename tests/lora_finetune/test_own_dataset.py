@@ -3,13 +3,13 @@
 import json
 import math
 
-import incremental_lora
-import lora_parameter_viz
-import ptuning_v2_demo
 import pytest
 import torch
 
 import compare_peft
+import incremental_lora
+import lora_parameter_viz
+import ptuning_v2_demo
 import tasks
 from nlp_common.base.errors import UserError
 from nlp_common.lm.chat_rows import chat_row

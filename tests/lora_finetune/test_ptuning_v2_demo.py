@@ -2,10 +2,10 @@
 
 import copy
 
-import ptuning_v2_demo as pd
 import pytest
 import torch
 
+import ptuning_v2_demo as pd
 from nlp_common.base.errors import UserError
 from tasks import task_chats
 

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-import qlora_theory as script
 import torch
 from safetensors.torch import save_file
 
+import qlora_theory as script
 from finetune_memory import LLAMA, SIZES, four_bit_bytes, memory, parts_of
 from memory_picture import one_step
 from nf4 import VALUES, quantize

@@ -3,11 +3,11 @@
 import copy
 
 import pytest
-import qlora_trainer as script
 import torch
 from safetensors.torch import load_file
 
 import qlora_dry_run
+import qlora_trainer as script
 from adapter_files import load_adapter
 from finetune_memory import four_bit_bytes
 from lora_by_hand import add_lora, lora_layers, trainable

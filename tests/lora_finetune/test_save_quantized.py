@@ -6,11 +6,11 @@ import shutil
 
 import numpy as np
 import pytest
-import save_quantized as script
 import torch
 from safetensors.numpy import load_file as numpy_load
 from safetensors.torch import load_file
 
+import save_quantized as script
 from gptq_layout import (
     SUMS,
     WEIGHTS,

@@ -3,12 +3,12 @@
 import errno
 import json
 
-import export_gguf as script
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import export_gguf as script
 import gguf_format
 import llama_engine
 from gguf_checks import through_transformers

@@ -2,10 +2,10 @@
 
 import json
 
-import deepspeed_part
 import pytest
 import torch
 
+import deepspeed_part
 import quantized_deploy as script
 import quantized_models
 from nlp_common.base.errors import UserError

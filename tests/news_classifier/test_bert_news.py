@@ -5,13 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bert_news_multiclass as news
-import headlines as grammar
 import numpy as np
 import pytest
 import torch
-from headlines import LABELS, headlines
 
+import bert_news_multiclass as news
+import headlines as grammar
+from headlines import LABELS, headlines
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import load_run
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from confusion import confident_mistakes, confusion_matrix, draw_confusion, per_class, print_report
 from sklearn import metrics
+
+from confusion import confident_mistakes, confusion_matrix, draw_confusion, per_class, print_report
 
 LABELS = np.array([0, 0, 1, 1, 1, 2, 2, 0])
 GUESSES = np.array([0, 1, 1, 1, 0, 2, 1, 0])

@@ -4,8 +4,9 @@ import math
 import random
 from collections import Counter
 
-import headlines as grammar
 import pytest
+
+import headlines as grammar
 from headlines import LABELS, PRIOR, SCENES, SIZES, all_headlines, bayes_accuracy, headlines, posterior
 
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "pipeline"))
 def english(tmp_path_factory):
     """→ (文件夹, 训练记录)。"""
     import torch
+
     from tiny_english import tiny_english
 
     torch.set_num_threads(1)

@@ -7,11 +7,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
+
 import sentiment_analysis_demo as demo
 import sentiment_pipeline_chinese as chinese
-import torch
 from demo_settings import read_sentences
-
 from nlp_common.base.errors import UserError
 
 CPU = torch.device("cpu")

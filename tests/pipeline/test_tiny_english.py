@@ -3,11 +3,11 @@
 import random
 
 import pytest
-import tiny_english as tiny
-from tiny_english import ADJECTIVES, KINDS, LABELS, VERBS, build_tokenizer, reviews, write_review
 
+import tiny_english as tiny
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import load_run
+from tiny_english import ADJECTIVES, KINDS, LABELS, VERBS, build_tokenizer, reviews, write_review
 
 
 def meaning(sentence: str) -> int:

@@ -13,7 +13,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fake_hub import FakeHub
-
 from nlp_common.tiny import world
 
 HOME = Path(__file__).resolve().parents[2] / "qwen_chinese_finetune"

@@ -9,13 +9,13 @@ import sys
 import time
 from pathlib import Path
 
-import build_vector_store as bvs
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import batch_embedding as be
+import build_vector_store as bvs
 import hand_index as hand
 from nlp_common.base.errors import UserError
 from rag_common.chunking import make_chunks

@@ -2,10 +2,10 @@
 
 import json
 
-import customer_service_case as cs
 import numpy as np
 import pytest
 
+import customer_service_case as cs
 import service_questions as sq
 from nlp_common.base.errors import UserError
 from rag_common.generate import Answer

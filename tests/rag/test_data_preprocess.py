@@ -5,11 +5,11 @@ import math
 import random
 from collections import Counter
 
-import data_preprocess as dp
 import numpy as np
 import pytest
 import torch
 
+import data_preprocess as dp
 import sentence_bert
 from nlp_common.base.errors import UserError
 from planted_faults import KINDS, change_characters, pdf_of, plant, read_back

@@ -4,11 +4,11 @@ import json
 import random
 from pathlib import Path
 
-import hybrid_inference as hi
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hybrid_inference as hi
 import hybrid_services as hs
 from circuit_breaker import CircuitBreaker, Clock
 from nlp_common.base.errors import UserError

@@ -2,10 +2,10 @@
 
 import json
 
-import hybrid_retrieval as hr
 import numpy as np
 import pytest
 
+import hybrid_retrieval as hr
 from nlp_common.base.errors import UserError
 from rag_common.bm25 import BM25
 from rag_common.corpus import Corpus, Question, tiny_world_corpus

@@ -3,10 +3,10 @@
 import importlib.util
 import json
 
-import knowledge_base_selection as kbs
 import numpy as np
 import pytest
 
+import knowledge_base_selection as kbs
 import knowledge_bases as kb
 from nlp_common.base.errors import UserError
 from rag_common.chunking import Chunk

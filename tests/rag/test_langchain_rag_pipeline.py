@@ -7,12 +7,12 @@ import sys
 import threading
 from pathlib import Path
 
-import langchain_rag_pipeline as pipeline
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import langchain_rag_pipeline as pipeline
 import langchain_trace
 from catalogue import make_products
 from langchain_trace import Span, check_tree, export_spans, group_by_parent, write_trace_page

@@ -2,11 +2,11 @@
 
 import json
 
-import optimization_lab as ol
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import optimization_lab as ol
 from lab_pipeline import Config, Lab, Outcome, changed, clauses, difference, fill_in
 from nlp_common.base.errors import UserError
 from rag_common.chunking import Chunk

@@ -8,13 +8,13 @@ import socket
 import threading
 import time
 
-import performance_benchmark as benchmark
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import load_generator as load
+import performance_benchmark as benchmark
 from load_generator import Ask, Result
 from nlp_common.base.errors import UserError
 from rag_common.generate import Answer

@@ -4,11 +4,11 @@ import json
 import random
 
 import pytest
-import rag_architecture_demo as demo
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rag_architecture_demo as demo
 from citations import check_citation, plant_faults
 from nlp_common.base.errors import UserError
 from nlp_common.tiny.world import WORLD

@@ -5,10 +5,10 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-import rag_web as rw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rag_web as rw
 from nlp_common.base import web_page
 from nlp_common.base.errors import UserError
 from rag_common.chunking import Chunk

@@ -7,8 +7,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-import ragflow_demo as rd
 
+import ragflow_demo as rd
 from nlp_common.base.errors import UserError
 from ragflow_client import RAGFlow
 from ragflow_stand_in import KEY, stand_in

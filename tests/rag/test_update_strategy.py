@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import update_strategy as us
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import blue_green
 import reconciling
 import store_keeping as keeping
+import update_strategy as us
 from catalogue import FACTS, change, make_products
 from nlp_common.base.errors import UserError
 from rag_common.audit import AuditLog

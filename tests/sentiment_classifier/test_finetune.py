@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bert_finetune_sentiment as script
 import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, TrainerCallback
 
+import bert_finetune_sentiment as script
 import mlm
 from nlp_common.base.errors import UserError
 from nlp_common.data.labels import text_key

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import bert_ner as bn
 import pytest
 
+import bert_ner as bn
 from nlp_common.base.errors import UserError
 from nlp_common.lm.losses import IGNORE
 from nlp_common.tiny.bert import character_tokenizer

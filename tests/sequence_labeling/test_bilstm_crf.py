@@ -2,13 +2,13 @@
 
 import json
 
-import bilstm_crf as bc
-import hmm_crf
 import pytest
 import torch
-import word_segmentation as ws
 from small_ner import small_sentences
 
+import bilstm_crf as bc
+import hmm_crf
+import word_segmentation as ws
 from labeling import all_tags
 from nlp_common.base.errors import UserError
 from tagged_files import tags_of

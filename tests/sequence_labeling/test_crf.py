@@ -3,12 +3,12 @@
 import itertools
 import math
 
-import hmm_crf as plain
 import pytest
 import torch
-from hmm_crf import NEVER
 
 import crf as fast
+import hmm_crf as plain
+from hmm_crf import NEVER
 
 
 def random_case(n_rows=4, n_steps=5, n_tags=3, seed=0, spread=2.0):

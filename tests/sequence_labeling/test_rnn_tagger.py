@@ -1,8 +1,9 @@
 """手写的 RNN、LSTM、GRU 与 nn 里的相同；门看得见；脚本从头到尾。"""
 
 import pytest
-import rnn_tagger as rt
 import torch
+
+import rnn_tagger as rt
 
 
 @pytest.mark.parametrize("kind", rt.KINDS)

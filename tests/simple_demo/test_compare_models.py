@@ -10,14 +10,14 @@ import sys
 import zlib
 from pathlib import Path
 
-import compare_models as race
 import pytest
-import reviews
 import torch
-from reviews import UserError
 from torch import nn
 
+import compare_models as race
+import reviews
 from nlp_common.data import reviews as shared
+from reviews import UserError
 
 FOLDER = Path(race.__file__).parent
 CHNSENTICORP = FOLDER.parent.parent / "shared" / "data" / "chnsenticorp"

@@ -7,11 +7,12 @@ import sys
 import tokenize
 from pathlib import Path
 
-import minimal_word_embedding_train as words
 import pytest
+import torch
+
+import minimal_word_embedding_train as words
 import rnn_text_classifier as rnn
 import simple_sentiment_classifier as mean
-import torch
 import transformer_encoder_classifier as built_in
 import transformer_sentiment_classification as hand
 

@@ -4,12 +4,13 @@
 """
 
 import pytest
+import torch
+from torch import nn
+
 import rnn_text_classifier as rnn
 import simple_sentiment_classifier as mean
-import torch
 import transformer_encoder_classifier as built_in
 import transformer_sentiment_classification as hand
-from torch import nn
 
 VOCAB, DIM = 12, 8
 # 长短不一的四句，右边补 0。

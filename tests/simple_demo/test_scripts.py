@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import minimal_word_embedding_train as words
 import pytest
+
+import minimal_word_embedding_train as words
 import rnn_text_classifier as rnn
 import simple_sentiment_classifier as mean
 import transformer_encoder_classifier as built_in

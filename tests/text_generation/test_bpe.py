@@ -5,9 +5,9 @@ import random
 from collections import Counter
 
 import pytest
-import tokenizer_training as tt
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+import tokenizer_training as tt
 from bpe import decode, encode_word, train_bpe
 from nlp_common.base.errors import UserError
 

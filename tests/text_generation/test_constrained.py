@@ -2,9 +2,9 @@
 
 import json
 
-import constrained_decoding as cd
 import pytest
 
+import constrained_decoding as cd
 from nlp_common.base.errors import UserError
 
 

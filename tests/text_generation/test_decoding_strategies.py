@@ -2,7 +2,6 @@
 
 import json
 
-import decoding_strategies as ds
 import pytest
 import torch
 from transformers.generation import (
@@ -14,6 +13,7 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
+import decoding_strategies as ds
 from nlp_common.base.errors import UserError
 
 CASES = [

@@ -3,11 +3,11 @@
 import json
 import math
 
-import poem_gpt as pg
 import pytest
 import torch
 
 import poem_data
+import poem_gpt as pg
 import poem_grammar as grammar
 import poem_sounds as sounds
 from char_gpt import char_tokenizer, small_gpt

@@ -1,10 +1,10 @@
 """speculative.py：贪心逐 token 相同，采样的分布不变（写错一行就检验得出），缓存退得对。"""
 
 import pytest
-import speculative_decoding as sd
 import torch
 from scipy.stats import chisquare
 
+import speculative_decoding as sd
 from nlp_common.base.errors import UserError
 from nlp_common.lm.chatml import prompt_ids
 from nlp_common.lm.generation import stop_tokens

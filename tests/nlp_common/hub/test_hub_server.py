@@ -16,7 +16,6 @@ from safetensors.numpy import save
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from fake_hub import FakeHub
-
 from nlp_common.base.errors import UserError
 from nlp_common.data.online import load_rows, read_through, save_rows
 from nlp_common.hub import models as hub
