@@ -1,0 +1,50 @@
+"""运行 Qwen 链的一个阶段，像读者在终端里那样：另开一个进程，结果是一个文件夹，里面有 run.json。
+
+alignment_ops 不另写训练：SFT、DPO、KTO 都是 qwen_chinese_finetune 里的那几个脚本，这里只管把数据交给它们。
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from nlp_common.base.errors import UserError
+from nlp_common.base.processes import without_launcher
+from nlp_common.base.runs import load_run
+
+QWEN = Path(__file__).resolve().parents[1] / "qwen_chinese_finetune"
+SCRIPTS = {"sft": "sft_chinese_qwen.py", "dpo": "dpo_chinese_qwen.py", "kto": "kto_alignment.py"}
+LAST_LINES = 12  # 没有跑完时，显示输出的最后几行
+
+
+def run_stage(
+    stage: str, out: Path, model: str | Path, dataset: str | Path, preset: str = "tiny", **settings: object
+) -> dict:
+    """从 model 开始在 dataset（内置名、hub 名或文件）上训练一个阶段，结果在 out；返回它的 run.json。
+
+    settings：那个脚本的别的参数，例如 ``learning_rate=1e-4``。已有同样设置的结果就直接用；中断了再来一次，接着训练。
+    输出写进 ``<out>.log``；没有跑完是 UserError，带上输出的最后几行。
+    """
+    script = QWEN / SCRIPTS[stage]
+    command = [sys.executable, str(script), "--preset", preset, "--output_dir", str(out)]
+    command += ["--model", str(model), "--dataset", str(dataset)]
+    for name, value in settings.items():
+        command += [f"--{name}", str(value)]
+    log = out.with_name(f"{out.name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        code = subprocess.run(
+            command,
+            env=without_launcher() | {"PYTHONIOENCODING": "utf-8"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        ).returncode
+    if code in (130, -2):
+        raise KeyboardInterrupt
+    if code:
+        said = "\n  ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
+        raise UserError(f"{stage} 没有训练成（退出码 {code}），全部输出在 {log}，最后几行：\n  {said}")
+    run = load_run(out)
+    assert run is not None, f"{script.name} 结束了，却没有 {out}"
+    return run
