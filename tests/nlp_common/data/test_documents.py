@@ -5,8 +5,8 @@ import zipfile
 import pytest
 
 from nlp_common.base.errors import UserError
-from rag_common import documents
-from rag_common.documents import read_document, read_folder
+from nlp_common.data import documents
+from nlp_common.data.documents import read_document, read_folder
 
 
 def write(folder, name, content):
