@@ -1,0 +1,232 @@
+"""灰度发布：新版本先给一小部分用户，每来一次请求都看一眼，坏了马上退，够好了就放开。
+
+你会学到
+  1. 平常的检验只许看一次。每来一批就看一眼、p < 0.05 就停，一样好的版本也有两三成被冤枉（canary_simulation.py 量给你看）。
+  2. 随时可以看的检验是打赌：原假设"不比老版本差"成立时，这场赌不会赢；从 1 块钱开始，赢到 1/α 块的机会不超过 α（Ville 不等式），
+     不论看几眼、什么时候停。赢到了，就是老天不该给你的运气：退。
+  3. 分组的单位就是分析的单位：用户固定归一边，一个常客的几百次请求是一份证据，不是几百份。这里一个用户只算一次。
+  4. 新旧两边按到来的次序配成组再相减：白天容易、晚上难，灰度的比例一路加大，都不会把账算歪。
+
+在程序里
+  canary = Canary({"unsolved": 0.05, "unsafe": 0.02, "slow": 0.05})   # 各项"坏"：差多少以内算不要紧（margin）
+  decision = canary.see(user, "canary", {"unsolved": 1, "unsafe": 0, "slow": 0})   # 每次请求；坏是 1，好是 0，或中间的数
+  # None：接着看；"rollback"：有一项确实变坏了；"release"：每一项都不会坏过 margin
+  canary.reason                                    # 一句话：哪一项、差多少、看了多少人
+  canary.report()                                  # {"unsolved": {"harm", "low", "high", "users_canary", …}, …}
+
+  found = run_canary(visits(kinds, 5000, seed), answer, canary, salt="assistant-4", log=folder / "canary.jsonl")
+  # answer(arm, request) → {"unsolved": …}；→ {"decision": "rollback" | "release" | "undecided", "reason", "requests", …}
+  # 每次请求记进 log（JSONL），被 kill -9 以后再来一遍，从下一次请求接着，检验不从头算；ramp：灰度的比例怎样加大
+
+保证（各自，不论看几眼）：不比老版本差的，错退 ≤ alpha；哪一项坏过 margin 的，错放 ≤ alpha。
+
+参考：Ville 1939；Johari et al. 2017（mSPRT，A/B 测试天天看）；Waudby-Smith & Ramdas 2023（打赌估计有界的均值，arXiv 2010.09686）；
+Deng et al. 2017（分组的单位与分析的单位）。
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+import line_log
+from nlp_common.base.errors import UserError
+from traffic import Request, arm_of
+
+ALPHA = 0.05
+RAMP = ((0, 0.1), (500, 0.25), (1500, 0.5))  # 从第几次请求起，给多少用户新版本
+BETS = np.geomspace(0.02, 0.9, 8)  # 押本钱的几成；几种押法各分一份本钱，不必事先猜哪种好
+GRID = np.round(np.arange(-0.5, 0.501, 0.01), 2)  # 区间的两头在这些数里找
+
+
+# ---------------------------------------------------------------- 1. 打赌
+
+
+def gain_if_worse(difference: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    """原假设"差 ≤ limit"，押"差得更多"：这一组之后，各种押法的本钱变成几倍，取对数 (…, 押法)。
+
+    λ·(d − limit) 的期望 ≤ 0，所以本钱的期望不会涨。d ≥ −1，λ = 成数 / (1 + limit)，最坏也不会输光。
+    """
+    stakes = BETS / (1 + limit[..., None])
+    return np.log1p(stakes * (difference - limit)[..., None])
+
+
+def gain_if_better(difference: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    """反过来：原假设"差 ≥ limit"，押"差得没有这么多"。"""
+    return gain_if_worse(-difference, -limit)
+
+
+def wealth(gains: np.ndarray) -> np.ndarray:
+    """几种押法的本钱（对数，(…, 押法)）→ 平均起来的本钱（对数）。"""
+    top = gains.max(-1)
+    return top + np.log(np.exp(gains - top[..., None]).mean(-1))
+
+
+class HarmTest:
+    """一项"坏"，新版本比老版本多多少：估计、随时可看的区间、赢到多少了。"""
+
+    def __init__(self, margin: float, alpha_rollback: float, alpha_release: float, tolerance: float):
+        self.margin, self.tolerance = margin, tolerance
+        self.limits = np.unique(np.append(GRID, [margin, tolerance]))
+        self.enough = -math.log(alpha_rollback), -math.log(alpha_release)
+        self.up = np.zeros((len(self.limits), len(BETS)))  # 押"差得更多"
+        self.down = np.zeros((len(self.limits), len(BETS)))
+        self.low, self.high = -1.0, 1.0
+        self.total, self.groups = 0.0, 0
+
+    def add(self, difference: float) -> None:
+        """多了一组：difference 是新版本的减老版本的，在 −1 到 1 之间。"""
+        self.up += gain_if_worse(np.float64(difference), self.limits)
+        self.down += gain_if_better(np.float64(difference), self.limits)
+        too_small = self.limits[wealth(self.up) >= self.enough[0]]  # "差 ≤ 它"已经不能信
+        too_big = self.limits[wealth(self.down) >= self.enough[1]]
+        self.low = max([self.low, *too_small])
+        self.high = min([self.high, *too_big])
+        self.total += difference
+        self.groups += 1
+
+    @property
+    def harm(self) -> float:
+        return self.total / max(self.groups, 1)
+
+    @property
+    def is_worse(self) -> bool:
+        return self.low >= self.tolerance
+
+    @property
+    def is_fine(self) -> bool:
+        return self.high <= self.margin
+
+
+# ---------------------------------------------------------------- 2. 一次灰度：谁算进来，什么时候定
+
+
+class Canary:
+    """看着一次灰度。margins：{哪一项坏: 差多少以内不要紧}；几项分摊错退的 alpha，放开要每一项都好，不必分摊。
+
+    tolerance：差到多少以内连退也不必（默认 0：变坏就退）。per_user：一个用户头几次请求的平均算他的一份。
+    """
+
+    def __init__(
+        self, margins: dict[str, float], alpha: float = ALPHA, tolerance: float = 0.0, per_user: int = 1
+    ):
+        for name, margin in margins.items():
+            if not tolerance < margin < 1:
+                raise UserError(
+                    f"{name} 的 margin 要大于 tolerance（{tolerance:g}）、小于 1，给的是 {margin:g}。"
+                )
+        if not margins or not 0 < alpha < 1 or per_user < 1:
+            raise UserError("灰度要至少看一项，alpha 在 0 与 1 之间，per_user 至少 1。")
+        self.tests = {
+            name: HarmTest(margin, alpha / len(margins), alpha, tolerance) for name, margin in margins.items()
+        }
+        self.per_user = per_user
+        self.decision: str | None = None
+        self.reason = "还没有定"
+        self.requests = {"canary": 0, "champion": 0}
+        self.users = {"canary": 0, "champion": 0}  # 算进来的
+        self._waiting: dict[str, list[list[float]]] = {"canary": [], "champion": []}  # 等着配组的用户
+        self._started: dict[object, tuple[str, list[list[float]]]] = {}  # 还没到 per_user 次的用户
+        self._counted: set = set()
+
+    def see(self, user: object, arm: str, bad: dict[str, float]) -> str | None:
+        """一次请求的结果；返回 None、"rollback" 或 "release"。定了以后再看，也不再变。"""
+        values = [float(bad[name]) for name in self.tests]
+        if not all(0 <= value <= 1 for value in values):
+            raise ValueError(f"坏的程度要在 0 与 1 之间：{bad}")
+        self.requests[arm] += 1
+        if self.decision is None and user not in self._counted:
+            self._count(user, arm, values)
+        return self.decision
+
+    def _count(self, user: object, arm: str, values: list[float]) -> None:
+        """一个用户只算一次：头 per_user 次的平均。两边都有人等着，就配成一组。"""
+        before, his = self._started.pop(user, (arm, []))
+        his = [*his, values] if before == arm else [values]  # 灰度的比例加大，他换了一边：从头数
+        if len(his) < self.per_user:
+            self._started[user] = (arm, his)
+            return
+        self._counted.add(user)
+        self.users[arm] += 1
+        self._waiting[arm].append([sum(column) / len(column) for column in zip(*his, strict=True)])
+        if not (self._waiting["canary"] and self._waiting["champion"]):
+            return
+        new, old = (np.mean(self._waiting[side], axis=0) for side in ("canary", "champion"))
+        self._waiting = {"canary": [], "champion": []}
+        for test, difference in zip(self.tests.values(), new - old, strict=True):
+            test.add(float(difference))
+        self._decide()
+
+    def _decide(self) -> None:
+        worse = [name for name, test in self.tests.items() if test.is_worse]
+        if worse:
+            self.decision = "rollback"
+        elif all(test.is_fine for test in self.tests.values()):
+            self.decision = "release"
+        else:
+            return
+        shown = worse or list(self.tests)
+        told = "；".join(f"{name} {self.tests[name].harm:+.3f}（{self._range(name)}）" for name in shown)
+        seen = f"看了 {self.users['canary']} 个用新版本的、{self.users['champion']} 个用老版本的用户"
+        self.reason = f"{'变坏了' if worse else '不会坏过界限'}：{told}，{seen}"
+
+    def _range(self, name: str) -> str:
+        test = self.tests[name]
+        return f"{test.low:+.2f} 到 {test.high:+.2f}"
+
+    def report(self) -> dict:
+        counts = {f"users_{arm}": n for arm, n in self.users.items()}
+        counts |= {f"requests_{arm}": n for arm, n in self.requests.items()}
+        return {
+            name: {"harm": test.harm, "low": test.low, "high": test.high, "margin": test.margin} | counts
+            for name, test in self.tests.items()
+        }
+
+
+# ---------------------------------------------------------------- 3. 跑一次
+
+
+def run_canary(
+    requests: Iterable[Request],
+    answer: Callable[[str, Request], dict[str, float]],
+    canary: Canary,
+    salt: str,
+    log: Path | None = None,
+    ramp: tuple[tuple[int, float], ...] = RAMP,
+) -> dict:
+    """一次次请求地走，定了就停。log 里已有的请求直接算进检验，从下一次接着；流量来完了还没定是 "undecided"。"""
+    if log is None:
+        return _serve(requests, answer, canary, salt, ramp, [], None)
+    with line_log.updating(Path(log), sync=False) as (seen, add):
+        return _serve(requests, answer, canary, salt, ramp, seen, add)
+
+
+def _serve(requests, answer, canary: Canary, salt: str, ramp, seen: list[dict], add) -> dict:
+    number = 0
+    for number, request in enumerate(requests, 1):
+        if number <= len(seen):
+            arm, bad = seen[number - 1]["arm"], seen[number - 1]["bad"]
+        else:
+            arm = arm_of(request.user, share_at(ramp, request.number), salt)
+            bad = answer(arm, request)
+            if add:
+                add({"user": request.user, "question": request.question, "arm": arm, "bad": bad})
+        if canary.see(request.user, arm, bad):
+            break
+    return {
+        "decision": canary.decision or "undecided",
+        "reason": canary.reason,
+        "requests": number,
+        "requests_canary": canary.requests["canary"],
+        "users_canary": canary.users["canary"],
+        "metrics": json.loads(json.dumps(canary.report())),
+    }
+
+
+def share_at(ramp: tuple[tuple[int, float], ...], number: int) -> float:
+    """第 number 次请求时，灰度给多少用户。"""
+    return [share for start, share in ramp if start <= number][-1]
