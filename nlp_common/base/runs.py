@@ -26,6 +26,7 @@ from nlp_common.base.processes import is_main
 
 RUN_FILE = "run.json"
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}  # 没有权限、只读的盘、路径中间有个文件
+NOT_HERE = "没有写入权限，或路径不是文件夹：{where}（{why}）。用 --output_dir 换一个可写的文件夹。"
 CHECKPOINT_DONE = "complete.json"  # 检查点写完之后才写它；没有它的检查点是半个
 
 
@@ -184,11 +185,11 @@ def open_run(path: Path) -> Iterator[RunFolder]:
         yield folder
         return
     owner = path.with_name(f".{path.name}.owner.json")
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         if path.parent.exists() and not path.parent.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        _make_folder(path.parent)
         with lock.acquire(timeout=0):
             write_json(
                 owner,
@@ -207,6 +208,8 @@ def open_run(path: Path) -> Iterator[RunFolder]:
                 with contextlib.suppress(OSError):
                     owner.unlink()
     except Timeout:
+        if not Path(lock.lock_file).exists():  # /proc 这样不能建文件的地方，也是"锁不上"
+            raise UserError(NOT_HERE.format(where=path.parent, why="建不了文件")) from None
         raise UserError(
             f"{path} 正被另一个进程使用{_describe_owner(owner)}。等它结束，或用 --output_dir 换一个位置。"
         ) from None
@@ -217,11 +220,15 @@ def open_run(path: Path) -> Iterator[RunFolder]:
                 "清出空间后再运行同一条命令，会从最近一个写完整的检查点继续；或用 --output_dir 换一个磁盘。"
             ) from error
         if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
-            raise UserError(
-                f"没有写入权限，或路径不是文件夹：{error.filename or path}（{error.strerror}）。"
-                "用 --output_dir 换一个可写的文件夹。"
-            ) from error
+            raise UserError(NOT_HERE.format(where=error.filename or path, why=error.strerror)) from error
         raise
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # 上一级明明在：/proc 这样的地方不给建
+        raise PermissionError(errno.EACCES, error.strerror, error.filename) from error
 
 
 def disk_full(error: BaseException | None, path: Path) -> bool:

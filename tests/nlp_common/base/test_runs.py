@@ -128,6 +128,13 @@ def test_folder_that_cannot_be_written(tmp_path, monkeypatch, code):
         pytest.fail("写进去了")
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="没有 /proc")
+@pytest.mark.parametrize("folder", ["/proc/sft", "/proc/outputs/sft"])
+def test_file_system_that_takes_no_files(folder):
+    with pytest.raises(UserError, match=r"没有写入权限.*--output_dir"), open_run(Path(folder)):
+        pytest.fail("写进去了")
+
+
 def test_read_only_disk(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(UserError, match=r"没有写入权限.*--output_dir"), open_run(small_disk / "sft"):
