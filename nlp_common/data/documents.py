@@ -16,6 +16,23 @@ from nlp_common.data.files import read_file
 MOST_BYTES = 100 << 20  # 一个文件最大 100 MB
 MOST_UNPACKED = 200 << 20  # docx 解开之后最大 200 MB，
 MOST_RATIO = 200  # 且不超过压缩时的 200 倍：再多就是压缩炸弹
+# 网页里自成一行的：前后都换行
+BLOCKS = ["p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "section", "article", "title"]
+BLOCKS += [
+    "nav",
+    "header",
+    "footer",
+    "aside",
+    "main",
+    "table",
+    "ul",
+    "ol",
+    "dl",
+    "dt",
+    "dd",
+    "pre",
+    "blockquote",
+]
 INSTALL = '{path}：{what} 需要 {package}：pip install {package}（或 pip install -e ".[rag]"）。'
 
 
@@ -104,9 +121,8 @@ def _read_html(path: Path) -> str:
         hidden=True
     ):
         node.decompose()
-    for node in page(
-        ["p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "section", "article", "title"]
-    ):
+    for node in page(BLOCKS):
+        node.insert_before("\n")
         node.append("\n")
     for node in page(["td", "th"]):
         node.append(" ")

@@ -54,6 +54,8 @@ def test_html_shows_only_what_a_reader_sees(tmp_path):
     assert read_document(write(tmp_path, "a.html", page)) == "馆规\n借书\n一次五本。\n期限 三十天"
     old = '<meta charset="gb2312"><p>借书朱镕基</p>'.encode("gb18030")  # 镕不在 gb2312 里，旧网页照样写
     assert read_document(write(tmp_path, "b.htm", old)) == "借书朱镕基"
+    menu = "<nav><a>首页</a> <a>办证</a></nav><h1>借书</h1>一次五本。<p>三十天。</p><footer>电话</footer>"
+    assert read_document(write(tmp_path, "d.html", menu)) == "首页 办证\n借书\n一次五本。\n三十天。\n电话"
     with pytest.raises(UserError, match="没有文字"):
         read_document(write(tmp_path, "c.html", "<script>1</script>"))
 
