@@ -67,39 +67,44 @@ def wealth(gains: np.ndarray) -> np.ndarray:
 
 
 class HarmTest:
-    """一项"坏"，新版本比老版本多多少：估计、随时可看的区间、赢到多少了。"""
+    """一项"坏"，新版本比老版本多多少。两场赌：它比 tolerance 坏，它没有坏到 margin；赢到 1/alpha 就信。"""
 
     def __init__(self, margin: float, alpha_rollback: float, alpha_release: float, tolerance: float):
-        self.margin, self.tolerance = margin, tolerance
-        self.limits = np.unique(np.append(GRID, [margin, tolerance]))
-        self.enough = -math.log(alpha_rollback), -math.log(alpha_release)
-        self.up = np.zeros((len(self.limits), len(BETS)))  # 押"差得更多"
-        self.down = np.zeros((len(self.limits), len(BETS)))
-        self.low, self.high = -1.0, 1.0
-        self.total, self.groups = 0.0, 0
+        self.margin, self.tolerance = np.float64(margin), np.float64(tolerance)
+        self.enough_worse, self.enough_fine = -math.log(alpha_rollback), -math.log(alpha_release)
+        self.worse_gains = np.zeros(len(BETS))  # 各种押法的本钱（对数）
+        self.fine_gains = np.zeros(len(BETS))
+        self.is_worse = self.is_fine = False
+        self.differences: list[float] = []
 
     def add(self, difference: float) -> None:
         """多了一组：difference 是新版本的减老版本的，在 −1 到 1 之间。"""
-        self.up += gain_if_worse(np.float64(difference), self.limits)
-        self.down += gain_if_better(np.float64(difference), self.limits)
-        too_small = self.limits[wealth(self.up) >= self.enough[0]]  # "差 ≤ 它"已经不能信
-        too_big = self.limits[wealth(self.down) >= self.enough[1]]
-        self.low = max([self.low, *too_small])
-        self.high = min([self.high, *too_big])
-        self.total += difference
-        self.groups += 1
+        self.differences.append(difference)
+        self.worse_gains += gain_if_worse(np.float64(difference), self.tolerance)
+        self.fine_gains += gain_if_better(np.float64(difference), self.margin)
+        self.is_worse |= bool(wealth(self.worse_gains) >= self.enough_worse)
+        self.is_fine |= bool(wealth(self.fine_gains) >= self.enough_fine)
 
     @property
     def harm(self) -> float:
-        return self.total / max(self.groups, 1)
+        return sum(self.differences) / max(len(self.differences), 1)
 
-    @property
-    def is_worse(self) -> bool:
-        return self.low >= self.tolerance
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """看到第 1、2、… 组时的区间（下限、上限各 (组,)）：已经不能信的"差 ≤ m"里最大的 m，"差 ≥ m"里最小的 m。"""
+        limits = np.unique(np.append(GRID, [self.margin, self.tolerance]))
+        d = np.asarray(self.differences)[:, None]  # (组, 1)
+        worse = wealth(gain_if_worse(d, limits).cumsum(0))  # (组, m)
+        fine = wealth(gain_if_better(d, limits).cumsum(0))
+        low = np.where(worse >= self.enough_worse, limits, -1.0).max(1)
+        high = np.where(fine >= self.enough_fine, limits, 1.0).min(1)
+        return np.maximum.accumulate(low), np.minimum.accumulate(high)
 
-    @property
-    def is_fine(self) -> bool:
-        return self.high <= self.margin
+    def interval(self) -> tuple[float, float]:
+        """现在的区间。两头各有各的 alpha，不论看几眼。"""
+        if not self.differences:
+            return -1.0, 1.0
+        low, high = self.bounds()
+        return float(low[-1]), float(high[-1])
 
 
 # ---------------------------------------------------------------- 2. 一次灰度：谁算进来，什么时候定
@@ -170,21 +175,23 @@ class Canary:
         else:
             return
         shown = worse or list(self.tests)
-        told = "；".join(f"{name} {self.tests[name].harm:+.3f}（{self._range(name)}）" for name in shown)
+        told = "；".join(f"{name} {told_harm(self.tests[name])}" for name in shown)
         seen = f"看了 {self.users['canary']} 个用新版本的、{self.users['champion']} 个用老版本的用户"
         self.reason = f"{'变坏了' if worse else '不会坏过界限'}：{told}，{seen}"
-
-    def _range(self, name: str) -> str:
-        test = self.tests[name]
-        return f"{test.low:+.2f} 到 {test.high:+.2f}"
 
     def report(self) -> dict:
         counts = {f"users_{arm}": n for arm, n in self.users.items()}
         counts |= {f"requests_{arm}": n for arm, n in self.requests.items()}
-        return {
-            name: {"harm": test.harm, "low": test.low, "high": test.high, "margin": test.margin} | counts
-            for name, test in self.tests.items()
-        }
+        found = {}
+        for name, test in self.tests.items():
+            low, high = test.interval()
+            found[name] = {"harm": test.harm, "low": low, "high": high, "margin": float(test.margin)} | counts
+        return found
+
+
+def told_harm(test: HarmTest) -> str:
+    low, high = test.interval()
+    return f"{test.harm:+.3f}（{low:+.2f} 到 {high:+.2f}）"
 
 
 # ---------------------------------------------------------------- 3. 跑一次
