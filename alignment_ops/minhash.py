@@ -89,9 +89,9 @@ def find_duplicates(
         if clean[index] in first:  # 一字不差
             duplicates.append(first[clean[index]]._replace(dropped=index))
             continue
-        candidates = sorted({other for key in keys for other in buckets.get(key, ())})
-        close = worth_comparing(index, candidates, values, scheme) if candidates else []
-        kept, similarity = most_similar(clean[index], {other: clean[other] for other in close}, scheme.n)
+        others = sorted({other for key in keys for other in buckets.get(key, ())})
+        others = worth_comparing(values[index], others, values[others], scheme) if others else []
+        kept, similarity = most_similar(clean[index], {other: clean[other] for other in others}, scheme.n)
         first[clean[index]] = Duplicate(index, index, 1.0)
         if similarity >= threshold:
             first[clean[index]] = Duplicate(index, kept, similarity)
@@ -102,9 +102,9 @@ def find_duplicates(
     return duplicates
 
 
-def worth_comparing(index: int, others: list[int], values: np.ndarray, scheme: Scheme) -> list[int]:
-    """others 里，估计的相似度不比 threshold 低出四个标准差的：别的不用细比。"""
-    estimates = (values[others] == values[index]).mean(axis=1)  # (M,)
+def worth_comparing(own: np.ndarray, others: list[int], values: np.ndarray, scheme: Scheme) -> list[int]:
+    """others（各自的 K 个最小数是 values 的一行）里，估计的相似度不比 threshold 低出四个标准差的：别的不用细比。"""
+    estimates = (values == own).mean(axis=1)  # (M, K) → (M,)
     return [other for other, each in zip(others, estimates, strict=True) if each >= scheme.least_estimate]
 
 
