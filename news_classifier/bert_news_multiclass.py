@@ -203,7 +203,7 @@ def finetune(stage: Stage) -> dict:
         load_best_model_at_end=True,  # 验证正确率最高的检查点，不是最后一个
         metric_for_best_model="accuracy",
     )
-    progress = Progress("微调", [len(row["input_ids"]) for row in rows["train"]], stage.seconds)
+    progress = Progress("微调", [len(row["input_ids"]) for row in rows["train"]], stage.seconds, stage.report)
     with only_upper(model, settings.train_layers):
         trainer = BucketTrainer(
             model=model,

@@ -352,6 +352,7 @@ def train(stage: Stage) -> dict:
             scores = [judge(q, r["text"], r["ended"]).score for q, r in both]
             stats["judge_score"] = sum(scores) / len(scores)
         history.append({"step": step + 1, **merge_stats(stats, largest=set())})
+        stage.report(history[-1])
         bar.update(1)
         bar.set_postfix_str(f"奖励 {stats['score']:.2f}", refresh=False)
         if (step + 1) % settings.logging_steps == 0:

@@ -343,6 +343,7 @@ def train(stage: Stage) -> dict:
             stats["judge_score"] = sum(v.score for v in verdicts) / batch
         stats = {"step": step + 1, **merge_stats(stats, largest={"ratio_max"})}
         history.append(stats)
+        stage.report(stats)
         bar.update(1)
         bar.set_postfix_str(f"奖励 {stats['score']:.2f} KL {stats['kl']:.3f}", refresh=False)
         if (step + 1) % settings.logging_steps == 0:

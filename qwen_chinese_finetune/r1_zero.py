@@ -231,6 +231,7 @@ def reinforce(part: Stage, model, group: int) -> dict:
         replies = stats.pop("answers").replies
         stats["long_share"] = sum(reply["text"].startswith(THINK) for reply in replies) / len(replies)
         history.append({"step": step + 1, **stats})
+        part.report(history[-1])
         bar.update(1)
         if (step + 1) % settings.logging_steps == 0:
             bar.write(

@@ -176,7 +176,7 @@ def finetune(stage: Stage) -> dict:
         start = require_model(settings.model or FULL_MODEL, settings.source)
     else:
         texts = unlabelled_texts(splits, settings)
-        start = pretrain(settings, texts, stage.path.with_name(f"{stage.path.name}-pretrained"))
+        start = pretrain(settings, texts, stage.path.with_name(f"{stage.path.name}-pretrained"), stage)
 
     seed_everything(settings.seed)  # 预训练是刚做的还是早就有的，分类层的随机权重都一样
     # 预训练的输出层（猜字）丢掉，换上随机的分类层：[CLS] 的向量（e5 是各字的平均）→ 2 个分数
@@ -201,7 +201,7 @@ def finetune(stage: Stage) -> dict:
         load_best_model_at_end=True,  # 验证正确率最高的检查点，不是最后一个
         metric_for_best_model="accuracy",
     )
-    progress = Progress("微调", [len(row["input_ids"]) for row in rows["train"]], stage.seconds)
+    progress = Progress("微调", [len(row["input_ids"]) for row in rows["train"]], stage.seconds, stage.report)
     with only_upper(model, settings.train_layers):
         trainer = BucketTrainer(
             model=model,

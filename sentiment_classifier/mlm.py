@@ -17,7 +17,7 @@ from nlp_common.base.device import precision_flags
 from nlp_common.fast.bert_rows import chosen_outputs, use_read_rows
 from nlp_common.lm.losses import IGNORE
 from nlp_common.tiny.bert import character_tokenizer, small_config
-from nlp_common.train.stage import open_result
+from nlp_common.train.stage import Stage, open_result
 
 if TYPE_CHECKING:
     from bert_finetune_sentiment import SentimentSettings
@@ -62,8 +62,11 @@ def cut(texts: list[str], size: int) -> list[str]:
     return [text[i : i + size] for text in texts for i in range(0, len(text), size)]
 
 
-def pretrain(settings: SentimentSettings, texts: list[str], folder: Path) -> str:
-    """搭一个小 BERT，用没有标签的 texts 预训练，存成和 bert-base-chinese 一样布局的文件夹；已有就直接用。"""
+def pretrain(settings: SentimentSettings, texts: list[str], folder: Path, whole: Stage) -> str:
+    """搭一个小 BERT，用没有标签的 texts 预训练，存成和 bert-base-chinese 一样布局的文件夹；已有就直接用。
+
+    whole 是整个微调：曲线记在它那里。
+    """
     from transformers import BertForMaskedLM, DataCollatorWithPadding, TrainingArguments
 
     from nlp_common.train.trainer import BucketTrainer, Progress, curves, run_trainer, trainer_arguments
@@ -72,6 +75,7 @@ def pretrain(settings: SentimentSettings, texts: list[str], folder: Path) -> str
     wanted = {name: getattr(settings, name) for name in names}
     wanted["texts_sha256"] = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
     with open_result(folder, "mlm", settings, wanted, reuse="derived") as stage:
+        stage.part_of(whole)
         if stage.record:
             print(f"用已有的预训练结果 {folder.name}")
             return str(folder)
@@ -101,7 +105,7 @@ def pretrain(settings: SentimentSettings, texts: list[str], folder: Path) -> str
             logging_steps=0.02,
             **precision_flags(stage.device, settings.bf16, cpu_bf16=True),
         )
-        progress = Progress("预训练", [len(row["input_ids"]) for row in rows], stage.seconds)
+        progress = Progress("预训练", [len(row["input_ids"]) for row in rows], stage.seconds, stage.report)
         trainer = MLMTrainer(
             model=model,
             args=TrainingArguments(**kwargs),

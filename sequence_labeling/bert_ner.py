@@ -275,7 +275,7 @@ def finetune(stage: Stage, model, tokenizer, sentences: list[Sentence], tags: li
         for row, vectors in zip(rows, lower_outputs(model, tokenizer, rows, layers), strict=True):
             row["vectors"] = vectors  # (T, H)
         pad = pad_vectors
-    progress = Progress("微调", [len(row["input_ids"]) for row in rows], stage.seconds)
+    progress = Progress("微调", [len(row["input_ids"]) for row in rows], stage.seconds, stage.report)
     with only_upper(model, layers):
         trainer = BucketTrainer(
             model=model,

@@ -15,6 +15,13 @@ def prepare_environment() -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL 一导入就会联网报告，离线时白等
         "TOKENIZERS_PARALLELISM": "false",  # DataLoader 分叉进程之后，并行分词会报警甚至死锁
         "TRL_EXPERIMENTAL_SILENCE": "1",
+        # 各家的库往外发使用情况：都关掉
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "WANDB_ERROR_REPORTING": "false",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "ANONYMIZED_TELEMETRY": "False",  # chromadb
+        "GRADIO_ANALYTICS_ENABLED": "False",
         "HF_HUB_ETAG_TIMEOUT": "5",
         "HF_HUB_DOWNLOAD_TIMEOUT": "10",
         # torch 的线程互相等的时候空转多久：默认的 30 万次在空着的机器上也不更快，旁边有别的程序时要慢几倍

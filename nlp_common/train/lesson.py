@@ -71,6 +71,7 @@ def run_part(
 
     folder = stage.folder.work / "parts" / name
     with open_result(folder, name, stage.settings, stage.fingerprint, reuse="derived") as part:
+        part.part_of(stage)
         if part.record is None:
             part.save(work(part), {}, write)
         else:

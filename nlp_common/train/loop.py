@@ -93,6 +93,7 @@ def train_loop(
             if step % settings.logging_steps == 0:
                 history.append({"step": step, **average(accelerator, recent)})
                 bar.set_postfix_str(f"loss {history[-1]['loss']:.3f}", refresh=False)
+                stage.report(history[-1])
                 recent.clear()
             if step % settings.save_steps == 0:
                 paused += save_checkpoint(stage, accelerator, step, history)

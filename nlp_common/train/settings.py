@@ -22,6 +22,7 @@ from nlp_common.base.measurements import split_prefix
 from nlp_common.base.processes import num_processes, on_main
 from nlp_common.data.rows import check_path, data_sha256
 from nlp_common.hub.preset import announce, choose_preset
+from nlp_common.train.tracking import PLACES, check_installed
 
 # transformers 的 get_scheduler 里，只要预热步数与总步数就能用的
 SCHEDULES = (
@@ -48,6 +49,7 @@ class LessonSettings:
         "retrain",
         "dry_run",
         "record",
+        "report_to",
     }
 
     preset: Literal["auto", "tiny", "full"] = option(
@@ -74,6 +76,11 @@ class TrainSettings(LessonSettings):
     num_train_epochs: float | None = option("训练几遍数据")
     warmup_steps: float | None = option("学习率预热：步数，或小于 1 的比例")
     weight_decay: float | None = option("权重衰减")
+    report_to: str = option(
+        "训练曲线另外记到哪里：jsonl 是一个文件；tensorboard、mlflow、wandb、swanlab 要先装，默认都记在本机",
+        "none",
+        choices=PLACES,
+    )
 
 
 @dataclass
@@ -191,6 +198,7 @@ def parse_settings(
         if getattr(settings, name) is None:
             setattr(settings, name, value)
     settings.check()
+    check_installed(getattr(settings, "report_to", "none"))
     if settings.record:
         split_prefix(settings.record)  # 写错了就说
     check_path(getattr(settings, "dataset", None), "--dataset")  # 路径写错了，不必等上一阶段训练完才知道

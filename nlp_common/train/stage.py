@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nlp_common.base.device import describe, library_versions, peak_memory_mb, pick_device, seed_everything
 from nlp_common.base.errors import UserError
-from nlp_common.base.measurements import record_run
-from nlp_common.base.processes import on_main
+from nlp_common.base.measurements import ROOT, current_commit, record_run
+from nlp_common.base.processes import is_main, on_main
 from nlp_common.base.runs import CHECKPOINT_DONE, RunFolder, differences, load_run, open_run
 from nlp_common.train.settings import LessonSettings
+from nlp_common.train.tracking import Reporter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +35,9 @@ class Stage:
         self.fingerprint = wanted
         self.path, self.device, self.started = folder.path, pick_device(), time.time()
         self.record: dict | None = None
+        self.reporter = Reporter(getattr(settings, "report_to", "none"), name, wanted, folder.work)
+        self.prefix = ""  # 一课里的一个部分：曲线的名字前面加上它的名字
+        self.code: dict[str, str | None] = {}  # 开始训练时的脚本与提交
 
     @property
     def model_path(self) -> str:
@@ -39,6 +45,15 @@ class Stage:
 
     def seconds(self) -> float:
         return time.time() - self.started
+
+    def report(self, point: dict[str, Any]) -> None:
+        """训练曲线的一点 ``{"step", "loss", …}``，记到 --report_to 指的地方；没有给就什么也不做。"""
+        values = {f"{self.prefix}{name}": value for name, value in point.items() if name != "step"}
+        self.reporter.log(point["step"], values)
+
+    def part_of(self, whole: Stage) -> None:
+        """这是 whole 的一个部分：曲线记在它那里。"""
+        self.reporter, self.prefix = whole.reporter, f"{whole.prefix}{self.name}/"
 
     def checkpoint(self) -> Path | None:
         """可以接着训练的检查点；之前花掉的秒数也算进这次的记录。"""
@@ -89,6 +104,7 @@ class Stage:
             "fingerprint": self.fingerprint,
             "versions": library_versions(),
             "device": describe(self.device),
+            **self.code,
             "seconds": round(self.seconds(), 1),
             "peak_memory_mb": peak_memory_mb(),
             "metrics": metrics,
@@ -119,15 +135,42 @@ def open_result(
         stage.record = on_main(lambda: _find_record(folder, wanted, settings.retrain, reuse))
         if stage.record is None:
             on_main(lambda: folder.start(wanted))
+            stage.code = code_version(name, settings)
+            if reuse != "derived":
+                stage.reporter.open()
+                stage.started = time.time()  # 第一次建 MLflow 的数据库要好几秒：不算在训练里
             seed_everything(settings.seed)
         elif reuse != "derived":
             if settings.record:
                 raise UserError(f"{folder.path} 是以前的结果，--record 只记这次量到的：再加上 --retrain。")
             print(f"已有训练结果，直接加载：{folder.path}（--retrain 重新训练）")
         trained = stage.record is not None
-        yield stage
-        if settings.record and stage.record and not trained and reuse != "derived":
-            record_run(settings.record, stage.record)
+        try:
+            yield stage
+        except BaseException as error:
+            if reuse != "derived":
+                stage.reporter.stop(failed=isinstance(error, Exception))
+            raise
+        if stage.record and not trained and reuse != "derived":
+            stage.reporter.finish(stage.record)
+            if settings.record:
+                record_run(settings.record, stage.record)
+
+
+def code_version(name: str, settings: LessonSettings) -> dict[str, str | None]:
+    """→ ``{"script", "commit"}``：哪个脚本（从仓库最上层写起）、哪个提交训练的。不是 git 的工作副本，commit 是 None。"""
+    module = sys.modules[type(settings).__module__]
+    script = Path(getattr(module, "__file__", None) or name).resolve()
+    inside = script.is_relative_to(ROOT)
+    return {"script": script.relative_to(ROOT).as_posix() if inside else script.name, "commit": _commit()}
+
+
+@functools.cache  # 一个进程里问一次 git
+def _commit() -> str | None:
+    try:
+        return current_commit() if is_main() else None  # 只有主进程写 run.json
+    except UserError:
+        return None
 
 
 def _find_record(folder: RunFolder, wanted: dict, retrain: bool, reuse: str) -> dict | None:

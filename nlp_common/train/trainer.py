@@ -85,10 +85,19 @@ class BucketTrainer(Trainer):
 
 
 class Progress(TrainerCallback):
-    """显示进度、给写完的检查点打上完成标记、统计吞吐。tokens 是每行几个 token，seconds() 是这次运行至今花了几秒。"""
+    """显示进度、给写完的检查点打上完成标记、统计吞吐、把曲线交给 report（stage.report）。
 
-    def __init__(self, label: str, tokens: list[int], seconds: Callable[[], float]):
-        self.label, self.tokens, self.seconds = label, tokens, seconds
+    tokens 是每行几个 token，seconds() 是这次运行至今花了几秒。
+    """
+
+    def __init__(
+        self,
+        label: str,
+        tokens: list[int],
+        seconds: Callable[[], float],
+        report: Callable[[dict], None] | None = None,
+    ):
+        self.label, self.tokens, self.seconds, self.report = label, tokens, seconds, report
         self.bar: tqdm | None = None
         self.paused = 0.0  # 评测与存盘花掉的秒数，不算进训练速度
         self.step_ended: float | None = None
@@ -146,6 +155,9 @@ class Progress(TrainerCallback):
     ) -> None:
         if self.bar is not None and logs and "loss" in logs:
             self.bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
+        if self.report is not None and logs:
+            for point in curves([{**logs, "step": state.global_step}]):
+                self.report(point)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -202,7 +214,7 @@ def run_trainer(trainer: Trainer, progress: Progress, checkpoint: Path | None) -
 
 def run_library(trainer: Trainer, stage: Stage, label: str, tokens: list[int]) -> Trained:
     """--trainer library：库自己的训练器训练到底，结果的写法与 train_loop 的相同。"""
-    progress = Progress(label, tokens, stage.seconds)
+    progress = Progress(label, tokens, stage.seconds, stage.report)
     run_trainer(trainer, progress, stage.checkpoint())
     drop = {"epoch", "grad_norm", "learning_rate"}
     logs = [row for row in trainer.state.log_history if "loss" in row]

@@ -32,6 +32,7 @@ def fake_stage(tmp_path, settings) -> SimpleNamespace:
         folder=SimpleNamespace(checkpoints=tmp_path / "checkpoints"),
         checkpoint=lambda: None,
         seconds=lambda: 1.0,
+        report=lambda point: None,
     )
 
 
