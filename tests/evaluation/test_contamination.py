@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import contamination as script
-from contamination import KINDS, check_questions, overlaps, plant, planted, tokens_of
+from contamination import KINDS, check_questions, plant, planted
 from mc_questions import load_questions
 from nlp_common.base.errors import UserError
+from nlp_common.data.overlap import overlaps, tokens_of
 from nlp_common.tiny import world
 from results import find_results
 
