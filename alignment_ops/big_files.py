@@ -115,10 +115,8 @@ def write_keys(texts: Iterable[str], folder: Path, scheme: Scheme) -> int:
     n_rows = 0
     with open_spool(folder, scheme) as spool:
         for block in blocks(texts):
-            clean, rows = (
-                [normalize(text) for text in block],
-                np.arange(n_rows, n_rows + len(block), dtype=np.uint64),
-            )
+            clean = [normalize(text) for text in block]
+            rows = np.arange(n_rows, n_rows + len(block), dtype=np.uint64)
             values = signatures(clean, scheme)
             spool.append(clean, values)
             digests = np.array([digest(text) for text in clean], np.uint64)
