@@ -39,7 +39,7 @@ from traffic import Request, arm_of
 
 ALPHA = 0.05
 RAMP = ((0, 0.1), (500, 0.25), (1500, 0.5))  # 从第几次请求起，给多少用户新版本
-BETS = np.geomspace(0.02, 0.9, 8)  # 押本钱的几成；几种押法各分一份本钱，不必事先猜哪种好
+BETS = np.geomspace(0.05, 0.9, 5)  # 押本钱的几成；几种押法各分一份本钱，不必事先猜哪种好
 GRID = np.round(np.arange(-0.5, 0.501, 0.01), 2)  # 区间的两头在这些数里找
 
 
@@ -69,8 +69,9 @@ def wealth(gains: np.ndarray) -> np.ndarray:
 class HarmTest:
     """一项"坏"，新版本比老版本多多少。两场赌：它比 tolerance 坏，它没有坏到 margin；赢到 1/alpha 就信。"""
 
-    def __init__(self, margin: float, alpha_rollback: float, alpha_release: float, tolerance: float):
-        self.margin, self.tolerance = np.float64(margin), np.float64(tolerance)
+    def __init__(self, margin: float | None, alpha_rollback: float, alpha_release: float, tolerance: float):
+        self.tolerance = np.float64(tolerance)
+        self.margin = None if margin is None else np.float64(margin)  # None：只管退，不管放
         self.enough_worse, self.enough_fine = -math.log(alpha_rollback), -math.log(alpha_release)
         self.worse_gains = np.zeros(len(BETS))  # 各种押法的本钱（对数）
         self.fine_gains = np.zeros(len(BETS))
@@ -81,9 +82,10 @@ class HarmTest:
         """多了一组：difference 是新版本的减老版本的，在 −1 到 1 之间。"""
         self.differences.append(difference)
         self.worse_gains += gain_if_worse(np.float64(difference), self.tolerance)
-        self.fine_gains += gain_if_better(np.float64(difference), self.margin)
         self.is_worse |= bool(wealth(self.worse_gains) >= self.enough_worse)
-        self.is_fine |= bool(wealth(self.fine_gains) >= self.enough_fine)
+        if self.margin is not None:
+            self.fine_gains += gain_if_better(np.float64(difference), self.margin)
+            self.is_fine |= bool(wealth(self.fine_gains) >= self.enough_fine)
 
     @property
     def harm(self) -> float:
@@ -91,7 +93,8 @@ class HarmTest:
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """看到第 1、2、… 组时的区间（下限、上限各 (组,)）：已经不能信的"差 ≤ m"里最大的 m，"差 ≥ m"里最小的 m。"""
-        limits = np.unique(np.append(GRID, [self.margin, self.tolerance]))
+        ours = [self.tolerance] if self.margin is None else [self.tolerance, self.margin]
+        limits = np.unique(np.append(GRID, ours))
         d = np.asarray(self.differences)[:, None]  # (组, 1)
         worse = wealth(gain_if_worse(d, limits).cumsum(0))  # (组, m)
         fine = wealth(gain_if_better(d, limits).cumsum(0))
@@ -113,14 +116,19 @@ class HarmTest:
 class Canary:
     """看着一次灰度。margins：{哪一项坏: 差多少以内不要紧}；几项分摊错退的 alpha，放开要每一项都好，不必分摊。
 
+    margin 是 None 的，变坏了照样退，放不放开不看它；都是 None，就一直看下去。
     tolerance：差到多少以内连退也不必（默认 0：变坏就退）。per_user：一个用户头几次请求的平均算他的一份。
     """
 
     def __init__(
-        self, margins: dict[str, float], alpha: float = ALPHA, tolerance: float = 0.0, per_user: int = 1
+        self,
+        margins: dict[str, float | None],
+        alpha: float = ALPHA,
+        tolerance: float = 0.0,
+        per_user: int = 1,
     ):
         for name, margin in margins.items():
-            if not tolerance < margin < 1:
+            if margin is not None and not tolerance < margin < 1:
                 raise UserError(
                     f"{name} 的 margin 要大于 tolerance（{tolerance:g}）、小于 1，给的是 {margin:g}。"
                 )
@@ -129,6 +137,7 @@ class Canary:
         self.tests = {
             name: HarmTest(margin, alpha / len(margins), alpha, tolerance) for name, margin in margins.items()
         }
+        self._has_margins = any(margin is not None for margin in margins.values())
         self.per_user = per_user
         self.decision: str | None = None
         self.reason = "还没有定"
@@ -170,7 +179,7 @@ class Canary:
         worse = [name for name, test in self.tests.items() if test.is_worse]
         if worse:
             self.decision = "rollback"
-        elif all(test.is_fine for test in self.tests.values()):
+        elif self._has_margins and all(test.is_fine or test.margin is None for test in self.tests.values()):
             self.decision = "release"
         else:
             return
@@ -183,9 +192,10 @@ class Canary:
         counts = {f"users_{arm}": n for arm, n in self.users.items()}
         counts |= {f"requests_{arm}": n for arm, n in self.requests.items()}
         found = {}
+        margins = {name: test.margin and float(test.margin) for name, test in self.tests.items()}
         for name, test in self.tests.items():
             low, high = test.interval()
-            found[name] = {"harm": test.harm, "low": low, "high": high, "margin": float(test.margin)} | counts
+            found[name] = {"harm": test.harm, "low": low, "high": high, "margin": margins[name]} | counts
         return found
 
 
