@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import sys
 import threading
 import time
 import urllib.parse
@@ -47,7 +48,7 @@ class LocalHub:
         self.lock = threading.Lock()
 
     def __enter__(self) -> LocalHub:
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.server = _Server(("127.0.0.1", 0), _handler(self))
         self.server.daemon_threads = True
         self.started = time.perf_counter()
         threading.Thread(target=lambda: self.server.serve_forever(0.02), daemon=True).start()
@@ -104,6 +105,13 @@ class LocalHub:
         }
         self.commits.append(made)
         return made
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None:
+        """客户端走了（被杀、断线）不是这里的错；别的照常印出来。"""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(*_)  # type: ignore[arg-type]
 
 
 def git_sha1(data: bytes) -> str:
