@@ -5,13 +5,14 @@ alignment_ops 不另写训练：SFT、DPO、KTO 都是 qwen_chinese_finetune 里
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 from nlp_common.base.errors import UserError
 from nlp_common.base.processes import without_launcher
-from nlp_common.base.runs import load_run
+from nlp_common.base.runs import load_run, write_text
 
 QWEN = Path(__file__).resolve().parents[1] / "qwen_chinese_finetune"
 SCRIPTS = {"sft": "sft_chinese_qwen.py", "dpo": "dpo_chinese_qwen.py", "kto": "kto_alignment.py"}
@@ -19,11 +20,18 @@ LAST_LINES = 12  # 没有跑完时，显示输出的最后几行
 
 
 def run_stage(
-    stage: str, out: Path, model: str | Path, dataset: str | Path, preset: str = "tiny", **settings: object
+    stage: str,
+    out: Path,
+    model: str | Path,
+    dataset: str | Path,
+    preset: str = "tiny",
+    threads: int | None = None,
+    **settings: object,
 ) -> dict:
     """从 model 开始在 dataset（内置名、hub 名或文件）上训练一个阶段，结果在 out；返回它的 run.json。
 
-    settings：那个脚本的别的参数，例如 ``learning_rate=1e-4``。已有同样设置的结果就直接用；中断了再来一次，接着训练。
+    settings：那个脚本的别的参数，例如 ``learning_rate=1e-4``；threads：用几个核，几个一起训练时各用一个。
+    已有同样设置的结果就直接用；中断了再来一次，接着训练。
     输出写进 ``<out>.log``；没有跑完是 UserError，带上输出的最后几行。
     """
     script = QWEN / SCRIPTS[stage]
@@ -31,12 +39,15 @@ def run_stage(
     command += ["--model", str(model), "--dataset", str(dataset)]
     for name, value in settings.items():
         command += [f"--{name}", str(value)]
+    environment = without_launcher() | {"PYTHONIOENCODING": "utf-8"}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
     log = out.with_name(f"{out.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
         code = subprocess.run(
             command,
-            env=without_launcher() | {"PYTHONIOENCODING": "utf-8"},
+            env=environment,
             stdout=file,
             stderr=subprocess.STDOUT,
         ).returncode
@@ -48,3 +59,10 @@ def run_stage(
     run = load_run(out)
     assert run is not None, f"{script.name} 结束了，却没有 {out}"
     return run
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """一行一个 JSON，给 run_stage 的 dataset；返回 path。"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path

@@ -84,9 +84,12 @@ def _content(row: dict) -> str:
     said = []
     if "text" in row:
         said.append(" ".join(row["text"].split()))
-    for name in ("messages", "prompt", "chosen", "rejected"):
-        for message in row.get(name) or []:
-            said.append(f"{name} {message['role']} {' '.join(message['content'].split())}")
+    for name in ("messages", "prompt", "chosen", "rejected", "answer"):
+        if isinstance(row.get(name), list):  # 别的栏也可能叫 answer，如验证器看的标准答案
+            for message in row[name]:
+                said.append(f"{name} {message['role']} {' '.join(message['content'].split())}")
+    if "good" in row:  # KTO：同一个问题的几个回答、同一个回答的赞与踩，都不是重复
+        said.append(str(row["good"]))
     return "\n".join(said)
 
 
