@@ -30,11 +30,13 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 import line_log
 from nlp_common.base.errors import UserError
+from nlp_common.base.runs import differences
 from traffic import Request, arm_of
 
 ALPHA = 0.05
@@ -137,6 +139,7 @@ class Canary:
         self.tests = {
             name: HarmTest(margin, alpha / len(margins), alpha, tolerance) for name, margin in margins.items()
         }
+        self.settings = {"margins": margins, "alpha": alpha, "tolerance": tolerance, "per_user": per_user}
         self._has_margins = any(margin is not None for margin in margins.values())
         self.per_user = per_user
         self.decision: str | None = None
@@ -192,10 +195,10 @@ class Canary:
         counts = {f"users_{arm}": n for arm, n in self.users.items()}
         counts |= {f"requests_{arm}": n for arm, n in self.requests.items()}
         found = {}
-        margins = {name: test.margin and float(test.margin) for name, test in self.tests.items()}
         for name, test in self.tests.items():
             low, high = test.interval()
-            found[name] = {"harm": test.harm, "low": low, "high": high, "margin": margins[name]} | counts
+            found[name] = {"harm": test.harm, "low": low, "high": high} | counts
+            found[name]["margin"] = self.settings["margins"][name]
         return found
 
 
@@ -215,18 +218,29 @@ def run_canary(
     log: Path | None = None,
     ramp: tuple[tuple[int, float], ...] = RAMP,
 ) -> dict:
-    """一次次请求地走，定了就停。log 里已有的请求直接算进检验，从下一次接着；流量来完了还没定是 "undecided"。"""
+    """一次次请求地走，定了就停。log 里已有的请求直接算进检验，从下一次接着；流量来完了还没定是 "undecided"。
+
+    log 是别的灰度的（设置不同，或流量不同），是 UserError：证据不能混着算。
+    """
     if log is None:
         return _serve(requests, answer, canary, salt, ramp, [], None)
-    with line_log.updating(Path(log), sync=False) as (seen, add):
-        return _serve(requests, answer, canary, salt, ramp, seen, add)
+    settings = json.loads(json.dumps({"salt": salt, "ramp": ramp} | canary.settings))
+    with line_log.updating(Path(log), sync=False) as (events, add):
+        if not events:
+            add({"event": "start", "settings": settings})
+        elif changed := differences(events[0].get("settings", {}), settings):
+            _refuse(log, "；".join(changed))
+        return _serve(requests, answer, canary, salt, ramp, events[1:], add, log)
 
 
-def _serve(requests, answer, canary: Canary, salt: str, ramp, seen: list[dict], add) -> dict:
+def _serve(requests, answer, canary: Canary, salt: str, ramp, seen: list[dict], add, log=None) -> dict:
     number = 0
     for number, request in enumerate(requests, 1):
         if number <= len(seen):
-            arm, bad = seen[number - 1]["arm"], seen[number - 1]["bad"]
+            before = seen[number - 1]
+            arm, bad = before["arm"], before["bad"]
+            if (before["user"], before["question"]) != (request.user, request.question):
+                _refuse(log, f"第 {number} 次请求：已有用户 {before['user']}，这次用户 {request.user}")
         else:
             arm = arm_of(request.user, share_at(ramp, request.number), salt)
             bad = answer(arm, request)
@@ -240,8 +254,14 @@ def _serve(requests, answer, canary: Canary, salt: str, ramp, seen: list[dict], 
         "requests": number,
         "requests_canary": canary.requests["canary"],
         "users_canary": canary.users["canary"],
-        "metrics": json.loads(json.dumps(canary.report())),
+        "metrics": canary.report(),
     }
+
+
+def _refuse(log: Path, changed: str) -> NoReturn:
+    raise UserError(
+        f"{log} 是另一次灰度的记录（{changed}），不能接着它走：换一个文件名，或者把它移走，从头再来一次灰度。"
+    )
 
 
 def share_at(ramp: tuple[tuple[int, float], ...], number: int) -> float:

@@ -214,7 +214,7 @@ def simpson(settings: CanarySettings) -> dict[str, float]:
         new, old = (np.asarray(seen[arm]) for arm in ("canary", "champion"))
         pooled.append(new.mean() - old.mean())
         error = math.sqrt(new.var() / len(new) + old.var() / len(old))
-        wrong_pooled += pooled[-1] / error > z
+        wrong_pooled += int(pooled[-1] / error > z)
         grouped.append(canary.tests["unsolved"].harm)
         wrong_bets += canary.decision == "rollback"
     n = settings.canaries
@@ -243,8 +243,8 @@ def canaries_with(harm: float, settings: CanarySettings) -> dict[str, float]:
     for decision in ("rollback", "release"):
         chosen = [one for one in found if one["decision"] == decision]
         result[decision] = len(chosen) / len(found)
-        for name in ("requests", "requests_canary", "users_canary"):
-            result[f"{decision}_{name}"] = float(np.median([one[name] for one in chosen] or [math.nan]))
+        for name in ("requests", "requests_canary", "users_canary") if chosen else ():
+            result[f"{decision}_{name}"] = float(np.median([one[name] for one in chosen]))
     return result
 
 

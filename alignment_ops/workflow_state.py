@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import line_log
 from filelock import FileLock, Timeout
 
+import line_log
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import differences
 
@@ -64,11 +64,15 @@ def open_journal(path: str | Path, settings: dict) -> Iterator[Journal]:
     """
     path = Path(path)
     settings = json.loads(json.dumps(settings, ensure_ascii=False))
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.running").acquire(timeout=0)
     except Timeout:
         raise UserError(f"另一个进程正在走 {path} 这条流程：等它走完，或用 --output_dir 另开一条。") from None
+    except OSError as error:
+        raise UserError(
+            f"写不了 {path}（{error.strerror or error}）：用 --output_dir 换一个可写的文件夹。"
+        ) from error
     with lock:
         events = line_log.read(path)
         if events and (changed := differences(events[0]["settings"], settings)):
