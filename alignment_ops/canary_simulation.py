@@ -2,10 +2,10 @@
 
 你会学到
   1. 同样好的版本，每来一个用户就看一眼 p 值，看得越久冤枉得越多；只看最后一次不冤枉，可坏版本也要跑到最后才退。
-  2. 打赌的检验（canary.py）看几眼都不超过 5 %；靠正态近似的 mSPRT 在坏事很少的时候守不住。
+  2. 打赌的检验（canary.py）看几眼都不超过 5 %，不靠任何近似；mSPRT 也可以天天看，它靠正态近似，要先看一批才作数。
   3. 把常客的几百次请求当成几百份证据，什么检验也守不住：分组的单位就是分析的单位。
   4. 灰度一路加大、题一路变难，直接比两边的总数就歪了（Simpson 悖论）；按到来的次序配组再比不会。
-  5. 坏得越多退得越快：需要的用户数与差的平方成反比。
+  5. 坏得越多退得越快：需要的用户数大致与差的平方成反比，而且不用事先知道差多大。
 
 怎么运行
   python canary_simulation.py                    # 半分钟到一分钟
@@ -73,13 +73,14 @@ def learn(stage: Stage) -> dict:
     show_wrongly("同上（老版本坏 1%）", rare, settings.runs)
     metrics["heavy_users"] = heavy_users(settings)
     metrics["simpson"] = simpson(settings)
+    metrics["users"] = users_until_rollback(settings)
     metrics["harm"] = {f"{harm:g}": canaries_with(harm, settings) for harm in (-0.05, 0.0, *HARMS)}
     show_harms(metrics["harm"], settings)
 
     def write(folder: Path) -> None:
         draw_wrongly(folder / "canary_false_rollbacks.svg", curves, settings)
         draw_intervals(folder / "canary_intervals.svg", settings)
-        draw_harms(folder / "canary_harms.svg", metrics["harm"], settings)
+        draw_users(folder / "canary_users.svg", metrics["users"])
 
     return stage.save(metrics, {}, write)
 
@@ -248,6 +249,35 @@ def canaries_with(harm: float, settings: CanarySettings) -> dict[str, float]:
     return result
 
 
+def users_until_rollback(settings: CanarySettings) -> dict[str, dict]:
+    """不带流量的模拟：多坏 harm 的，中位数第几个用新版本的用户用过就退；只看一次的要多少个是算出来的。"""
+    print("几个人用过新版本才退（中位数）：")
+    print("  多坏      打赌    mSPRT   只看一次（事先知道差多大，八成把握）")
+    users, enough = {}, -math.log(settings.alpha)
+    for harm in (0.05, 0.1, 0.2, 0.3, 0.5):
+        d = simulated_differences(min(settings.runs, 300), 1500, settings.rate, harm, settings.seed)
+        row = {"bets": bets(d) >= enough, "msprt": msprt(d) >= enough}
+        row["msprt"][:, : WARM_UP - 1] = False
+        row = {name: float(np.median(first_place(crossed))) for name, crossed in row.items()}
+        users[f"{harm:g}"] = row = row | {"fixed": users_needed(harm, settings)}
+        print(f"  {harm:+.2f}     {row['bets']:<8.0f}{row['msprt']:<8.0f}{row['fixed']:.0f}")
+    print()
+    return users
+
+
+def first_place(crossed: np.ndarray) -> np.ndarray:
+    """(次, 组) → 各次第几组越过的；没有越过的是最后一组。"""
+    return np.where(crossed.any(1), crossed.argmax(1) + 1, crossed.shape[1])
+
+
+def users_needed(harm: float, settings: CanarySettings) -> float:
+    """只看一次的检验，功效 80 % 要几个用新版本的用户：(z_α + z_0.8)² · 方差 / 差²。"""
+    normal, worse = NormalDist(), min(settings.rate + harm, 1.0)
+    z = normal.inv_cdf(1 - settings.alpha) + normal.inv_cdf(0.8)
+    variance = worse * (1 - worse) + settings.rate * (1 - settings.rate) / CONTROLS
+    return z**2 * variance / harm**2
+
+
 # ---------------------------------------------------------------- 6. 给人看
 
 
@@ -297,31 +327,23 @@ def draw_intervals(path: Path, settings: CanarySettings) -> None:
         low, high = canary.tests["unsolved"].bounds()
         xs = list(range(1, len(low) + 1))
         chinese, english = label.split("|")
-        series[f"{chinese}：下限|{english}, lower"] = (xs, np.maximum(low, -0.5).tolist())
-        series[f"{chinese}：上限|{english}, upper"] = (xs, np.minimum(high, 0.5).tolist())
+        series[f"{chinese}：下限|{english}, lower"] = (xs, np.maximum(low, -0.3).tolist())
+        series[f"{chinese}：上限|{english}, upper"] = (xs, np.minimum(high, 0.3).tolist())
     title = "随时可看的区间：差有多大|Confidence sequence"
     lines = {"不比老版本差|no worse": 0.0, "界限|margin": settings.margin}
     line_chart(path, series, title, "看到第几组|groups seen", "坏的比例之差|difference", hlines=lines)
 
 
-def draw_harms(path: Path, harms: dict[str, dict], settings: CanarySettings) -> None:
-    xs = [harm for harm in HARMS if harms[f"{harm:g}"]["rollback"] > 0.5]
-    ys = [harms[f"{harm:g}"]["rollback_requests_canary"] for harm in xs]
-    fixed = [users_needed(harm, settings) for harm in xs]
-    series = {
-        "打赌，新版本答的请求（中位数）|betting, canary requests (median)": (xs, ys),
-        "事先知道差多大、只看一次，要的用户|fixed size, one look": (xs, fixed),
+def draw_users(path: Path, users: dict[str, dict]) -> None:
+    xs = [float(harm) for harm in users]
+    labels = {
+        "bets": "打赌|betting",
+        "msprt": "mSPRT",
+        "fixed": "只看一次（事先知道差多大）|fixed size, one look",
     }
-    title = "坏得越多退得越快|The worse, the sooner"
-    line_chart(path, series, title, "多坏多少|harm", "请求|requests")
-
-
-def users_needed(harm: float, settings: CanarySettings) -> float:
-    """只看一次的检验，功效 80 % 要几个用新版本的用户：(z_α + z_0.8)² · 方差 / 差²。"""
-    normal, worse = NormalDist(), settings.rate + harm
-    z = normal.inv_cdf(1 - settings.alpha) + normal.inv_cdf(0.8)
-    variance = worse * (1 - worse) + settings.rate * (1 - settings.rate) / CONTROLS
-    return z**2 * variance / harm**2
+    series = {label: (xs, [row[name] for row in users.values()]) for name, label in labels.items()}
+    title = "坏得越多退得越快：几个人用过新版本|Users of the new version before it is rolled back"
+    line_chart(path, series, title, "多坏多少|harm", "用户（中位数）|users (median)")
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -230,7 +230,7 @@ def test_lesson_runs_loads_and_refuses(tmp_path, capsys):
     run = cs.main(arguments)
     assert {"false_rollbacks", "heavy_users", "simpson", "harm"} <= run["metrics"].keys()
     assert {path.name for path in (tmp_path / "out").glob("*.svg")} == {
-        *("canary_false_rollbacks.svg", "canary_intervals.svg", "canary_harms.svg")
+        *("canary_false_rollbacks.svg", "canary_intervals.svg", "canary_users.svg")
     }
     said = capsys.readouterr().out
     assert "每组都看" in said and "nan" not in said
