@@ -36,7 +36,7 @@ from nlp_common.lm.losses import count_labels
 from nlp_common.lm.packing import collate_blocks, cut_long, pack_documents
 from nlp_common.lm.replies import MAX_REPLY, reply_to
 from nlp_common.tiny import world
-from nlp_common.tiny.judge import judge
+from nlp_common.tiny.judge import qa_accuracy
 from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.loop import train_loop
@@ -191,11 +191,9 @@ def measure(model, tokenizer, n: int) -> dict[str, float]:
     asked = clinic_world.questions(n)
     replies = reply_to(model, tokenizer, asked, 2 * MAX_REPLY)  # 新字一个三个 token
     domain = [clinic_world.is_right(q, r["text"], r["ended"]) for q, r in zip(asked, replies, strict=True)]
-    asked = world.heldout_questions(n, seed=0)
-    replies = reply_to(model, tokenizer, asked, MAX_REPLY)
-    general = [judge(q, r["text"], r["ended"]).right for q, r in zip(asked, replies, strict=True)]
+    general = qa_accuracy(model, tokenizer, world.heldout_questions(n, seed=0))
     model.train(was_training)
-    return {"domain_accuracy": sum(domain) / n, "general_accuracy": sum(general) / n}
+    return {"domain_accuracy": sum(domain) / n, "general_accuracy": general}
 
 
 @torch.no_grad()

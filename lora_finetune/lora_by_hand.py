@@ -34,13 +34,14 @@ from nlp_common.data.chats import to_chats
 from nlp_common.draw.plots import line_chart
 from nlp_common.lm.chat_rows import chat_row
 from nlp_common.lm.chatml import IM_END, IM_START
+from nlp_common.tiny.judge import qa_accuracy
 from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.settings import StageSettings, parse_settings
 from nlp_common.train.sft import train_on_chats
 from nlp_common.train.splits import load_train_and_eval
 from nlp_common.train.stage import Stage
-from start import fill_in, heldout_loss, heldout_questions, load_start, names, qa_accuracy
+from start import fill_in, heldout_loss, heldout_questions, load_start, names
 from token_rows import train_token_rows, unseen_tokens
 
 HOME = Path(__file__).resolve().parent

@@ -42,6 +42,7 @@ from nlp_common.lm.adapters import BASE
 from nlp_common.lm.chat_rows import answer_loss, chat_length, chat_row, collate
 from nlp_common.lm.loading import end_chat_turns, load_tokenizer, make_fast
 from nlp_common.lm.losses import count_labels
+from nlp_common.tiny.judge import qa_accuracy
 from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.loop import make_optimizer, train_loop
@@ -51,7 +52,7 @@ from nlp_common.train.stage import Stage
 from qlora_dry_run import dry_run
 from qlora_peers import BLOCK as PEER_BLOCK
 from qlora_peers import copy_scales, losses, peft_model
-from start import fill_in, heldout_loss, heldout_questions, load_start, names, qa_accuracy
+from start import fill_in, heldout_loss, heldout_questions, load_start, names
 from token_rows import train_token_rows, unseen_tokens
 
 HOME = Path(__file__).resolve().parent

@@ -33,11 +33,12 @@ from nlp_common.base.errors import UserError
 from nlp_common.base.runs import file_sha256
 from nlp_common.draw.plots import bar_chart
 from nlp_common.lm.loading import end_chat_turns, load_tokenizer
+from nlp_common.tiny.judge import qa_accuracy
 from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
-from start import heldout_questions, load_start, qa_accuracy
+from start import heldout_questions, load_start
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B-Chat"

@@ -10,9 +10,7 @@ from nlp_common.data.rows import read_rows
 from nlp_common.lm import chat_rows
 from nlp_common.lm.chat_rows import chat_length, chat_row
 from nlp_common.lm.loading import load_chat_lm
-from nlp_common.lm.replies import reply_to
 from nlp_common.tiny import world
-from nlp_common.tiny.judge import judge
 from nlp_common.train.splits import distinct_rows, drop_long
 
 
@@ -36,16 +34,6 @@ def names(text: str) -> list[str]:
 def load_start(path: str, device: torch.device):
     """→ (分词器, 模型)，float32，一轮在 <|im_end|> 结束。"""
     return load_chat_lm(path, device)
-
-
-def qa_accuracy(model, tokenizer, questions: list[dict]) -> float:
-    """贪心回答的正确率，定义同 nlp_common/tiny/judge.py 的 qa_accuracy，只生成这一遍。"""
-    was_training = model.training
-    replies = reply_to(model.eval(), tokenizer, questions)
-    model.train(was_training)
-    return sum(judge(q, r["text"], r["ended"]).right for q, r in zip(questions, replies, strict=True)) / len(
-        questions
-    )
 
 
 def heldout_questions(n: int) -> list[dict]:

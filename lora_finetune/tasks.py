@@ -14,7 +14,8 @@ from pathlib import Path
 
 from nlp_common.lm.replies import reply_to
 from nlp_common.tiny import world
-from start import heldout_loss, own_chats, qa_accuracy
+from nlp_common.tiny.judge import qa_accuracy
+from start import heldout_loss, own_chats
 
 
 def draw_story(rng: random.Random, heldout: bool) -> tuple[str, dict[str, str]]:

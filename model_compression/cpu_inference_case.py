@@ -40,7 +40,7 @@ from nlp_common.lm.generation import generate, stream_tokens
 from nlp_common.lm.loading import load_causal_lm
 from nlp_common.lm.replies import MAX_REPLY, reply_of
 from nlp_common.tiny import world
-from nlp_common.tiny.judge import judge
+from nlp_common.tiny.judge import share_right
 from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.settings import LessonSettings, parse_settings
@@ -111,8 +111,7 @@ def learn(stage: Stage, found: dict) -> dict:
         row["bandwidth_share"] = row["decode_tokens_per_s"] * row["bytes_per_token"] / (bandwidth * 1e9)
         if settings.n_questions and request["questions"]:
             replies = [reply_of(tokenizer, ids) for ids in row.pop("replies")]
-            right = [judge(q, r["text"], r["ended"]).right for q, r in zip(questions, replies, strict=True)]
-            row["qa_accuracy"] = sum(right) / len(right)
+            row["qa_accuracy"] = share_right(questions, replies)
         row.pop("replies", None)
         metrics[f"{name}_{precision}"] = row
         print(line(name, precision, row))

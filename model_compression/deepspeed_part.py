@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from measuring import accuracy
 from nlp_common.base.device import pick_device
 from nlp_common.base.errors import UserError
 from nlp_common.lm.loading import load_causal_lm
 from nlp_common.lm.replies import MAX_REPLY, reply_to
 from nlp_common.tiny import world
+from nlp_common.tiny.judge import qa_accuracy
 
 INSTALL = "DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed"
 QUESTION = "小刚去了哪里？"
@@ -76,7 +76,7 @@ def run(path: str, config_path: Path, n: int) -> dict:
     seconds = time.perf_counter() - started
     found = {
         "difference": difference,
-        "qa_accuracy": accuracy(model, tokenizer, questions),
+        "qa_accuracy": qa_accuracy(model, tokenizer, questions),
         "tokens_per_s": sum(len(reply["ids"]) for reply in replies) / seconds,
         "int8_refused": float(bool(refused)),
     }

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from measuring import accuracy
 from nlp_common.data.chats import to_chats
 from nlp_common.lm.chat_rows import chat_length, chat_row, heldout_loss
 from nlp_common.tiny import world
+from nlp_common.tiny.judge import qa_accuracy
 from nlp_common.train.splits import drop_long, load_train_and_eval
 
 
@@ -29,12 +29,12 @@ class Data:
             return math.exp(-heldout_loss(model, rows, tokenizer.pad_token_id, 8))
         n = len(self.heldout)
         questions = world.heldout_questions(min(n, 128), seed=1) if quick else self.heldout
-        return accuracy(model, tokenizer, questions)
+        return qa_accuracy(model, tokenizer, questions)
 
     def final(self, model, tokenizer) -> dict:
         found = {"accuracy": self.score(model, tokenizer)}
         if self.tiny:
-            found["sampled_accuracy"] = accuracy(model, tokenizer, self.heldout, temperature=1.0)
+            found["sampled_accuracy"] = qa_accuracy(model, tokenizer, self.heldout, temperature=1.0)
         return found
 
 

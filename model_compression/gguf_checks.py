@@ -9,7 +9,7 @@ import torch
 
 from nlp_common.lm.chatml import prompt_ids
 from nlp_common.lm.generation import pad_left, padded_positions
-from nlp_common.tiny.judge import judge
+from nlp_common.tiny.judge import share_right
 
 
 @torch.no_grad()
@@ -29,8 +29,7 @@ def answers(questions: list[dict], replies: list[dict], reference: list[dict]) -
     ]
     found = {"same_answers": sum(same) / n}
     if "slot" in questions[0]:
-        right = [judge(q, r["text"], r["ended"]).right for q, r in zip(questions, replies, strict=True)]
-        found["qa_accuracy"] = sum(right) / n
+        found["qa_accuracy"] = share_right(questions, replies)
     return found
 
 

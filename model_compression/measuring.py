@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from nlp_common.lm.chat_rows import chat_row, heldout_loss
-from nlp_common.lm.replies import MAX_REPLY, reply_to
 from nlp_common.tiny import world
-from nlp_common.tiny.judge import judge
+from nlp_common.tiny.judge import qa_accuracy
 
 N_LOSS = 256  # 留出损失用几段对话
 
@@ -15,16 +14,9 @@ N_LOSS = 256  # 留出损失用几段对话
 def measure(model, tokenizer, questions: list[dict]) -> dict[str, float]:
     """{"qa_accuracy": 贪心回答答对的比例, "heldout_loss": 留出对话里助手每个 token 的平均损失（nats）}。"""
     return {
-        "qa_accuracy": accuracy(model, tokenizer, questions),
+        "qa_accuracy": qa_accuracy(model, tokenizer, questions),
         "heldout_loss": world_loss(model, tokenizer),
     }
-
-
-def accuracy(model, tokenizer, questions: list[dict], **sampling) -> float:
-    """小世界的题答对几成；sampling 交给 reply_to（temperature、seed），没给就是贪心。"""
-    replies = reply_to(model, tokenizer, questions, MAX_REPLY, **sampling)
-    right = [judge(q, r["text"], r["ended"]).right for q, r in zip(questions, replies, strict=True)]
-    return sum(right) / len(right)
 
 
 def world_loss(model, tokenizer, n: int = N_LOSS) -> float:

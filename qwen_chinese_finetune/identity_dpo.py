@@ -33,7 +33,7 @@ from nlp_common.lm.loading import load_chat_lm
 from nlp_common.lm.pairs import count_pairs, pair_length, pair_tokens
 from nlp_common.lm.replies import reply_to
 from nlp_common.tiny import world
-from nlp_common.tiny.judge import judge
+from nlp_common.tiny.judge import qa_accuracy
 from nlp_common.train.chain import run_stage
 from nlp_common.train.lesson import run_part
 from nlp_common.train.loop import train_loop
@@ -231,9 +231,7 @@ def measure(model, tokenizer, settings, questions: list[dict]) -> dict:
     if settings.dataset == "tiny_world":
         talk = [q for q in world.small_talk_questions() if settings.old_name not in q["answer"]]
         for name, rows in (("qa_accuracy", questions), ("small_talk", talk)):
-            replies = reply_to(model, tokenizer, rows)
-            right = [judge(q, r["text"], r["ended"]).right for q, r in zip(rows, replies, strict=True)]
-            metrics[name] = sum(right) / len(right)
+            metrics[name] = qa_accuracy(model, tokenizer, rows)
     model.train()
     return metrics
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nlp_common.fast.together import together
 from nlp_common.lm.replies import distinct_n, reply_to, score_replies, token_kl
@@ -51,6 +51,22 @@ def judge(question: dict, reply: str, ended: bool) -> Verdict:
     return Verdict(right, complete, courteous, score)
 
 
+def share_right(questions: list[dict], replies: list[dict]) -> float:
+    """答对的比例；replies 与 questions 一一对应，写法同 reply_to 的结果。"""
+    right = [judge(q, r["text"], r["ended"]).right for q, r in zip(questions, replies, strict=True)]
+    return sum(right) / len(right)
+
+
+def qa_accuracy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[dict], **sampling: Any
+) -> float:
+    """measure_chat 的 qa_accuracy，只生成这一遍；sampling 交给 reply_to（temperature、seed），没给就是贪心。"""
+    was_training = model.training
+    replies = reply_to(model.eval(), tokenizer, questions, **sampling)
+    model.train(was_training)
+    return share_right(questions, replies)
+
+
 def measure_chat(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[dict], seed: int = 0
 ) -> tuple[dict, list[dict], list[dict]]:
@@ -81,8 +97,7 @@ def measure_chat(
         "preferred_rate": sum(v.preferred for v in on_sampled) / n,
         "judge_score": sum(v.score for v in on_sampled) / n,
         "sampled_accuracy": sum(v.right for v in on_sampled) / n,
-        "small_talk": sum(judge(q, r["text"], r["ended"]).right for q, r in zip(asks, talk, strict=True))
-        / len(asks),
+        "small_talk": share_right(asks, talk),
         "mean_chars": sum(len(r["text"]) for r in sampled) / n,
         "distinct_2": distinct_n([r["text"] for r in sampled]),
     }

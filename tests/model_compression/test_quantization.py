@@ -13,9 +13,10 @@ import prune_data
 import quantization as script
 import quantizers
 from calibration import calibration_rows, capture_inputs
-from measuring import accuracy, world_loss
+from measuring import world_loss
 from nlp_common.base.errors import UserError
 from nlp_common.lm.loading import load_chat_lm
+from nlp_common.tiny.judge import qa_accuracy
 from packed_weights import Packed, load_packed, make_grid, pack_bits, packed_bytes, save_packed, unpack_bits
 
 CPU = torch.device("cpu")
@@ -315,7 +316,7 @@ def few(monkeypatch):
 
     def measure(model, tokenizer, questions):
         return {
-            "qa_accuracy": accuracy(model, tokenizer, questions),
+            "qa_accuracy": qa_accuracy(model, tokenizer, questions),
             "heldout_loss": world_loss(model, tokenizer, 8),
         }
 
