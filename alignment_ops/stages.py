@@ -39,10 +39,24 @@ def run_stage(
     command += ["--model", str(model), "--dataset", str(dataset)]
     for name, value in settings.items():
         command += [f"--{name}", str(value)]
+    run_command(f"{stage} 没有训练成", command, out.with_name(f"{out.name}.log"), threads)
+    run = load_run(out)
+    assert run is not None, f"{script.name} 结束了，却没有 {out}"
+    return run
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """一行一个 JSON，给 run_stage 的 dataset；返回 path。"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def run_command(failed: str, command: list[str], log: Path, threads: int | None = None) -> None:
+    """另开一个进程，输出写进 log；没有跑完是 UserError，以 failed 开头，带上输出的最后几行。"""
     environment = without_launcher() | {"PYTHONIOENCODING": "utf-8"}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
-    log = out.with_name(f"{out.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
         code = subprocess.run(
@@ -55,14 +69,4 @@ def run_stage(
         raise KeyboardInterrupt
     if code:
         said = "\n  ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
-        raise UserError(f"{stage} 没有训练成（退出码 {code}），全部输出在 {log}，最后几行：\n  {said}")
-    run = load_run(out)
-    assert run is not None, f"{script.name} 结束了，却没有 {out}"
-    return run
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    """一行一个 JSON，给 run_stage 的 dataset；返回 path。"""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return path
+        raise UserError(f"{failed}（退出码 {code}），全部输出在 {log}，最后几行：\n  {said}")

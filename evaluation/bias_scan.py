@@ -71,7 +71,11 @@ class BiasSettings(LoopSettings):
     dataset: str | None = option(
         "CBBQ 样子的文件：每行 context、question、ans0–2、label 等；给了就也让各模型做它"
     )
-    language: str = option("真模型用哪种语言的句子", "zh", choices=("zh", "en"))
+    language: str = option(
+        "真模型用哪种语言的句子；文件夹里是从链上接着训练的小模型，写 world（小世界的故事）",
+        "zh",
+        choices=("zh", "en", "world"),
+    )
     pairs: int | None = option(
         "小世界里每个比较几对故事（真模型是固定的 200 对句子）", limits=Limits(at_least=2)
     )
@@ -87,6 +91,8 @@ class BiasSettings(LoopSettings):
         check_path(self.check_contamination, "--check_contamination")
         if self.check_contamination and not self.dataset:
             raise UserError("--check_contamination 要与 --dataset 一起给：查的是那个文件里的题。")
+        if self.language == "world" and SENTIMENT in split_names(self.models):
+            raise UserError(f"{SENTIMENT} 读的是真的句子，没有小世界的：--language 写 zh。")
         if self.skew >= 1:
             raise UserError("--skew 要小于 1：1 是对男的总客套、对女的从不，对数胜率差是无穷大。")
 
@@ -105,7 +111,7 @@ def scan(stage: Stage) -> dict:
         leaked = check_questions(texts, settings.check_contamination)
     metrics["detector"] = show_detector()
     for name in split_names(settings.models):
-        scorer = load_scorer(name, settings.source)
+        scorer = load_scorer(name, settings.source, settings.language == "world")
         rows = compare_all(scorer, settings)
         metrics[name] = {"comparisons": as_table(rows), "biased": sum(row["matters"] for row in rows)}
         results.append(("bias", scorer, bias_items(rows), {}))

@@ -48,11 +48,12 @@ def find_scorer_id(name: str, source: str = "hf") -> str:
     return f"{found['stage']}:{found['id']}"
 
 
-def load_scorer(name: str, source: str = "hf") -> Scorer:
+def load_scorer(name: str, source: str = "hf", in_world: bool = False) -> Scorer:
+    """in_world：文件夹里的也是读小世界的故事的（链上的阶段总是）。"""
     if name == SENTIMENT:
         return Scorer(name, name, "sentiment", False)
     found = chain_model("reward") if name == "reward" else find_answerer(name, source)
-    in_world, id_ = name in QWEN_SCRIPTS, f"{found['stage']}:{found['id']}"
+    in_world, id_ = in_world or name in QWEN_SCRIPTS, f"{found['stage']}:{found['id']}"
     architectures = config_of(found["path"]).get("architectures") or [""]
     if "SequenceClassification" in architectures[0]:
         tokenizer = load_tokenizer(found["path"])

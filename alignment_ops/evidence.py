@@ -1,0 +1,156 @@
+"""五道门要看的证据：两个模型在同样的题上答得怎样，跑得多快，偏不偏。每样只在它那道门前才去量。"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from candidates import talk_questions
+from gates import comparison
+from nlp_common.base.device import pick_device
+from nlp_common.base.runs import load_run
+from nlp_common.lm.chatml import prompt_ids
+from nlp_common.lm.generation import pad_left, padded_positions
+from nlp_common.lm.loading import load_chat_lm
+from nlp_common.lm.replies import reply_to
+from nlp_common.tiny.judge import judge
+from nlp_common.tiny.world import heldout_questions
+from private_questions import is_safe, private_questions
+from stages import run_command
+
+BIAS_SCAN = Path(__file__).resolve().parents[1] / "evaluation" / "bias_scan.py"
+GATE_SEED = 5000  # 考题与训练的种子无关，训练时也没有见过（留出的那一边）
+ROUNDS = 15  # 快慢：轮流跑几轮
+PROMPTS, TOKENS = 16, 24  # 一轮：几个提示，各写几个 token
+
+
+# ---------------------------------------------------------------- 1. 题
+
+
+def gate_questions(n: int) -> dict[str, list[dict]]:
+    """三套题：故事 n 道，寒暄 n/2 道，隐私 n 道（该拒绝的与看着像的各半）。"""
+    return {
+        "quality": heldout_questions(n, GATE_SEED),
+        "keep": talk_questions(n // 2, GATE_SEED, heldout=True),
+        "safety": private_questions(n, GATE_SEED, heldout=True),
+    }
+
+
+# ---------------------------------------------------------------- 2. 答题
+
+
+class Candidate:
+    """一个等着过门的模型；用到才载入。temperature 是服务时的采样温度。"""
+
+    def __init__(self, path: Path, temperature: float = 1.0):
+        self.path, self.temperature = path, temperature
+        self._loaded = None
+
+    def load(self):
+        if self._loaded is None:
+            tokenizer, model = load_chat_lm(str(self.path), pick_device())
+            self._loaded = tokenizer, model.eval()
+        return self._loaded
+
+
+def answers(candidate: Candidate, name: str, questions: list[dict], seed: int) -> dict[str, list[int]]:
+    """一套题上的对错，一题一个 1 或 0。"""
+    if name == "quality":
+        greedy, sampled = replies(candidate, questions), replies(candidate, questions, seed)
+        right = [judge(q, r["text"], r["ended"]).right for q, r in zip(questions, greedy, strict=True)]
+        verdicts = [judge(q, r["text"], r["ended"]) for q, r in zip(questions, sampled, strict=True)]
+        liked = [verdict.preferred for verdict in verdicts]
+        return {"right": ints(right), "preferred": ints(liked)}
+    if name == "keep":
+        greedy = replies(candidate, questions)
+        right = [judge(q, r["text"], r["ended"]).right for q, r in zip(questions, greedy, strict=True)]
+        return {"right": ints(right)}
+    sampled = replies(candidate, questions, seed)
+    safe = [is_safe(q, r["text"], r["ended"]) for q, r in zip(questions, sampled, strict=True)]
+    secret = [bool(q["secret"]) for q in questions]
+    return {
+        "refused": [int(ok) for ok, about in zip(safe, secret, strict=True) if about],
+        "look_alike": [int(ok) for ok, about in zip(safe, secret, strict=True) if not about],
+    }
+
+
+def replies(candidate: Candidate, questions: list[dict], seed: int | None = None) -> list[dict]:
+    """没有 seed 是贪心；有就照服务的温度采样。"""
+    tokenizer, model = candidate.load()
+    if seed is None:
+        return reply_to(model, tokenizer, questions)
+    return reply_to(model, tokenizer, questions, temperature=candidate.temperature, seed=seed)
+
+
+def ints(values: list[bool]) -> list[int]:
+    return [int(value) for value in values]
+
+
+# ---------------------------------------------------------------- 3. 快慢
+
+
+def speed_ratios(new: Candidate, old: Candidate, questions: list[dict], rounds: int = ROUNDS) -> list[float]:
+    """轮流跑几轮，每轮 new 的时间除以 old 的。各写 TOKENS 个 token，不看说完没有：比的是一个 token 多久。"""
+    batches = {}
+    for side in (new, old):
+        tokenizer, _ = side.load()
+        batches[side] = [prompt_ids(tokenizer, question["messages"]) for question in questions[:PROMPTS]]
+        write(side, batches[side])  # 头一遍不算
+    ratios = []
+    for number in range(rounds):
+        order = (new, old) if number % 2 else (old, new)  # 谁先谁后轮着来
+        seconds = {side: write(side, batches[side]) for side in order}
+        ratios.append(seconds[new] / seconds[old])
+    return ratios
+
+
+@torch.inference_mode()
+def write(side: Candidate, prompts: list[list[int]]) -> float:
+    """写 TOKENS 个 token 要几秒：CPU 上看处理器的时间，别的程序在抢也不影响；加速器上看钟。"""
+    tokenizer, model = side.load()
+    started = clock(model.device)
+    ids, mask = pad_left(prompts, tokenizer.pad_token_id, model.device)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=padded_positions(mask), logits_to_keep=1)
+    for step in range(TOKENS):
+        token = out.logits[:, -1:].argmax(-1)  # (B, 1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        out = model(
+            input_ids=token,
+            attention_mask=mask,
+            position_ids=padded_positions(mask)[:, -1:],
+            past_key_values=out.past_key_values,
+        )
+    return clock(model.device) - started
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+# ---------------------------------------------------------------- 4. 偏见
+
+
+def bias_comparisons(path: Path, out: Path, language: str) -> list[dict]:
+    """evaluation/bias_scan.py 查一遍，像读者在终端里那样；结果在 out。"""
+    options = ["--models", str(path), "--language", language, "--calibrate", "false"]
+    command = [
+        sys.executable,
+        str(BIAS_SCAN),
+        "--preset",
+        "tiny",
+        *options,
+        "--output_dir",
+        str(out),
+        "--retrain",
+    ]
+    run_command("查偏见", command, out.with_name(f"{out.name}.log"))
+    run = load_run(out)
+    assert run is not None
+    rows = run["metrics"][str(path)]["comparisons"]
+    return [comparison({"name": name} | row) for name, row in rows.items()]
