@@ -13,7 +13,7 @@
   registry.reject("assistant", version, reason="…")           # 没有通过：不再是 challenger
   registry.rollback("assistant", version, reason="…")         # 发布以后出了事：champion 退回上一个，返回它的版本号（没有上一个是 None）
   registry.aliases("assistant")         # {"champion": 3, "challenger": 4}；没有的不在里面
-  registry.find("assistant", "champion")  # 那一版：{"version", "folder"（绝对路径）, "id", "status", "stage", "parents", "metrics", …}，权重核对过
+  registry.find("assistant", "champion")  # 那一版：{"version", "folder"（绝对路径）, "id", "status", "stage", "parent", "metrics", …}，权重核对过
   registry.versions("assistant")        # 全部版本；status 是 registered、challenger、champion、retired、rejected、rolled_back
   registry.history("assistant")         # 全部的行，依次
 
@@ -78,7 +78,7 @@ class Registry:
             version = len(known) + 1
             event = {"event": "register", "name": name, "version": version, "folder": self._relative(folder)}
             event |= {"id": weights, "challenge": challenge, "time": _now()}
-            add(event | {key: run.get(key) for key in ("stage", "parents", "metrics")})
+            add(event | {key: run.get(key) for key in ("stage", "parent", "metrics")})
         return version
 
     def promote(self, name: str, version: int, over: int | None = None, reason: str = "") -> None:
@@ -157,10 +157,12 @@ class Registry:
         return list(replay(line_log.read(self.path), name)["versions"].values())
 
     def history(self, name: str) -> list[dict]:
-        return [event for event in line_log.read(self.path) if event["name"] == name]
+        events = line_log.read(self.path)
+        replay(events, name)  # 坏了的不给
+        return [event for event in events if event["name"] == name]
 
     def names(self) -> list[str]:
-        return list(dict.fromkeys(event["name"] for event in line_log.read(self.path)))
+        return list(dict.fromkeys(event.get("name", "") for event in line_log.read(self.path)))
 
     def _relative(self, folder: Path) -> str:
         """登记簿所在文件夹里的写相对路径：整个文件夹搬走，登记簿还能用。"""
@@ -178,10 +180,18 @@ def replay(events: list[dict], name: str) -> dict:
     """把记录从头走一遍 → {"versions": {号: 那一版}, "champions": [依次用过、没有退下的]}。最后一个 champion 是正在用的。"""
     versions: dict[int, dict] = {}
     champions: list[int] = []
-    for event in events:
+    for line, event in enumerate(events, 1):
+        if missing := {"event", "name", "version"} - event.keys():
+            raise UserError(
+                f"登记簿第 {line} 行缺 {'、'.join(sorted(missing))}：是手工改过的，从备份取回这个文件。"
+            )
         if event["name"] != name:
             continue
         number = event["version"]
+        if event["event"] != "register" and number not in versions:
+            raise UserError(
+                f"登记簿第 {line} 行说的 {name} 第 {number} 版没有登记过：少了几行，从备份取回这个文件。"
+            )
         if event["event"] == "register":
             versions[number] = {**event, "status": "registered"}
             if event["challenge"]:

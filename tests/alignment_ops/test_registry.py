@@ -35,7 +35,7 @@ def model(tmp_path):
         run = {
             "id": hashlib.sha256(digest.encode()).hexdigest()[:16],
             "stage": "dpo",
-            "parents": {"model": "x"},
+            "parent": {"model": "x"},
         }
         (folder / "run.json").write_text(json.dumps(run | {"metrics": {"qa": 1.0}}), encoding="utf-8")
         return folder
@@ -150,6 +150,23 @@ def test_the_folder_can_be_moved_together(tmp_path, model):
     tmp_path.rename(there)
     assert Registry(there / "registry.jsonl").find("m", "champion")["folder"] == (there / "a").resolve()
     there.rename(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda lines: lines[1:], "第 1 行说的 m 第 1 版没有登记过"),
+        (lambda lines: [lines[0], '{"event": "promote", "name": "m"}'], "第 2 行缺 version"),
+        (lambda lines: [lines[0][:-3], *lines[1:]], "第 1 行不是一个完整的 JSON 对象"),
+    ],
+)
+def test_a_book_edited_by_hand_names_the_line(book, model, edit, said):
+    book.promote("m", book.register("m", model("a")))
+    lines = book.path.read_text(encoding="utf-8").splitlines()
+    book.path.write_text("\n".join(edit(lines)) + "\n", encoding="utf-8")
+    for use in (book.aliases, book.history, book.rollback, lambda name: book.register(name, model("b"))):
+        with pytest.raises(UserError, match=said):
+            use("m")
 
 
 STEPS = st.lists(
