@@ -201,9 +201,9 @@ def resolve(folder: Path, n_rows: int, memory: int, scheme: Scheme) -> None:
         for part in range((n_rows >> ROWS_BITS) + 1):
             for pairs in pieces(folder / f"pairs-{part}", PAIR, "row", memory):
                 pairs = np.unique(pairs)  # 按行、再按前面的行排好
-                borders = np.flatnonzero(np.diff(pairs["row"])) + 1
-                for group in np.split(pairs, borders):
-                    write_answer(int(group["row"][0]), group, spool, file, scheme)
+                borders = [0, *(np.flatnonzero(np.diff(pairs["row"])) + 1).tolist(), len(pairs)]
+                for start, stop in pairwise(borders):
+                    write_answer(int(pairs["row"][start]), pairs[start:stop], spool, file, scheme)
 
 
 def write_answer(row: int, group: np.ndarray, spool: Spool, file: BinaryIO, scheme: Scheme) -> None:
