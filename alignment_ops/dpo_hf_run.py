@@ -38,6 +38,7 @@ from nlp_common.base.arguments import option
 from nlp_common.base.device import library_versions
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import RunFolder, differences, load_run, run_record, write_json, write_text
+from nlp_common.hub.models import require_model
 from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import TrainSettings, fingerprint, parse_settings, preset_announced
@@ -62,7 +63,7 @@ PASSED_ON = (
 @dataclass
 class HubRunSettings(TrainSettings):
     NOT_IN_FINGERPRINT: ClassVar[set[str]] = TrainSettings.NOT_IN_FINGERPRINT | {
-        "repo", "public", "save_steps", "keep_checkpoints", "model",
+        "repo", "public", "save_steps", "keep_checkpoints", "model", "die_at",
     }  # fmt: skip
 
     repo: str | None = option("hub 上的仓库：名字，或 拥有者/名字；没有就建。不给就在本机演习")
@@ -86,29 +87,34 @@ def train_and_push(settings: HubRunSettings) -> dict:
     """查好令牌和仓库 → 接着仓库里的，或从头开始 → 一边训练一边推 → 发布。返回 DPO 的 run.json。"""
     repo = open_repo(settings.repo, settings.public)
     out = result_folder(settings, repo)
-    note = repo.read_note()
-    start = find_start(settings, repo, out, note)
+    note = None if settings.retrain else repo.read_note()
+    start = note["start"] if note and not settings.model else find_start(settings)
     mine = describe_run(settings, start)
-    if note and not settings.retrain:
-        check_same(note, mine, repo)
-    print(f"仓库 {repo.api.endpoint}/{repo.name}（{'公开' if settings.public else '私有'}）；结果 {out}")
+    print(
+        f"仓库 {repo.api.endpoint}/{repo.name}（{'公开' if settings.public else '私有'}）；结果 {out}",
+        flush=True,
+    )
 
     folder = prepare(out, mine, settings.retrain)
-    if note and not settings.retrain:
-        if finished := fetch_finished(repo, note, out):
+    if note:
+        check_same(note, mine, repo)
+        if finished := fetch_finished(repo, note, folder):
             return finished
-        if not out.exists():  # 训练完了、只是没有推上去的，不用取
-            fetch_newest(repo, folder)
+        start = start if "path" in start else fetch_start(repo, start, out)
+        fetch_newest(repo, folder)
     else:
-        repo.push_note(mine, start["folder"] if start["from"] == "start" else None)
+        repo.push_note(mine, Path(start["path"]) if start["from"] == "start" else None)
 
     pusher = Pusher(repo, folder)
     pusher.start()
     try:
         options = dpo_options(settings)
         run = run_stage("dpo", out, start["path"], settings.dataset, settings.preset, **options)
+    except KeyboardInterrupt:
+        print("停下了；手上的检查点推完就走（再按一次 Ctrl-C，不推了）。", flush=True)
+        raise
     finally:
-        pusher.finish()  # 训练完了、出了错、按了 Ctrl-C：手上还没有推的检查点推完再走
+        pusher.finish()
 
     card = model_card(run, repo.name, settings.public)
     write_text(out / "README.md", card)
@@ -126,27 +132,20 @@ def result_folder(settings: HubRunSettings, repo: HubRepo) -> Path:
     return Path(settings.output_dir or default).expanduser().resolve()
 
 
-def find_start(settings: HubRunSettings, repo: HubRepo, out: Path, note: dict | None) -> dict:
-    """起点模型：--model 给的；没给，仓库里记着的；都没有，tiny 用 Qwen 链的 SFT 模型。
+def find_start(settings: HubRunSettings) -> dict:
+    """起点模型：--model 给的；没给，tiny 用 Qwen 链的 SFT 模型。
 
-    hub 上的模型，名字就够了；只在本机的，要推到仓库的 start/ 里，换了机器才有。
+    hub 上的模型，名字就够了；只在本机的（from 是 start），要推到仓库的 start/ 里，换了机器才有。
     """
-    if not settings.model and note and note["start"]["from"] == "start":
-        folder = out.with_name(f".{out.name}.start")
-        print("起点模型从仓库里取。", flush=True)
-        folder = repo.download("start/*", folder) / "start"
-        if weights_id(folder) != note["start"]["weights"]:
-            shutil.rmtree(folder.parent)
-            raise UserError("从仓库里取来的起点模型坏了（权重对不上）：再运行同一条命令，重新取。")
-        return note["start"] | {"path": str(folder), "folder": folder}
-    model = settings.model or (note["start"]["from"] if note else None)
-    if not model and settings.preset == "full":
+    if not settings.model and settings.preset == "full":
         raise UserError("full 预设要说从哪个 SFT 模型开始：--model 文件夹或 hub 名，或加 --preset tiny。")
-    found = chain_model("sft", model, settings.source)
-    folder = Path(found["path"])
-    local = model is None or Path(model).expanduser().exists()
-    weights = weights_id(folder) if folder.is_dir() else None
-    return {"from": "start" if local else model, "weights": weights, "path": found["path"], "folder": folder}
+    path = chain_model("sft", settings.model, settings.source)["path"]
+    local = not settings.model or Path(settings.model).expanduser().exists()
+    return {
+        "from": "start" if local else settings.model,
+        "weights": weights_id(Path(path)),
+        "path": path,
+    }
 
 
 def describe_run(settings: HubRunSettings, start: dict) -> dict:
@@ -190,20 +189,34 @@ def prepare(out: Path, mine: dict, retrain: bool) -> RunFolder:
 # ---------------------------------------------------------------- 2. 换一台机器：从仓库里取
 
 
+def fetch_start(repo: HubRepo, start: dict, out: Path) -> dict:
+    """那台机器用的起点模型：在仓库的 start/ 里，或是 hub 上的一个模型；权重要一样。"""
+    if start["from"] == "start":
+        print("起点模型从仓库里取。", flush=True)
+        path = repo.download("start/*", out.with_name(f".{out.name}.start")) / "start"
+    else:
+        path = Path(require_model(start["from"]))
+    if weights_id(path) != start["weights"]:
+        raise UserError(
+            f"{path} 的权重与开始训练时的起点模型不同（没有下载完，或后来改了）：删掉它，再运行同一条命令。"
+        )
+    return start | {"path": str(path)}
+
+
 def fetch_newest(repo: HubRepo, folder: RunFolder) -> None:
     """本机没有、或比仓库里的旧，就取仓库里最新的检查点；DPO 脚本看到它，就从它接着训练。"""
-    latest = folder.latest_checkpoint()
-    mine = int(latest.name.rsplit("-", 1)[1]) if latest else 0
-    if step := repo.fetch_checkpoint(folder.checkpoints, newer_than=mine):
+    if folder.path.exists():  # 训练早已做完，只是没有推完
+        return
+    if step := repo.fetch_checkpoint(folder.checkpoints, newer_than=step_of(folder.latest_checkpoint())):
         print(f"从 hub 取来第 {step} 步的检查点，接着训练。", flush=True)
 
 
-def fetch_finished(repo: HubRepo, note: dict, out: Path) -> dict | None:
+def fetch_finished(repo: HubRepo, note: dict, folder: RunFolder) -> dict | None:
     """那次训练已经做完了：本机没有它的结果就下载，不再训练。还没有做完是 None。"""
     if "finished" not in note:
         return None
-    run = run_record(str(out)) if out.exists() else {}
-    if run.get("id") != note["finished"]:
+    out = folder.path
+    if not out.exists() or run_record(str(out)).get("id") != note["finished"]:
         temporary = out.with_name(f".{out.name}.download")
         shutil.rmtree(temporary, ignore_errors=True)
         repo.download("*", temporary)
@@ -213,11 +226,15 @@ def fetch_finished(repo: HubRepo, note: dict, out: Path) -> dict | None:
             shutil.rmtree(temporary / extra, ignore_errors=True)
         shutil.rmtree(out, ignore_errors=True)
         temporary.rename(out)
-        run = run_record(str(out))
-    shutil.rmtree(RunFolder(out).work, ignore_errors=True)
+    shutil.rmtree(folder.work, ignore_errors=True)
     print("这次训练早已做完，用仓库里的结果（--retrain 从头来）。")
+    run = run_record(str(out))
     show_metrics(run["metrics"])
     return run
+
+
+def step_of(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
 
 
 # ---------------------------------------------------------------- 3. 一边训练一边推
@@ -233,14 +250,12 @@ class Pusher:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
-        latest = self.folder.latest_checkpoint()
-        on_hub = self.repo.steps()
-        if latest and on_hub and int(latest.name.rsplit("-", 1)[1]) <= on_hub[-1]:
-            self.pushed = on_hub[-1]
+        self.pushed = max(self.repo.steps(), default=0)
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
 
     def finish(self) -> None:
+        """训练完了、出了错、按了 Ctrl-C：手上还没有推的检查点，推完再走。"""
         self.stop.set()
         self.thread.join()
 
@@ -249,8 +264,8 @@ class Pusher:
         while not last_round:
             last_round = self.stop.wait(LOOK_EVERY)
             latest = self.folder.latest_checkpoint()
-            if latest and (step := int(latest.name.rsplit("-", 1)[1])) > self.pushed:
-                self.push(latest, step)
+            if step_of(latest) > self.pushed:
+                self.push(latest, step_of(latest))
 
     def push(self, checkpoint: Path, step: int) -> None:
         place = self.folder.path.with_name(f".{self.folder.path.name}.push") / checkpoint.name
@@ -279,8 +294,16 @@ def main(argv: list[str] | None = None) -> dict:
     if settings.preset == "full":
         raise UserError("演习只在小世界里做：去掉 --preset full；真的训练，加 --repo 仓库名。")
     print("演习：本机开一个 hub，两台机器是两个文件夹。真的往 hub 上推：--repo 仓库名。")
-    drill = partial(run_drill, script=Path(__file__).resolve(), options=dpo_options(settings))
-    record = run_lesson("dpo_hf_run", HOME, settings, drill)
+    start = chain_model("sft", settings.model, settings.source)
+    drill = partial(
+        run_drill, script=Path(__file__).resolve(), start=start["path"], options=dpo_options(settings)
+    )
+    more = {
+        "start": f"{start['stage']}:{start['id']}",
+        "save_steps": settings.save_steps,
+        "die_at": settings.die_at,
+    }
+    record = run_lesson("dpo_hf_run", HOME, settings, drill, **more)
     show(record)
     return record
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import shutil
@@ -16,7 +17,6 @@ from nlp_common.base.processes import without_launcher
 from nlp_common.base.runs import load_run
 from nlp_common.draw.plots import line_chart
 from nlp_common.hub.local_hub import LocalHub
-from nlp_common.train.chain import chain_model
 from nlp_common.train.stage import Stage
 from stages import run_stage
 
@@ -25,19 +25,23 @@ OURS = ("HF_TOKEN", "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OF
 LAST_LINES = 12
 
 
-def run_drill(stage: Stage, script: Path, options: dict) -> dict:
-    """不中断的一次作对照 → 机器一被杀、机器二接着 → 权重一样不一样 → 十种错 → 令牌漏了没有。"""
+def run_drill(stage: Stage, script: Path, start: str, options: dict) -> dict:
+    """不中断的一次作对照 → 机器一被杀、机器二接着，权重一样不一样 → 只带走权重的 → 十种错 → 令牌漏了没有。"""
     settings, work = stage.settings, stage.folder.work / "parts"
-    start = chain_model("sft", settings.model)
     print("对照：从头训练到尾，不中断 …", flush=True)
-    whole = run_stage("dpo", work / "whole", start["path"], settings.dataset, "tiny", **options)
+    whole = run_stage("dpo", work / "whole", start, settings.dataset, "tiny", **options)
 
     token = f"hf_{secrets.token_hex(16)}"
     with LocalHub({}, users={token: "learner"}) as hub:
-        two, drill = two_machines(hub, token, work, script, settings, options, start["path"])
-        files = {name: data for name, data in hub.repos[f"models/{REPO}"].items()}
+        two, drill = two_machines(hub, token, work, script, settings, options, start)
+        repository = dict(hub.repos[f"models/{REPO}"])
+    left = max(10, whole["history"][-1]["step"] - drill["resumed_from"])
+    print(f"只带走权重：把那个检查点的权重当作新的起点，再走剩下的 {left} 步 …", flush=True)
+    bare = run_stage(
+        "dpo", work / "bare", work / "bare_start", settings.dataset, "tiny", **options, max_steps=left
+    )
     said = ten_faults(work, script)
-    leaks = [name for name, data in files.items() if token.encode() in data]
+    leaks = [name for name, data in repository.items() if token.encode() in data]
     leaks += [str(path) for path in work.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
 
     metrics = {
@@ -46,26 +50,20 @@ def run_drill(stage: Stage, script: Path, options: dict) -> dict:
         **drill,
         "faults_explained": sum(bool(text) for text in said.values()),
         "token_leaks": len(leaks),
-        "whole_seconds": whole["seconds"],
-        **{name: two["metrics"][name] for name in whole["metrics"] if name in QUALITY},
+        **{name: two["metrics"][name] for name in SHOWN if name in two["metrics"]},
+        "bare": {name: bare["metrics"][name] for name in SHOWN if name in bare["metrics"]},
     }
-    histories = {"whole": whole["history"], "machine_two": two["history"]}
 
     def write(folder: Path) -> None:
-        draw(folder, histories, metrics)
+        draw(folder, two["history"], bare["history"], drill["resumed_from"])
         shutil.copytree(work / "machine_two" / "dpo", folder / "model")
 
-    return stage.save(metrics, whole["data"], write, whole["history"], repository=sorted(files), said=said)
+    return stage.save(
+        metrics, whole["data"], write, whole["history"], repository=sorted(repository), said=said
+    )
 
 
-QUALITY = {
-    "qa_accuracy_before",
-    "qa_accuracy",
-    "preferred_rate_before",
-    "preferred_rate",
-    "preference_accuracy",
-    "heldout_loss",
-}
+SHOWN = ("qa_accuracy_before", "qa_accuracy", "preferred_rate_before", "preferred_rate", "margin")
 
 
 def quality(metrics: dict) -> dict:
@@ -90,7 +88,7 @@ def two_machines(
     hub.faults["commit"] = "503 once"  # 头一次推，hub 正忙：等一等再试
     one = begin([*command, "--model", start], work / "machine_one", hub, token)
     hub.on_commit = partial(kill_at, process=one, step=settings.die_at)
-    code = one.wait()
+    code = wait_for(one)
     hub.on_commit = None
     if code == 0:
         raise UserError(
@@ -99,13 +97,14 @@ def two_machines(
     if not any(step_of(made) >= settings.die_at for made in hub.commits):
         raise UserError(f"机器一没有跑起来：\n  {last_lines(work / 'machine_one')}")
     killed_at = max(step_of(made) for made in hub.commits)
+    take_weights_only(hub, killed_at, work / "bare_start")
     pushed_by_one = len(hub.commits)
 
     print("机器二：空的文件夹，同一条命令 …", flush=True)
     hub.faults["commit"] = "lost once"  # 推成了，hub 的回答没有送到：不能推两遍，也不能当成没推
     started = time.perf_counter()
     two = begin(command, work / "machine_two", hub, token)
-    if two.wait() != 0:
+    if wait_for(two) != 0:
         raise UserError(f"机器二没有跑完：\n  {last_lines(work / 'machine_two')}")
     log = (work / "machine_two" / "screen.log").read_text(encoding="utf-8")
     print("  机器二的屏幕：\n    " + "\n    ".join(log.splitlines()[1:]))
@@ -120,6 +119,17 @@ def two_machines(
         "machine_two_wall_seconds": round(time.perf_counter() - started, 1),
     }
     return load_run(work / "machine_two" / "dpo"), found
+
+
+def take_weights_only(hub: LocalHub, step: int, folder: Path) -> None:
+    """常见的做法：从检查点里只拿权重，优化器、学习率走到哪里、随机数、参考模型都不要。"""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    files = hub.repos[f"models/{REPO}"]
+    for name, data in files.items():
+        if name.startswith("start/") and name != "start/run.json":
+            (folder / name.removeprefix("start/")).write_bytes(data)
+    (folder / "model.safetensors").write_bytes(files[f"checkpoints/checkpoint-{step}/model.safetensors"])
 
 
 def begin(command: list[str], machine: Path, hub: LocalHub, token: str) -> subprocess.Popen:
@@ -141,13 +151,29 @@ def begin(command: list[str], machine: Path, hub: LocalHub, token: str) -> subpr
 
 def kill_at(made: dict, process: subprocess.Popen, step: int) -> None:
     """hub 刚记下第 step 步的检查点：连同它开的训练进程，立刻杀掉，一声招呼也不打。"""
-    if step_of(made) < step:
-        return
+    if step_of(made) >= step:
+        kill_family(process)
+
+
+def kill_family(process: subprocess.Popen) -> None:
     import psutil
 
-    family = [*psutil.Process(process.pid).children(recursive=True), process]
+    try:
+        family = [*psutil.Process(process.pid).children(recursive=True), process]
+    except psutil.NoSuchProcess:
+        return
     for each in family:
-        each.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
+def wait_for(process: subprocess.Popen) -> int:
+    """等它结束；自己先被打断了，带它一起走。"""
+    try:
+        return process.wait()
+    except BaseException:
+        kill_family(process)
+        raise
 
 
 def step_of(made: dict) -> int:
@@ -186,25 +212,26 @@ def show(record: dict) -> None:
         f"\n机器一在第 {metrics['killed_at']} 步的检查点推上去之后被杀，机器二从第 {metrics['resumed_from']} 步接着训练；"
         f"与没有中断的那次，权重{same}。\n"
         f"一个检查点 {metrics['checkpoint_bytes'] / 1e6:.1f} MB；{metrics['commits']} 次提交；"
-        f"{metrics['faults_explained']} 种错都说清了；令牌漏在 {metrics['token_leaks']} 处。\n"
-        f"采样回答又对又完整又有礼：{metrics['preferred_rate_before']:.3f} → {metrics['preferred_rate']:.3f}；"
-        f"贪心答对 {metrics['qa_accuracy_before']:.3f} → {metrics['qa_accuracy']:.3f}\n\n仓库里最后是："
+        f"{metrics['faults_explained']} 种错都说清了；令牌漏在 {metrics['token_leaks']} 处。"
     )
+    if "preferred_rate" in metrics:
+        bare = metrics["bare"]
+        print(
+            f"采样回答又对又完整又有礼：训练前 {metrics['preferred_rate_before']:.3f}，训练后 {metrics['preferred_rate']:.3f}，"
+            f"只带走权重的 {bare['preferred_rate']:.3f}；贪心答对 {metrics['qa_accuracy']:.3f}、{bare['qa_accuracy']:.3f}"
+        )
+    print("\n仓库里最后是：")
     for name in record["repository"]:
         print(f"  {name}")
 
 
-def draw(folder: Path, histories: dict[str, list[dict]], metrics: dict) -> None:
-    """损失：没有中断的，与两台机器接起来的；两条线该重在一起。"""
-    cut = metrics["resumed_from"]
-    whole, joined = histories["whole"], histories["machine_two"]
-
-    def line(rows: list[dict]) -> tuple[list, list]:
-        return [row["step"] for row in rows], [row["loss"] for row in rows]
-
+def draw(folder: Path, joined: list[dict], bare: list[dict], cut: int) -> None:
+    """损失：机器一、机器二接起来的（没有中断的那条与它重在一起，不画），与只带走权重的。"""
+    one = [row for row in joined if row["step"] <= cut]
+    two = [row for row in joined if row["step"] >= cut]
     series = {
-        "没有中断|never interrupted": line(whole),
-        "机器一|machine one": line([row for row in joined if row["step"] <= cut]),
-        "机器二|machine two": line([row for row in joined if row["step"] >= cut]),
+        "机器一|machine one": ([row["step"] for row in one], [row["loss"] for row in one]),
+        "机器二，接着检查点|machine two": ([row["step"] for row in two], [row["loss"] for row in two]),
+        "只带走权重|weights only": ([row["step"] + cut for row in bare], [row["loss"] for row in bare]),
     }
-    line_chart(folder / "resumed.svg", series, "在两台机器上|On two machines", "步|step", "损失|loss")
+    line_chart(folder / "resumed.svg", series, "换一台机器|On another machine", "步|step", "损失|loss")

@@ -76,12 +76,13 @@ class HubRepo:
     # ------------------------------------------------------------ 推
 
     def push_note(self, note: dict, start: Path | None) -> None:
-        """训练开始之前：设置，和只在本机的起点模型。"""
+        """训练开始之前：设置，和只在本机的起点模型；以前的检查点不再要。"""
         files: dict[str, Path | bytes] = {NOTE: as_json(note)}
         for path in files_of(start) if start else []:
             name = path.relative_to(start).as_posix()
             files[f"start/{name}"] = shareable(path) if name == "run.json" else path
-        self.commit("settings and start", files)
+        self.head = self.look().sha
+        self.commit("settings and start", files, [f"checkpoints/checkpoint-{step}/" for step in self.steps()])
 
     def push_checkpoint(self, folder: Path) -> int:
         """推一个检查点，同一次提交里删掉太旧的。返回几个字节。"""
@@ -197,6 +198,10 @@ def read_token() -> str:
 
 def open_repo(name: str, public: bool = False, wait: float = 1.0) -> HubRepo:
     """令牌、网、仓库都没有问题，才开始训练。没有这个仓库就建一个，默认是私有的。"""
+    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]{,90}", name, re.ASCII):
+        raise UserError(
+            f"--repo {name} 不像 hub 上的名字：只用英文字母、数字、- _ .，写成 名字 或 拥有者/名字。"
+        )
     token = read_token()
     if not hub_reachable():
         advice = (
@@ -265,7 +270,7 @@ def explain(error: Exception, name: str, user: str, what: str) -> str:
         return f"有别的机器也在往 {name} 里推：两台机器不要同时跑同一个 --repo。停掉一台，或换一个名字。"
     if code == 429:
         return "问得太多，hub 要我们歇一会儿（429）：过几分钟再运行同一条命令，或把 --save_steps 写大些。"
-    tail = "再运行同一条命令，会从断开的地方接着来。" if code is None or code >= 500 else ""
+    tail = "再运行同一条命令，会从断开的地方接着来。" if is_temporary(error) else ""
     return f"{what}没有成：{short(error)}。{tail}"
 
 
@@ -273,7 +278,7 @@ def short(error: BaseException) -> str:
     response = getattr(error, "response", None)
     if response is not None:
         return f"hub 回答 {response.status_code}"
-    text = " ".join(str(error).split())[:160]
+    text = " ".join(str(error).split())[:160].rstrip(".。")
     return f"{type(error).__name__}：{text}" if text else type(error).__name__
 
 

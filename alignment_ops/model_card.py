@@ -31,6 +31,7 @@ METRICS = {
     "small_talk": "寒暄答得对",
     "mean_chars": "回答平均几个字",
 }
+FROM_NOTHING = "从头训练"
 STAGES = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "pretrain": "预训练", "ppo": "PPO", "grpo": "GRPO"}
 NOT_SETTINGS = {
     "output_dir",
@@ -98,7 +99,7 @@ def body(run: dict, repo: str, public: bool) -> str:
     }
     return f"""# {repo.rsplit("/", 1)[-1]}
 
-{what}从 {start_of(run)} 开始，权重的编号 `{run["id"]}`。
+{what}{start_words(run)}，权重的编号 `{run["id"]}`。
 
 ## 怎样用
 
@@ -147,9 +148,14 @@ def start_of(run: dict) -> str:
     """起点：hub 名，或本机上那个阶段的名字与编号。"""
     parent = run.get("parent", {}).get("model")
     if not parent:
-        return "从头训练"
+        return FROM_NOTHING
     name = str(parent["id"])
     return name if HUB_NAME.fullmatch(name) else f"{parent['stage']} 模型（{name}）"
+
+
+def start_words(run: dict) -> str:
+    start = start_of(run)
+    return start if start == FROM_NOTHING else f"从 {start}开始"
 
 
 def before(metrics: dict, name: str) -> str:
