@@ -183,14 +183,14 @@ def speed(model, tokenizer, questions: list[dict]) -> float:
 
 
 def load_student(stage: Stage, seed: int, tokenizer, teacher: str):
-    """这个种子的学生：--student 给的，没给就跟老师的贪心答案学（distillation.py，一分钟）。"""
+    """这个种子的学生：--student 给的，没给就从数据里的标签学（distillation.py，一分钟）。"""
     folder = stage.settings.student
     if folder is None:
         # 放在结果文件夹旁边：中断了，接着来的时候还在
         folder = stage.path.parent / f"{stage.path.name}_students" / f"seed{seed}"
         if load_run(folder) is None:  # 中断以前教好了的，不重教
             print(f"学生还没有教，先教一个（种子 {seed}）…", flush=True)
-            options = ["--preset", stage.settings.preset, "--methods", "greedy", "--seed", str(seed)]
+            options = ["--preset", stage.settings.preset, "--methods", "labels", "--seed", str(seed)]
             run_script(
                 "学生没有教成",
                 HOME / "distillation.py",
