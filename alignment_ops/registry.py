@@ -8,7 +8,7 @@
 
 在程序里
   registry = Registry("outputs/tiny/registry.jsonl")
-  version = registry.register("assistant", folder)          # 做完了的结果文件夹（里面有 run.json）→ 1、2、3 …；成了 challenger
+  version = registry.register("assistant", folder, serving={"temperature": 1.0})   # 做完了的结果文件夹（里面有 run.json）→ 1、2、3 …；成了 challenger
   registry.promote("assistant", version, over=2, reason="…")  # → champion；over：是与哪个版本比过的，这时已经换了别的就不发布
   registry.reject("assistant", version, reason="…")           # 没有通过：不再是 challenger
   registry.rollback("assistant", version, reason="…")         # 发布以后出了事：champion 退回上一个，返回它的版本号（没有上一个是 None）
@@ -60,10 +60,18 @@ class Registry:
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser().resolve()
 
-    def register(self, name: str, folder: str | Path, run: dict | None = None, challenge: bool = True) -> int:
-        """登记一个做完了的结果文件夹，返回版本号。同样的权重、同样的文件夹登记过，就返回那时的号，什么也不添。
+    def register(
+        self,
+        name: str,
+        folder: str | Path,
+        run: dict | None = None,
+        challenge: bool = True,
+        serving: dict | None = None,
+    ) -> int:
+        """登记一个做完了的结果文件夹，返回版本号。同样的权重、文件夹、serving 登记过，就返回那时的号，什么也不添。
 
         run：它的 run.json（没给就去读）。challenge：同时成为 challenger（原来的 challenger 回到 registered）。
+        serving：上线时怎样用它，如 {"temperature": 1.0}。用户见到的是两样合起来，所以改了它就是新的一版。
         """
         folder = Path(folder).expanduser().resolve()
         run = run or load_run(folder)
@@ -73,11 +81,12 @@ class Registry:
         with line_log.updating(self.path) as (events, add):
             known = replay(events, name)["versions"]
             for version, row in known.items():
-                if row["id"] == weights and self._absolute(row["folder"]) == folder:
+                same = row["id"] == weights and self._absolute(row["folder"]) == folder
+                if same and row.get("serving", {}) == (serving or {}):
                     return version
             version = len(known) + 1
             event = {"event": "register", "name": name, "version": version, "folder": self._relative(folder)}
-            event |= {"id": weights, "challenge": challenge, "time": _now()}
+            event |= {"id": weights, "serving": serving or {}, "challenge": challenge, "time": _now()}
             add(event | {key: run.get(key) for key in ("stage", "parent", "metrics")})
         return version
 

@@ -81,6 +81,14 @@ def test_doing_a_thing_twice_is_doing_it_once(book, model):
     assert book.aliases("m") == {"champion": 1}
 
 
+def test_the_same_weights_served_otherwise_are_another_version(book, model):
+    wrong = book.register("m", model("a"), serving={"temperature": 1.6})
+    book.reject("m", wrong, "温度抄错了")
+    right = book.register("m", model("a"), serving={"temperature": 1.0})
+    assert (wrong, right) == (1, 2) and book.register("m", model("a"), serving={"temperature": 1.0}) == 2
+    assert book.aliases("m") == {"challenger": 2} and book.find("m", 2)["serving"] == {"temperature": 1.0}
+
+
 def test_rolling_back_the_first_leaves_no_champion(book, model):
     book.promote("m", book.register("m", model("a")))
     assert book.rollback("m") is None
