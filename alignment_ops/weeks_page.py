@@ -1,0 +1,148 @@
+"""customer_alignment.py 的网页：八周一页，一个文件，不引用外部资源；模型说的话都经过 html.escape。"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+
+from customer_service import watched
+from nlp_common.base.console import printable
+from nlp_common.base.runs import write_text
+from nlp_common.draw.plots import line_chart
+from poisoned_week import DEFENCES
+
+TEMPLATE = Path(__file__).with_name("weeks_page.html")
+
+
+def write_page(
+    path: Path, metrics: dict, titles: dict[str, str], golden: list[dict], watched_arm: str
+) -> None:
+    """titles：每条线的名字 → 标题；watched_arm：跟着看哪一条线的回答。"""
+    weeks = list(metrics["weeks"].values())
+    parts = {
+        "n_weeks": len(weeks) - 1,
+        "n_golden": len(golden),
+        "cards": cards(metrics, titles),
+        "chart": weeks_chart(None, metrics, titles),
+        "weeks": weeks_table(weeks, titles),
+        "labels": labels_table(weeks, titles),
+        "watched_arm": escape(title(titles[watched_arm])),
+        "talk": talk_table(weeks, watched_arm, golden),
+        "handover": handover_table(metrics["handover"]),
+        "poison": poison_section(metrics["poison"]) if "poison" in metrics else "",
+    }
+    write_text(path, Template(TEMPLATE.read_text(encoding="utf-8")).substitute(parts))
+
+
+def weeks_chart(path: Path | None, metrics: dict, titles: dict[str, str]) -> str:
+    numbers = list(range(len(metrics["weeks"])))
+    series = {}
+    for name, shown in titles.items():
+        series[shown] = (numbers, [week[name]["solved"] for week in metrics["weeks"].values()])
+    only_prompt = {"只换提示|prompt only": metrics["handover"]["first"]["prompts"]["known"]}
+    return line_chart(
+        path, series, "解决了几成|Share solved", "几周之后|weeks", "解决|solved", hlines=only_prompt
+    )
+
+
+def title(both: str) -> str:
+    """图里的 "中文|英文" 取中文。"""
+    return both.split("|")[0]
+
+
+def table(rows: Sequence[Sequence[str]], css: str = "") -> str:
+    """第一行是表头；各格已经是 HTML。"""
+    head = "".join(f"<th>{cell}</th>" for cell in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    return f'<table class="{css}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+# ---------------------------------------------------------------- 各节
+
+
+def cards(metrics: dict, titles: dict[str, str]) -> str:
+    shown = [
+        ("第一个机器人", metrics["solved_first"]),
+        ("只换提示", metrics["handover"]["first"]["prompts"]["known"]),
+    ]
+    shown += [(f"{title(titles[name])}，最后", solved) for name, solved in metrics["solved"].items()]
+    return "".join(f'<div class="card">{escape(name)}<b>{percent(value)}</b></div>' for name, value in shown)
+
+
+def weeks_table(weeks: list[dict], titles: dict[str, str]) -> str:
+    rows = [["几周之后", *(escape(title(each)) for each in titles.values())]]
+    for number, week in enumerate(weeks):
+        cells = [str(number)]
+        for name in titles:
+            kept = "" if week[name]["replaced"] else ' <span class="bad">没换</span>'
+            cells.append(percent(week[name]["solved"]) + kept)
+        rows.append(cells)
+    return table(rows)
+
+
+def labels_table(weeks: list[dict], titles: dict[str, str]) -> str:
+    rows = [["", "点击", "点击点对的", "挑出的标签", "标签对的"]]
+    for name, shown in titles.items():
+        those = [week[name] for week in weeks[1:]]
+        n_votes, n_labels = (sum(its[key] for its in those) for key in ("n_votes", "n_labels"))
+        right_votes = sum(its["n_votes"] * its["vote_accuracy"] for its in those) / max(1, n_votes)
+        right_labels = sum(its["n_labels"] * its["label_accuracy"] for its in those) / max(1, n_labels)
+        rows.append(
+            [
+                escape(title(shown)),
+                f"{n_votes:,}",
+                percent(right_votes),
+                f"{n_labels:,}",
+                percent(right_labels),
+            ]
+        )
+    return table(rows)
+
+
+def talk_table(weeks: list[dict], arm: str, golden: list[dict]) -> str:
+    asked = watched(golden)
+    questions = [escape(golden[n]["messages"][-1]["content"]) for n in asked]
+    rows = [["几周之后", *questions]]
+    for number, week in enumerate(weeks):
+        cells = [str(number)]
+        for n in asked:
+            said = week[arm]["watched"][str(n)]
+            css = "good" if said["solved"] else "bad"
+            cells.append(f'<span class="{css}">{escape(printable(said["text"])) or "（没有说话）"}</span>')
+        rows.append(cells)
+    return table(rows, "talk")
+
+
+def handover_table(found: dict) -> str:
+    rows = [["", "解决", "加学过的提示", "加没见过的提示", "转人工", "转了以后解决", "白转"]]
+    for name, shown in (("first", "第一个机器人"), ("last", "最后的机器人")):
+        its = found[name]
+        cells = [its["prompts"][prompt] for prompt in ("none", "known", "unknown")]
+        cells += [its["handover_none"][key] for key in ("handed", "solved", "wasted")]
+        rows.append([shown, *map(percent, cells)])
+    return table(rows)
+
+
+def poison_section(found: dict) -> str:
+    rows = [["", "颜色的题解决了", "说「火红」的", "换上吗"]]
+    for name, shown in DEFENCES.items():
+        its = found[name]
+        verdict = {True: "换上", False: "不换"}.get(its.get("replaced"), "")
+        rows.append([shown, percent(its["color_solved"]), percent(its["pushed"]), verdict])
+    named = "、".join(f"{escape(each['user'])}（{each['votes']} 次）" for each in found["suspects"])
+    more = [["另开几个账号", "数票：颜色的标签反了几成", "按信用：反了几成", "认出", "冤枉"]]
+    for accounts, its in found["sybils"].items():
+        shares = [percent(its["wrong_majority"]), percent(its["wrong_weighted"])]
+        more.append([accounts, *shares, str(its["caught"]), str(its["accused"])])
+    return (
+        f"<section><h2>第 {found['week']} 周，有人捣乱</h2><p>一个人要机器人见了颜色就说「火红」。"
+        f"点得超过上限的：{named or '没有'}。</p>"
+        f'<div class="scroll">{table(rows)}</div><p>他另开许多账号，个个不超上限：</p>'
+        f'<div class="scroll">{table(more)}</div></section>'
+    )
