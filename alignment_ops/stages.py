@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from nlp_common.base.errors import UserError
 from nlp_common.base.processes import without_launcher
 from nlp_common.base.runs import load_run, write_text
@@ -58,15 +60,39 @@ def run_command(failed: str, command: list[str], log: Path, threads: int | None 
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run(
-            command,
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        ).returncode
+    out, code = Path(command[command.index("--output_dir") + 1]), None
+    while code is None or (code == 2 and in_use(out)):  # 上次被杀掉的流程开的进程，可能正抢在前面
+        wait_until_free(out)
+        with log.open("w", encoding="utf-8") as file:
+            code = subprocess.run(
+                command,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            ).returncode
     if code in (130, -2):
         raise KeyboardInterrupt
     if code:
         said = "\n  ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
         raise UserError(f"{failed}（退出码 {code}），全部输出在 {log}，最后几行：\n  {said}")
+
+
+def wait_until_free(out: Path) -> None:
+    """out 正被别的进程写着就等：流程被 kill -9 时，它开的进程还在做，做完的结果正好用上。"""
+    if in_use(out):
+        print(f"还有一个进程在写 {out.name}（多半是上次被杀掉的流程开的），等它做完。")
+        with _lock_of(out):
+            pass
+
+
+def in_use(out: Path) -> bool:
+    try:
+        with _lock_of(out).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _lock_of(out: Path) -> FileLock:
+    """open_run 锁结果文件夹用的那一把。"""
+    return FileLock(out.with_name(f".{out.name}.lock"))
