@@ -13,9 +13,10 @@
   python dpo_hf_run.py --repo my-dpo --preset full --model 我的SFT模型
   # 机器没了？在另一台上设好 HF_TOKEN，再运行同一条命令（起点模型从仓库里取，不用给 --model）
   python model_card.py --run 结果文件夹          # 只要一张模型卡
+  python hub_faults.py                        # 只看十种出错各说什么
 
 应当看到（实测见本文件夹的 README.md）：机器一推了两个检查点就被杀掉，机器二从第二个接着训练，得到的权重与从没中断过的
-逐位相同；六种出错各有一句话；令牌在推上去的、写下来的文件里一处也找不到。
+逐位相同；只带走权重的那次，损失跳回开头；十种出错各有一句话；令牌在推上去的、写下来的文件里一处也找不到。
 
 参考：Rafailov et al. 2023（DPO）；Mitchell et al. 2019（Model Cards for Model Reporting）；huggingface_hub 的 create_commit。
 """
@@ -37,7 +38,15 @@ from model_card import model_card
 from nlp_common.base.arguments import option
 from nlp_common.base.device import library_versions
 from nlp_common.base.errors import UserError
-from nlp_common.base.runs import RunFolder, differences, load_run, run_record, write_json, write_text
+from nlp_common.base.runs import (
+    RunFolder,
+    differences,
+    load_run,
+    open_run,
+    run_record,
+    write_json,
+    write_text,
+)
 from nlp_common.hub.models import require_model
 from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson
@@ -87,13 +96,13 @@ def train_and_push(settings: HubRunSettings) -> dict:
     """查好令牌和仓库 → 接着仓库里的，或从头开始 → 一边训练一边推 → 发布。返回 DPO 的 run.json。"""
     repo = open_repo(settings.repo, settings.public)
     out = result_folder(settings, repo)
-    note = None if settings.retrain else repo.read_note()
+    note = repo.read_note()  # 里面是别的东西，在这里就停下
+    if settings.retrain:
+        note = None
     start = note["start"] if note and not settings.model else find_start(settings)
     mine = describe_run(settings, start)
-    print(
-        f"仓库 {repo.api.endpoint}/{repo.name}（{'公开' if settings.public else '私有'}）；结果 {out}",
-        flush=True,
-    )
+    seen = "公开" if repo.public else "私有"
+    print(f"仓库 {repo.api.endpoint}/{repo.name}（{seen}）；结果 {out}", flush=True)
 
     folder = prepare(out, mine, settings.retrain)
     if note:
@@ -116,7 +125,7 @@ def train_and_push(settings: HubRunSettings) -> dict:
     finally:
         pusher.finish()
 
-    card = model_card(run, repo.name, settings.public)
+    card = model_card(run, repo.name, repo.public)
     write_text(out / "README.md", card)
     repo.publish(out, card, mine | {"finished": run["id"]}, settings.keep_checkpoints)
     print(f"模型和模型卡推上去了：{repo.api.endpoint}/{repo.name}")
@@ -174,15 +183,16 @@ def check_same(note: dict, mine: dict, repo: HubRepo) -> None:
 
 
 def prepare(out: Path, mine: dict, retrain: bool) -> RunFolder:
-    """结果旁边的工作文件夹；里面是别的设置、别的起点留下的半途结果，就清掉。"""
-    folder, record = RunFolder(out), RunFolder(out).work / "hub_run.json"
+    """结果旁边的工作文件夹；里面是别的设置、别的起点留下的半途结果，就清掉。另一个进程正在用它是 UserError。"""
     same = {name: mine[name] for name in ("settings", "start")}
-    if retrain or (record.exists() and json.loads(record.read_text(encoding="utf-8")) != same):
-        shutil.rmtree(folder.work, ignore_errors=True)
-    if retrain and load_run(out):
-        shutil.rmtree(out)
-    folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    write_json(record, same)
+    with open_run(out) as folder:
+        record = folder.work / "hub_run.json"
+        if retrain or (record.exists() and json.loads(record.read_text(encoding="utf-8")) != same):
+            shutil.rmtree(folder.work, ignore_errors=True)
+        if retrain and load_run(out):
+            shutil.rmtree(out)
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(record, same)
     return folder
 
 
@@ -269,10 +279,10 @@ class Pusher:
 
     def push(self, checkpoint: Path, step: int) -> None:
         place = self.folder.path.with_name(f".{self.folder.path.name}.push") / checkpoint.name
-        photo = snapshot(checkpoint, place)
-        if photo is None:  # 正好被更新的挤掉了：下一轮推更新的
-            return
         try:
+            photo = snapshot(checkpoint, place)
+            if photo is None:  # 正好被更新的挤掉了：下一轮推更新的
+                return
             size = self.repo.push_checkpoint(photo)
             print(f"第 {step} 步的检查点推上去了（{size / 1e6:.1f} MB）。", flush=True)
         except Exception as error:  # 推是另一个线程的事：什么错都不能让训练停下，也不能不说

@@ -44,6 +44,7 @@ class HubRepo:
     api: Any  # huggingface_hub.HfApi，带着令牌
     name: str  # 拥有者/名字
     user: str  # 令牌是谁的
+    public: bool = False
     head: str | None = None  # 开始时最新的提交，之后是自己的；推的时候不再是它，就是别的机器也在推
     wait: float = 1.0  # 秒：再试之前等多久，每次加倍
     retried: int = 0
@@ -59,7 +60,7 @@ class HubRepo:
         info = self.look()
         self.head, files = info.sha, [each.rfilename for each in info.siblings]
         if NOTE in files:
-            return json.loads(self.download(NOTE).read_text(encoding="utf-8"))
+            return self.parse_note(self.download(NOTE).read_text(encoding="utf-8"))
         others = [name for name in files if not name.startswith(ITS_OWN)]
         if others:
             raise UserError(
@@ -67,6 +68,15 @@ class HubRepo:
                 "不会动它。请用 --repo 换一个新的名字。"
             )
         return None
+
+    def parse_note(self, text: str) -> dict:
+        try:
+            note = json.loads(text)
+            if isinstance(note["settings"], dict) and {"from", "weights"} <= set(note["start"]):
+                return note
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise UserError(f"{self.name} 里的 {NOTE} 不像是这里写的，接不上那次训练：用 --repo 换一个新的名字。")
 
     def steps(self) -> list[int]:
         """仓库里有第几步的检查点，从旧到新。"""
@@ -224,8 +234,8 @@ def open_repo(name: str, public: bool = False, wait: float = 1.0) -> HubRepo:
             f"HF_TOKEN 里的令牌只能读（{repo.user} 的）：到 {endpoint()}/settings/tokens 换一个有 write 权限的。"
         )
     repo.try_hard("建仓库", lambda: repo.api.create_repo(repo.name, private=not public, exist_ok=True))
-    info = repo.try_hard("看仓库", lambda: repo.api.repo_info(repo.name))
-    if not public and not info.private:
+    repo.public = not repo.look().private
+    if repo.public and not public:
         raise UserError(
             f"{repo.name} 早已是公开的：推上去谁都看得到。真要公开，加 --public true；不然用 --repo 换一个名字。"
         )
@@ -329,6 +339,8 @@ def snapshot(folder: Path, target: Path) -> Path | None:
         shutil.copytree(folder, target, copy_function=link_or_copy)
     except (OSError, shutil.Error):
         shutil.rmtree(target, ignore_errors=True)
+        if folder.exists():
+            raise
         return None
     return target if (target / CHECKPOINT_DONE).exists() else None
 

@@ -13,7 +13,7 @@ import pytest
 import dpo_hf_run as script
 import hub_repo
 from nlp_common.base.errors import UserError
-from nlp_common.base.runs import CHECKPOINT_DONE, RunFolder, write_json
+from nlp_common.base.runs import CHECKPOINT_DONE, RunFolder, open_run, write_json
 from nlp_common.hub.local_hub import LocalHub
 
 HOME = Path(__file__).resolve().parents[2] / "alignment_ops"
@@ -137,7 +137,8 @@ def test_a_finished_training_is_only_downloaded(hub, machine, tmp_path, capsys):
         run = machine("two", dpo)
         assert dpo.began_at is None and run["metrics"] == {"qa_accuracy": 1.0}
     assert weights(tmp_path / "two" / "dpo") == weights(tmp_path / "one" / "dpo")
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["dpo"]
+    left = [path.name for path in (tmp_path / "two").iterdir() if not path.name.endswith(".lock")]
+    assert left == ["dpo"]  # 下载、检查点的临时文件夹都收拾了
     assert not (tmp_path / "two" / "dpo" / "start").exists()
     assert "早已做完" in capsys.readouterr().out
 
@@ -175,6 +176,28 @@ def test_retrain_starts_over_and_forgets_the_old_checkpoints(hub, machine, tmp_p
     third = FakeDPO(hub)
     machine("three", third, "--beta", "0.7")
     assert third.began_at == 1  # 不是以前那次的第 2 步
+
+
+@pytest.mark.parametrize("more", [[], ["--retrain", "true"]])
+def test_a_repository_of_something_else_is_left_alone(hub, machine, more):
+    hub.repos[REPO] = {"model.safetensors": b"precious"}
+    hub.private.add(REPO)
+    with pytest.raises(UserError, match="里是别的东西"):
+        machine("one", FakeDPO(hub), *more)
+    assert hub.repos[REPO] == {"model.safetensors": b"precious"}
+
+
+@pytest.mark.parametrize("note", [b"{", b"[]", b'{"settings": {}}', b'{"settings": {}, "start": 3}'])
+def test_a_note_that_is_not_ours(hub, machine, note):
+    hub.repos[REPO] = {"hub_run.json": note}
+    hub.private.add(REPO)
+    with pytest.raises(UserError, match=r"hub_run.json 不像是这里写的"):
+        machine("one", FakeDPO(hub))
+
+
+def test_two_processes_with_one_result_folder(hub, machine, tmp_path):
+    with open_run(tmp_path / "one" / "dpo"), pytest.raises(UserError, match="正被另一个进程使用"):
+        machine("one", FakeDPO(hub))
 
 
 def test_the_same_machine_uses_its_own_newer_checkpoint(hub, machine, tmp_path):
