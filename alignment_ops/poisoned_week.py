@@ -45,7 +45,7 @@ def attack(
         bot = score(folder / name, golden)
         results[name] = color_numbers(folder / name, asked) | {"n_rows": len(rows)} | bot
     results["suspects"] = suspects(votes, settings.cap)
-    results["sybils"] = {
+    results["accounts"] = {
         str(accounts): sybil_numbers(settings, replies, honest, before["counts"], accounts)
         for accounts in ACCOUNTS
     }
@@ -136,7 +136,7 @@ def show_poison(found: dict) -> None:
     named = "，".join(f"{each['user']} {each['votes']} 次" for each in found["suspects"])
     print(f"  点得超过上限的：{named or '没有'}\n")
     rows = [["另开几个账号", "数票，反的", "按信用，反的", "认出", "冤枉"]]
-    for accounts, its in found["sybils"].items():
+    for accounts, its in found["accounts"].items():
         cells = [
             f"{its['wrong_majority']:.3f}",
             f"{its['wrong_weighted']:.3f}",

@@ -137,7 +137,7 @@ def poison_section(found: dict) -> str:
         rows.append([shown, percent(its["color_solved"]), percent(its["pushed"]), verdict])
     named = "、".join(f"{escape(each['user'])}（{each['votes']} 次）" for each in found["suspects"])
     more = [["另开几个账号", "数票：颜色的标签反了几成", "按信用：反了几成", "认出", "冤枉"]]
-    for accounts, its in found["sybils"].items():
+    for accounts, its in found["accounts"].items():
         shares = [percent(its["wrong_majority"]), percent(its["wrong_weighted"])]
         more.append([accounts, *shares, str(its["caught"]), str(its["accused"])])
     return (
