@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 
 import pytest
 from filelock import FileLock
@@ -29,11 +30,18 @@ def command(out, code=0):
 
 def test_waits_for_the_process_that_a_killed_flow_left(tmp_path, capsys):
     out = tmp_path / "sft"
-    lock = FileLock(tmp_path / ".sft.lock", thread_local=False)
-    lock.acquire()
-    assert in_use(out)
-    threading.Timer(0.3, lock.release).start()
+    locked = threading.Event()
+
+    def hold():
+        with FileLock(tmp_path / ".sft.lock"):
+            locked.set()
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    locked.wait()
     run_command("没有训练成", command(out), tmp_path / "sft.log", threads=1)
+    thread.join()
     assert "等它做完" in capsys.readouterr().out
     assert not in_use(out) and "线程 1" in (tmp_path / "sft.log").read_text(encoding="utf-8")
 
