@@ -60,7 +60,7 @@ class CustomerSettings(LessonSettings):
     model: str | None = option("第一个机器人从哪个模型学起；tiny 默认是 Qwen 链的 sft")
     source: str = option("hub 名从哪里下载", "hf", choices=("hf", "modelscope"))
     dataset: str | None = option("自己的反馈文件：只查谁可疑、挑出信得过的行，不模拟")
-    weeks: int = option("模拟几周", 8, COUNT)
+    weeks: int = option("模拟几周", 8, Limits(at_least=1, at_most=52))
     noises: str = option("几种客户，各点错多少，逗号隔开", "0,0.1,0.3")
     n_records: int = option("教第一个机器人的旧记录几条", 1500, Limits(at_least=20))
     n_questions: int = option("每周来几个问题", 150, Limits(at_least=10))

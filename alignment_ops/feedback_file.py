@@ -14,6 +14,7 @@ from nlp_common.data.rows import read_rows
 from stages import write_rows
 
 NEEDED = ("user", "prompt", "completion", "label")
+LABELS = {"true": True, "1": True, "false": False, "0": False}
 SHOWN = 10  # 表里最多几个用户
 
 
@@ -48,7 +49,8 @@ def read_votes(rows: list[dict], where: str) -> tuple[list[Vote], list[dict]]:
                 f"{where} 第 {number} 条缺少 {'、'.join(missing)} 一栏：反馈每行要有 user（谁点的）、prompt、completion、"
                 "label（true 是赞，false 是踩）。"
             )
-        if not isinstance(row["label"], bool):
+        label = str(row["label"]).strip().lower()
+        if label not in LABELS:
             raise UserError(f"{where} 第 {number} 条：label 要是 true 或 false，现在是 {row['label']!r}。")
         if row["user"] in (None, ""):
             raise UserError(f"{where} 第 {number} 条：user 是空的，不知道是谁点的，就没有办法给他设上限。")
@@ -57,7 +59,7 @@ def read_votes(rows: list[dict], where: str) -> tuple[list[Vote], list[dict]]:
         if key not in known:
             known[key] = len(replies)
             replies.append(reply)
-        votes.append(Vote(str(row["user"]), known[key], row["label"]))
+        votes.append(Vote(str(row["user"]), known[key], LABELS[label]))
     return votes, replies
 
 

@@ -12,6 +12,7 @@ from trl import KTOConfig, KTOTrainer
 from nlp_common.base.errors import UserError
 from nlp_common.data.chats import to_thumbs
 from nlp_common.tiny import world
+from nlp_common.train.splits import distinct_rows
 
 
 def thumbs_rows(kto, n: int) -> list[dict]:
@@ -118,6 +119,17 @@ def test_kto_trains_on_the_readers_own_rows(kto, chat_folder, tmp_path, few):
     record = kto.main(arguments)
     assert 0 <= record["metrics"]["preference_accuracy"] <= 1 and "judge_score" not in record["metrics"]
     assert kto.main(arguments)["id"] == record["id"]  # 第二次直接用
+
+
+def test_several_answers_to_one_prompt_are_all_kept():
+    """同一个问题的几个回答、同一个回答的赞与踩，不是重复的行。"""
+    prompt = [{"role": "user", "content": "问"}]
+    one, two = ([{"role": "assistant", "content": text}] for text in "甲乙")
+    rows = [
+        {"prompt": prompt, "answer": answer, "good": good}
+        for answer, good in ((one, True), (two, True), (one, False), (one, True))
+    ]
+    assert distinct_rows(rows, "行") == rows[:3]
 
 
 def test_the_library_trainer_is_refused(kto, identity, best_of_k):
