@@ -12,7 +12,7 @@
   python canary_simulation.py --rate 0.05        # 老版本二十次坏一次
   python canary_simulation.py --alpha 0.01 --runs 5000
 
-应当看到（实测见本文件夹的 README.md）：每来一个就看一眼，一样好的也有三成上下被退；打赌的不到 5 %；坏了两成的，一百来个人用过就退了。
+应当看到（实测见本文件夹的 README.md）：每来一个就看一眼，一样好的四次里退掉一次多；打赌的不到 5 %；多坏两成的，新版本答一百来次就退了。
 
 参考：见 canary.py。
 """

@@ -29,7 +29,6 @@
 from nlp_common.base.cli import run_main
 
 import hashlib
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,7 @@ from nlp_common.base.errors import UserError
 from nlp_common.base.runs import file_sha256, load_run
 
 HOME = Path(__file__).resolve().parent
+OURS = HOME / "outputs" / "tiny" / "qwen_alignment_workflow" / "registry.jsonl"
 STATUS = {
     "registered": "登记了",
     "challenger": "正在试",
@@ -264,7 +264,7 @@ def _checked_weights(folder: Path, recorded: str, who: str) -> str:
 
 @dataclass
 class RegistrySettings:
-    registry: str = option("登记簿的文件", str(HOME / "outputs" / "tiny" / "registry.jsonl"))
+    registry: str | None = option("登记簿的文件；默认是工作流的那一本（tiny 预设）")
     name: str | None = option("哪个模型；登记簿里只有一个时不用写")
     history: bool = option("列出全部记录，不只是现在的状态", False)
     promote: int | None = option("把这一版换上")
@@ -274,11 +274,11 @@ class RegistrySettings:
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse_arguments(RegistrySettings, argv)
-    registry = Registry(settings.registry)
+    registry = Registry(settings.registry or OURS)
     names = registry.names()
     if not names:
         raise UserError(
-            f"{os.path.relpath(registry.path)} 里还什么也没有登记：先运行 qwen_alignment_workflow.py。"
+            f"{settings.registry or registry.path} 里还什么也没有登记：先运行 qwen_alignment_workflow.py。"
         )
     if settings.name is None and len(names) > 1:
         raise UserError(f"登记簿里有几个模型，用 --name 说是哪个：{'、'.join(names)}。")
