@@ -37,7 +37,7 @@ from nlp_common.data.files import sha256_of
 from nlp_common.hub.chat_server import ChatServer
 from nlp_common.tiny.world import chats
 from nlp_common.train.chain import chain_model
-from nlp_common.train.lesson import run_lesson
+from nlp_common.train.lesson import result_folder, run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from pipeline_exam import EXAMS, TITLES, measure, read_by_row_split
@@ -77,6 +77,7 @@ class PipelineSettings(LessonSettings):
     dataset: str = option(f"文档的文件夹；{SAMPLES} 是自带的样板", SAMPLES)
     model: str | None = option("从哪个模型开始；tiny 默认是 Qwen 链的 SFT 模型")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
+    closed: bool = option("训练里也要闭卷的行：只有问题，没有那一段", True)
     llm_url: str | None = option("请这个 OpenAI 接口的服务器出题，写到 /v1 为止；没给就照规则出")
     llm_model: str | None = option("服务器上的模型名")
     llm_pairs: int = option("请它每段出几题", 3, COUNT)
@@ -132,7 +133,7 @@ def learn(stage: Stage) -> dict:
     if samples:
         metrics["cleaning"] = cleaning_score(samples, documents, material.cleaned)
         metrics["rules"] = rule_score(samples, material.pairs)
-    rows = {"train": to_rows(train), "heldout": to_rows(heldout)}
+    rows = {"train": to_rows(train, settings.closed), "heldout": to_rows(heldout, closed=False)}
     for name, its in rows.items():
         write_jsonl(stage.folder.work / f"{name}.jsonl", its)
     if settings.train:
@@ -262,11 +263,12 @@ def train_and_measure(stage: Stage, train: list[Pair], heldout: list[Pair], pair
     settings, work = stage.settings, stage.folder.work
     start = chain_model("sft", settings.model, settings.source)["path"]
     replayed = [{"messages": chat["messages"]} for chat in chats(settings.replay, settings.seed)]
-    metrics = {"before": measure(start, train, heldout, pairs, stage.device)}
+    small_world = settings.replay > 0  # 混进了小世界的对话，就看它忘了没有
+    metrics = {"before": measure(start, train, heldout, pairs, stage.device, small_world)}
     if metrics["before"]["open_heldout"]["accuracy"] == 1:
         print("训练之前，没见过的文档开卷就全对了：这些题对这个模型太容易。")
-    fit(stage, "sft", to_rows(train) + replayed, start)
-    metrics["after"] = measure(work / "sft", train, heldout, pairs, stage.device)
+    fit(stage, "sft", to_rows(train, settings.closed) + replayed, start)
+    metrics["after"] = measure(work / "sft", train, heldout, pairs, stage.device, small_world)
     seen, hidden = read_by_row_split(pairs, settings.heldout_share, settings.seed)
     fit(stage, "row_split", seen + replayed, start)
     leaky = measure(work / "row_split", [], hidden, pairs, stage.device)
@@ -339,13 +341,12 @@ def main(argv: list[str] | None = None) -> dict:
         settings.model = FULL_MODEL
     start = chain_model("sft", settings.model, settings.source) if settings.train else None
     more = {"start": f"{start['stage']}:{start['id']}"} if start else {}
+    if settings.dataset != SAMPLES:
+        files = sorted(path for path in Path(settings.dataset).expanduser().rglob("*") if path.is_file())
+        more["documents_sha256"] = sha256_of(files)
     record = run_lesson("data_pipeline", HOME, settings, learn, **more)
     show(record["metrics"])
-    print(
-        f"数据与统计页在 {HOME / 'outputs' / settings.preset / 'data_pipeline'}"
-        if not settings.output_dir
-        else ""
-    )
+    print(f"训练与留出的行、统计页在 {result_folder('data_pipeline', HOME, settings)}")
     return record
 
 

@@ -103,5 +103,5 @@ def exam_of(pairs: Sequence[Pair], book: str, other_wording: bool) -> list[dict]
 def is_right(reply: dict, pair: Pair, others: set[str]) -> bool:
     """自己说完了，有标准答案，没有同一类题的别的答案（others）。"""
     text = reply["text"]
-    wrong = [other for other in others if other not in pair.said and stands_in(other, text)]
+    wrong = [other for other in others if stands_in(other, text) and not stands_in(other, pair.said)]
     return reply["ended"] and stands_in(pair.answer, text) and not wrong

@@ -31,8 +31,15 @@ TITLES = {
 MOST_TOKENS, WORLD_QUESTIONS = 48, 256
 
 
-def measure(path: str | Path, train: list[Pair], heldout: list[Pair], pairs: list[Pair], device) -> dict:
-    """各科的成绩 ``{"accuracy", "low", "high", "n"}``；小世界的模型还有 qa_accuracy、small_talk。"""
+def measure(
+    path: str | Path,
+    train: list[Pair],
+    heldout: list[Pair],
+    pairs: list[Pair],
+    device,
+    small_world: bool = False,
+) -> dict:
+    """各科的成绩 ``{"accuracy", "low", "high", "n"}``；small_world：还有小世界的 qa_accuracy、small_talk。"""
     tokenizer, model = load_chat_lm(str(path), device)
     model.eval()
     answers: dict[str, set[str]] = {}
@@ -52,7 +59,7 @@ def measure(path: str | Path, train: list[Pair], heldout: list[Pair], pairs: lis
             "high": interval.high,
             "n": interval.n,
         }
-    if len(tokenizer) < 2000:  # 小世界的分词器：原来会的题也考
+    if small_world:
         chat = measure_chat(model, tokenizer, heldout_questions(WORLD_QUESTIONS, 0))[0]
         scores |= {name: chat[name] for name in ("qa_accuracy", "small_talk")}
     return scores

@@ -134,7 +134,11 @@ def samples_table(rows: dict[str, list[dict]]) -> str:
 
 def table(head: list[str], body: list[list[str]]) -> str:
     """body 的每格是 <td>…</td> 或已经转义的文字。"""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
+    right = [cell.startswith('<td class="number"') for cell in body[0]] if body else [False] * len(head)
+    top = "".join(
+        f'<th class="number">{name}</th>' if is_number else f"<th>{name}</th>"
+        for name, is_number in zip(head, right, strict=True)
+    )
     lines = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in body)
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
 
@@ -183,9 +187,14 @@ def draw(folder: Path, metrics: dict) -> None:
     bar_chart(
         folder / "pipeline_gain.svg", bars, "学了这些文档，多会了什么|What SFT adds", "", "答对|accuracy"
     )
-    fake = {
-        "按文档分|by document": sft["after"]["closed_heldout"]["accuracy"],
-        "一行一行分|by row": sft["row_split"]["accuracy"],
+    leaks = metrics["leaked"]
+    ways = {"documents": "按文档分|by document", "files": "按文件分|by file", "rows": "一行一行分|by row"}
+    bars = {
+        "漏进训练的|leaked": {title: leaks[way] for way, title in ways.items()},
+        "闭卷答对|closed-book accuracy": {
+            ways["documents"]: sft["after"]["closed_heldout"]["accuracy"],
+            ways["rows"]: sft["row_split"]["accuracy"],
+        },
     }
-    title = "闭卷，留出的题：分法不同|Closed book, held out"
-    bar_chart(folder / "pipeline_split.svg", {"答对|accuracy": fake}, title, "", "答对|accuracy")
+    title = "留出的题，分法不同|Held out, three ways to split"
+    bar_chart(folder / "pipeline_split.svg", bars, title, "", "比例|share")

@@ -15,6 +15,7 @@ HAN = "\u4e00-\u9fff"
 PUNCTUATION = "，。！？；：、（）《》“”"
 ENDS = tuple("。！？；：…”）")  # 一行以这些结尾，就是说完了
 BOILERPLATE_SHARE, BOILERPLATE_LEAST = 0.3, 3  # 同一种文件里，三成以上、至少三份都有的行
+PAIR_SHARE, PAIR_LEAST = 0.9, 5  # "名称：内容"的行本来就会重样：几乎份份都有才算
 PAIR = re.compile(r"^\s*(?:[-*·•]\s*)?([^：:|，。？！]{1,12})\s*[：:]\s*([^：:|。？！]{1,40})$")  # 名称：内容
 TWO_CELLS = re.compile(r"^([^：:|，。？！]{1,12}) \| ([^：:|。？！]{1,40})$")  # 表格里的一行，两格
 INVISIBLE = re.compile(r"[\u200b-\u200f\u2060\ufeff\u00ad\x00-\x08\x0b\x0c\x0e-\x1f]")
@@ -40,6 +41,7 @@ def clean_documents(documents: list[Document]) -> list[Cleaned]:
     cleaned = [clean_one(document) for document in documents]
     drop_boilerplate(cleaned)
     for each in cleaned:
+        each.text = "\n".join(TWO_CELLS.sub(r"\1：\2", line) for line in each.text.split("\n"))
         each.text = join_lines(each.text)
     return cleaned
 
@@ -49,10 +51,10 @@ def clean_one(document: Document) -> Cleaned:
     cleaned = Cleaned(document.id, "")
     text = tidy_characters(document.text)
     if document.id.lower().endswith(".md"):
-        text = without_markdown(text)
+        text = without_markdown(text, cleaned.removed)
     lines = []
     for line in text.split("\n"):
-        line = TWO_CELLS.sub(r"\1：\2", line.rstrip())
+        line = line.rstrip()
         if PAGE_NUMBER.match(line):
             cleaned.removed.append((line.strip(), "页码"))
         elif line.strip() and not re.search(rf"[\w{PUNCTUATION}]", line):
@@ -70,18 +72,25 @@ def tidy_characters(text: str) -> str:
     return re.sub(r"[ \t]{2,}", " ", text)
 
 
-def without_markdown(text: str) -> str:
-    """去掉 front matter、注释、图片、只有一个链接的行；加粗、链接、行内代码只留文字。"""
-    text = re.sub(r"\A\s*---\n.*?\n---\s*\n", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)
-    text = re.sub(r"(?m)^\s*\[[^\]]*\]\([^)]*\)\s*$", "", text)
+NOT_PROSE = [  # Markdown 里不是正文的
+    re.compile(r"\A\s*---\n.*?\n---\s*\n", re.DOTALL),  # front matter
+    re.compile(r"<!--.*?-->", re.DOTALL),  # 注释
+    re.compile(r"!\[[^\]]*\]\([^)]*\)"),  # 图片
+    re.compile(r"(?m)^\s*\[[^\]]*\]\([^)]*\)\s*$"),  # 只有一个链接的行
+]
+
+
+def without_markdown(text: str, removed: list[tuple[str, str]]) -> str:
+    """去掉不是正文的，记进 removed；加粗、链接、行内代码只留文字。"""
+    for pattern in NOT_PROSE:
+        removed += [(" ".join(found[0].split()), "标记") for found in pattern.finditer(text)]
+        text = pattern.sub("", text)
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
     return re.sub(r"(\*\*|__|`)(.+?)\1", r"\2", text)
 
 
 def drop_boilerplate(cleaned: list[Cleaned]) -> None:
-    """同一行（数字不计）在许多份里都有，就不是哪一份的正文；"名称：内容"的行除外，它本来就会重样。
+    """同一行（数字不计）在许多份里都有，就不是哪一份的正文。
 
     一种文件一种文件地数：菜单只在网页里，页眉只在 PDF 里，放在一起数就显得少了。
     """
@@ -91,11 +100,14 @@ def drop_boilerplate(cleaned: list[Cleaned]) -> None:
         shapes = {_shape(line) for line in each.text.split("\n") if line.strip()}
         holders.update((_suffix(each), shape) for shape in shapes)
     for each in cleaned:
-        least = max(BOILERPLATE_LEAST, BOILERPLATE_SHARE * files[_suffix(each)])
+        n = files[_suffix(each)]
         lines = []
         for line in each.text.split("\n"):
-            repeated = bool(line.strip()) and holders[_suffix(each), _shape(line)] >= least
-            if repeated and not line.startswith("#") and not PAIR.match(line):
+            least = max(BOILERPLATE_LEAST, BOILERPLATE_SHARE * n)
+            if PAIR.match(line) or TWO_CELLS.match(line):
+                least = max(PAIR_LEAST, PAIR_SHARE * n)
+            repeated = holders[_suffix(each), _shape(line)] >= least
+            if line.strip() and repeated and not line.startswith("#"):
                 each.removed.append((line.strip(), "各份都有"))
             else:
                 lines.append(line)
