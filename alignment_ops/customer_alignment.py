@@ -36,7 +36,7 @@ from nlp_common.base.errors import UserError
 from nlp_common.base.intervals import paired_difference
 from nlp_common.tiny import world
 from nlp_common.train.chain import chain_model
-from nlp_common.train.lesson import result_folder, run_lesson, run_part
+from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from poisoned_week import attack, show_poison
@@ -164,7 +164,7 @@ def one_week(
         champion = before[arm.name]
         replies, votes = serve(champion["bot"], arm, week, settings)
         found = agreement(votes, champion["counts"])
-        labels = [(replies[number], up) for number, up in trusted_labels(votes, found).items()]
+        labels = [(replies[number], up) for number, up in trusted_labels(found).items()]
         rows = kto_rows(labels) if arm.stage == "kto" else dpo_rows(labels)
         ends[arm.name] = week_numbers(replies, votes, labels, len(rows))
         ends[arm.name]["counts"] = champion["counts"] | found.counts
@@ -266,7 +266,7 @@ def show(metrics: dict, arms: list[Arm]) -> None:
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(CustomerSettings, PRESETS, argv, FULL_MODEL)
     if settings.dataset:
-        return audit(settings.dataset, settings.cap, result_folder("feedback", HOME, settings))
+        return run_lesson("feedback", HOME, settings, audit)
     if settings.preset == "full" and settings.model is None:
         settings.model = FULL_MODEL
     start = chain_model("sft", settings.model, settings.source)

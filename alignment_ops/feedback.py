@@ -39,23 +39,37 @@ def capped(votes: list[Vote], cap: int) -> list[Vote]:
     return kept
 
 
+def voters(votes: list[Vote]) -> dict[int, int]:
+    """每个回答有几个不同的人点过。"""
+    seen = defaultdict(set)
+    for vote in votes:
+        seen[vote.reply].add(vote.user)
+    return {reply: len(users) for reply, users in seen.items()}
+
+
 def agreement(votes: list[Vote], before: dict[str, list[float]] | None = None) -> Agreement:
     """EM：按每个人点得准不准给票加权，算每个回答该赞的概率；再按这些概率算每个人点得准不准；来回几遍。
 
     E 步  logit p_j = logit π + Σ_i ±logit a_i                （i 给 j 点赞是 +，点踩是 −）
     M 步  a_i = (以前点对的 + Σ_j 点得与 p_j 相符的概率) / (以前点过的 + 这次点过的)，π = p 的平均
-    before：以前各周的 counts；没有来过的人从 NEWCOMER 算起。
+    before：以前各周的 counts；没有来过的人从 NEWCOMER 算起。只有一个人点过的回答，没有谁可以对照，不算进来：
+    算进来就是自己证明自己，一个人点一千次，反而最可信。
     """
-    if not votes:
-        return Agreement({}, {}, {})
     before = before or {}
+    everyone = {user: list(before.get(user, NEWCOMER)) for user in sorted({vote.user for vote in votes})}
+    seen = voters(votes)
+    votes = [vote for vote in votes if seen[vote.reply] > 1]
+    if not votes:
+        return Agreement(
+            {}, {user: right / (right + wrong) for user, (right, wrong) in everyone.items()}, everyone
+        )
     users = sorted({vote.user for vote in votes})
     replies = sorted({vote.reply for vote in votes})
     number = {user: i for i, user in enumerate(users)}
     who = np.array([number[vote.user] for vote in votes])  # (V,)
     which = np.searchsorted(replies, [vote.reply for vote in votes])  # (V,)
     sign = np.array([1.0 if vote.up else -1.0 for vote in votes])  # (V,)
-    known = np.array([before.get(user, NEWCOMER) for user in users])  # (U, 2)
+    known = np.array([everyone[user] for user in users])  # (U, 2)
     n_votes = np.bincount(who, minlength=len(users))  # (U,)
     trust = known[:, 0] / known.sum(1)  # (U,)
     prior = 0.5
@@ -65,10 +79,11 @@ def agreement(votes: list[Vote], before: dict[str, list[float]] | None = None) -
         trust = (known[:, 0] + agrees) / (known.sum(1) + n_votes)
         prior = float(np.clip(up.mean(), 0.05, 0.95))
     counts = known + np.stack([agrees, n_votes - agrees], 1)  # (U, 2)
+    everyone |= dict(zip(users, counts.tolist(), strict=True))
     return Agreement(
         dict(zip(replies, up.tolist(), strict=True)),
-        dict(zip(users, trust.tolist(), strict=True)),
-        dict(zip(users, counts.tolist(), strict=True)),
+        {user: right / (right + wrong) for user, (right, wrong) in everyone.items()},
+        everyone,
     )
 
 
@@ -80,30 +95,17 @@ def logit(p: np.ndarray | float) -> np.ndarray:
     return np.log(p / (1 - p))
 
 
-def voters(votes: list[Vote]) -> dict[int, int]:
-    """每个回答有几个不同的人点过。"""
-    seen = defaultdict(set)
-    for vote in votes:
-        seen[vote.reply].add(vote.user)
-    return {reply: len(users) for reply, users in seen.items()}
+def trusted_labels(found: Agreement) -> dict[int, bool]:
+    """拿得准的回答 → 该赞还是该踩：至少两个人点过，而且有 SURE 的把握。"""
+    return {reply: p > 0.5 for reply, p in found.up.items() if max(p, 1 - p) >= SURE}
 
 
-def trusted_labels(votes: list[Vote], found: Agreement, at_least: int = 2) -> dict[int, bool]:
-    """拿得准的回答 → 该赞还是该踩：至少 at_least 个人点过，而且有 SURE 的把握。"""
-    labels = {}
-    for reply, n in voters(votes).items():
-        p = found.up[reply]
-        if n >= at_least and max(p, 1 - p) >= SURE:
-            labels[reply] = p > 0.5
-    return labels
-
-
-def majority(votes: list[Vote], at_least: int = 2) -> dict[int, bool]:
-    """只数票：赞的多就是赞；一样多的、不到 at_least 个人点过的不要。"""
+def majority(votes: list[Vote]) -> dict[int, bool]:
+    """只数票：赞的多就是赞；一样多的、只有一个人点过的不要。"""
     balance: Counter[int] = Counter()
     for vote in votes:
         balance[vote.reply] += 1 if vote.up else -1
-    return {n: balance[n] > 0 for n, seen in voters(votes).items() if seen >= at_least and balance[n]}
+    return {n: balance[n] > 0 for n, seen in voters(votes).items() if seen > 1 and balance[n]}
 
 
 # ---------------------------------------------------------------- 训练的行

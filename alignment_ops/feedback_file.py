@@ -11,6 +11,7 @@ from feedback import Agreement, agreement, capped, trusted_labels
 from nlp_common.base.console import print_table
 from nlp_common.base.errors import UserError
 from nlp_common.data.rows import read_rows
+from nlp_common.train.stage import Stage
 from stages import write_rows
 
 NEEDED = ("user", "prompt", "completion", "label")
@@ -18,18 +19,15 @@ LABELS = {"true": True, "1": True, "false": False, "0": False}
 SHOWN = 10  # 表里最多几个用户
 
 
-def audit(dataset: str, cap: int, out: Path) -> dict:
-    """整个文件当作一周：→ 量到的；信得过的行写进 out/kept.jsonl，用户写进 out/users.jsonl。"""
-    rows = read_rows(dataset).rows
-    votes, replies = read_votes(rows, dataset)
-    within = capped(votes, cap)
-    found = agreement(within)
-    kept = trusted_labels(within, found)
-    write_rows(out / "kept.jsonl", [replies[number] | {"label": up} for number, up in kept.items()])
-    users = describe_users(votes, found, cap)
-    write_rows(out / "users.jsonl", users)
-    show(users, len(votes), len(replies), len(kept), out)
-    return {
+def audit(stage: Stage) -> dict:
+    """整个文件当作一周：谁可疑、哪些行信得过。结果文件夹里 kept.jsonl 是信得过的行，users.jsonl 是全部用户。"""
+    settings = stage.settings
+    data = read_rows(settings.dataset)
+    votes, replies = read_votes(data.rows, settings.dataset)
+    found = agreement(capped(votes, settings.cap))
+    kept = trusted_labels(found)
+    users = describe_users(votes, found, settings.cap)
+    metrics = {
         "n_votes": len(votes),
         "n_replies": len(replies),
         "n_kept": len(kept),
@@ -37,6 +35,14 @@ def audit(dataset: str, cap: int, out: Path) -> dict:
         "over_cap": sum(user["over_cap"] for user in users),
         "not_trusted": sum(user["trust"] < 0.5 for user in users),
     }
+
+    def write(folder: Path) -> None:
+        write_rows(folder / "kept.jsonl", [replies[number] | {"label": up} for number, up in kept.items()])
+        write_rows(folder / "users.jsonl", users)
+
+    record = stage.save(metrics, {"train": data.source}, write)
+    show(users, len(kept), stage.path)
+    return record
 
 
 def read_votes(rows: list[dict], where: str) -> tuple[list[Vote], list[dict]]:
@@ -64,24 +70,25 @@ def read_votes(rows: list[dict], where: str) -> tuple[list[Vote], list[dict]]:
 
 
 def describe_users(votes: list[Vote], found: Agreement, cap: int) -> list[dict]:
-    """每个用户点了几次、超没超上限、多准（与看过同样回答的别人比），可疑的在前。"""
+    """每个用户点了几次、超没超上限、几次有别人也看过、点得准不准（没有人可以对照的，还是刚来时的），可疑的在前。"""
     clicks = Counter(vote.user for vote in votes)
-    users = [
-        {"user": user, "votes": n, "over_cap": n > cap, "trust": round(found.trust[user], 3)}
-        for user, n in clicks.items()
-    ]
+    shared = Counter(vote.user for vote in votes if vote.reply in found.up)
+    users = []
+    for user, n in clicks.items():
+        trust = round(found.trust[user], 3)
+        users.append({"user": user, "votes": n, "over_cap": n > cap, "shared": shared[user], "trust": trust})
     return sorted(users, key=lambda user: (not user["over_cap"], user["trust"], user["user"]))
 
 
-def show(users: list[dict], n_votes: int, n_replies: int, n_kept: int, out: Path) -> None:
-    print(f"{n_votes} 次点击，{len(users)} 个用户，{n_replies} 个不同的回答")
-    rows = [["用户", "点击", "超过上限", "多准"]]
+def show(users: list[dict], n_kept: int, out: Path) -> None:
+    rows = [["用户", "点击", "超过上限", "别人也看过的", "多准"]]
     for user in users[:SHOWN]:
-        rows.append([user["user"], user["votes"], "是" if user["over_cap"] else "", f"{user['trust']:.2f}"])
+        over = "是" if user["over_cap"] else ""
+        rows.append([user["user"], user["votes"], over, user["shared"], f"{user['trust']:.2f}"])
     print_table(rows)
     print(f"  可疑的在前，全部 {len(users)} 个在 {out / 'users.jsonl'}\n")
     if n_kept:
         print(f"信得过的 {n_kept} 行在 {out / 'kept.jsonl'}，接着训练：")
-        print(f"  python ../qwen_chinese_finetune/kto_alignment.py --dataset {out / 'kept.jsonl'}")
+        print(f"  python ../qwen_chinese_finetune/kto_alignment.py --dataset {out / 'kept.jsonl'}\n")
     else:
-        print("没有一行信得过：每个回答要至少两个人看过。同样的问题、同样的回答多给几个人看。")
+        print("没有一行信得过：每个回答要至少两个人看过。同样的问题、同样的回答多给几个人看。\n")

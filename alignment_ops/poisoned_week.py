@@ -29,9 +29,9 @@ def attack(
     everything, votes = [*replies, *fakes], [*honest, *his]
     within_cap = capped(votes, settings.cap)
     found = agreement(within_cap, before["counts"])
-    agreed = trusted_labels(within_cap, found)
+    agreed = trusted_labels(found)
     chosen = {
-        "clean": kept_rows(replies, trusted_labels(honest, agreement(honest, before["counts"]))),
+        "clean": kept_rows(replies, trusted_labels(agreement(honest, before["counts"]))),
         "naive": every_vote(everything, votes),
         "capped": every_vote(everything, within_cap),
         "agreed": kept_rows(everything, agreed),
@@ -89,7 +89,7 @@ def sybil_labels(
     settings: CustomerSettings, replies: list[Reply], honest: list[Vote], counts: dict, accounts: int
 ) -> dict[int, bool]:
     votes = with_sybils(settings, replies, honest, accounts)
-    return trusted_labels(votes, agreement(votes, counts))
+    return trusted_labels(agreement(votes, counts))
 
 
 def sybil_numbers(
@@ -102,7 +102,7 @@ def sybil_numbers(
     his = sum(user.startswith("捣乱") for user in caught)
     return {
         "wrong_majority": wrong_share(replies, majority(votes)),
-        "wrong_weighted": wrong_share(replies, trusted_labels(votes, found)),
+        "wrong_weighted": wrong_share(replies, trusted_labels(found)),
         "caught": his,
         "accused": len(caught) - his,
     }

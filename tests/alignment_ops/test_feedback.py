@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
+import customer_alignment
 import feedback
 from customers import Reply, Vote, collect_votes, error_rates, poison, sybils, traffic
 from feedback import agreement, capped, dpo_rows, kto_rows, majority, trusted_labels
-from feedback_file import audit
 from nlp_common.base.errors import UserError
 from nlp_common.data.chats import to_pairs, to_thumbs
 
@@ -103,13 +103,21 @@ def test_weighted_labels_beat_the_majority_and_the_clicks_when_three_in_ten_are_
         replies, votes = week(0.7, 0.3, number)
         found = agreement(votes, counts)
         counts |= found.counts
-    by_trust = right_share(replies, trusted_labels(votes, found))
+    by_trust = right_share(replies, trusted_labels(found))
     clicks = np.mean([replies[vote.reply].solved == vote.up for vote in votes])
     assert by_trust > 0.88 > right_share(replies, majority(votes)) > clicks
 
 
+def test_clicks_that_nobody_else_saw_prove_nothing():
+    """一个人点过的回答再多，他也还是刚来的；有别人也看过的才算。"""
+    votes = [Vote("甲", n, True) for n in range(50)] + [Vote("乙", 0, True), Vote("丙", 0, True)]
+    found = agreement(votes)
+    assert set(found.up) == {0} and found.trust["甲"] == found.trust["乙"] < 0.7
+    assert agreement([Vote("甲", 0, True)]).trust == {"甲": pytest.approx(0.6)}
+
+
 def test_no_votes_no_labels():
-    assert agreement([]).up == {} and trusted_labels([], agreement([])) == {}
+    assert agreement([]).up == {} and trusted_labels(agreement([])) == {}
 
 
 # ---------------------------------------------------------------- 捣乱的
@@ -123,7 +131,7 @@ def test_a_thousand_clicks_by_one_user_leave_no_label():
     assert all(vote.up != fakes[vote.reply - len(replies)].solved for vote in his)
     votes = capped([*honest, *his], 20)
     assert sum(vote.user == "捣乱的" for vote in votes) == 20
-    assert all(number < len(replies) for number in trusted_labels(votes, agreement(votes)))
+    assert all(number < len(replies) for number in trusted_labels(agreement(votes)))
 
 
 def test_five_new_accounts_win_the_majority_but_not_the_weighted_vote():
@@ -137,7 +145,7 @@ def test_five_new_accounts_win_the_majority_but_not_the_weighted_vote():
     found = agreement(votes, counts)
     by_count, by_trust = (
         {n: up for n, up in labels.items() if n in colors}
-        for labels in (majority(votes), trusted_labels(votes, found))
+        for labels in (majority(votes), trusted_labels(found))
     )
     assert right_share(replies, by_count) < 0.5 < 0.9 < right_share(replies, by_trust)
     assert all(found.trust[f"捣乱{n:02d}"] < 0.5 for n in range(5))
@@ -174,6 +182,11 @@ def write(path, rows):
     return str(path)
 
 
+def audit(path: str, folder) -> dict:
+    command = ["--preset", "tiny", "--dataset", path, "--output_dir", str(folder / "out")]
+    return customer_alignment.main(command)["metrics"]
+
+
 def click(user: str, prompt: str, completion: str, label) -> dict:
     return {"user": user, "prompt": prompt, "completion": completion, "label": label}
 
@@ -182,10 +195,10 @@ def test_own_feedback_names_the_one_who_clicks_too_much(tmp_path, capsys):
     rows = [click(user, f"问{n}", "好", True) for n in range(10) for user in ("甲", "乙", "丙")]
     rows += [click("丁", f"编{n}", "坏", True) for n in range(50)]
     rows += [click(user, "问坏", "不好", False) for user in ("甲", "乙", "丙")]
-    numbers = audit(write(tmp_path / "反馈.jsonl", rows), 20, tmp_path / "out")
+    numbers = audit(write(tmp_path / "反馈.jsonl", rows), tmp_path)
     assert numbers["over_cap"] == 1 and numbers["n_votes"] == 83
     users = [json.loads(line) for line in (tmp_path / "out" / "users.jsonl").read_text("utf-8").splitlines()]
-    assert users[0]["user"] == "丁" and users[0]["votes"] == 50
+    assert users[0] == {"user": "丁", "votes": 50, "over_cap": True, "shared": 0, "trust": 0.6}
     kept = [json.loads(line) for line in (tmp_path / "out" / "kept.jsonl").read_text("utf-8").splitlines()]
     assert len(kept) == numbers["n_kept"] == 11 and not any(row["completion"] == "坏" for row in kept)
     assert [row["label"] for row in kept if row["completion"] == "不好"] == [False]
@@ -202,4 +215,4 @@ def test_own_feedback_names_the_one_who_clicks_too_much(tmp_path, capsys):
 )
 def test_a_bad_row_is_named(tmp_path, row, said):
     with pytest.raises(UserError, match=said):
-        audit(write(tmp_path / "反馈.jsonl", [click("甲", "问", "答", True), row]), 20, tmp_path / "out")
+        audit(write(tmp_path / "反馈.jsonl", [click("甲", "问", "答", True), row]), tmp_path)
