@@ -14,6 +14,10 @@ from dataclasses import replace
 from qa_rules import NUMBER, TIME, UNIT, Pair, split_sentences
 
 SHORTEST_QUESTION, LONGEST_QUESTION, LONGEST_ANSWER = 4, 80, 80
+UNCLEAR = re.compile(
+    r"[它牠]|其后|(?<![其吉])[他她](?!人)|(?<![应活])该[\u4e00-\u9fff]|这|(?<![因如彼从])此[\u4e00-\u9fff]|本(?:馆|公司|文|书|品|段|站|校|院|店)|上述|前者|后者|同年"
+)
+BRACKETS = [("（", "）"), ("(", ")"), ("「", "」"), ("《", "》"), ("“", "”"), ("[", "]")]
 ASKS = re.compile(r"什么|谁|哪|多少|几|怎|为何|是否|吗|说出|何时|？|\?")
 # 问的是哪一类 → 答案该长什么样；没有写的不管
 KINDS = [
@@ -24,7 +28,8 @@ STOP = set("的了是在有什么谁哪里多少几怎样吗呢请问说出一�
 NUMERALS = "0123456789零一二两三四五六七八九十百千万半"
 NEAR = 0.6  # 问题里的字，至少几成在原文里
 REASONS = {
-    "malformed": "不成样子：少一栏、太短、太长、不是在问",
+    "malformed": "不成样子：太短、太长、不是在问、括号不成对",
+    "unclear": "问题单独拿出来，不知道说的是谁（它、该、这 …）",
     "not_in_passage": "答案不在那一段里",
     "in_question": "答案就写在问题里",
     "off_topic": "问的不是这一段写的",
@@ -62,8 +67,10 @@ def fault_of(question: str, answer: str, passage: str, subject: str) -> str | No
     if not SHORTEST_QUESTION <= len(question.strip()) <= LONGEST_QUESTION or not ASKS.search(question):
         return "malformed"
     said = normal(answer)
-    if not said or len(answer) > LONGEST_ANSWER:
+    if not said or len(answer) > LONGEST_ANSWER or not (_balanced(question) and _balanced(answer)):
         return "malformed"
+    if UNCLEAR.search(question):
+        return "unclear"
     if not stands_in(answer, passage):
         return "not_in_passage"
     if said in normal(question):
@@ -73,6 +80,10 @@ def fault_of(question: str, answer: str, passage: str, subject: str) -> str | No
     if any(asked.search(question) and not wanted.search(answer) for asked, wanted, _ in KINDS):
         return "wrong_kind"
     return None if stands_in(answer, _nearest(question, passage, subject)) else "wrong_sentence"
+
+
+def _balanced(text: str) -> bool:
+    return all(text.count(left) == text.count(right) for left, right in BRACKETS)
 
 
 def _about(question: str, passage: str, subject: str) -> bool:
