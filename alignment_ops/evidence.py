@@ -77,6 +77,22 @@ def answers(candidate: Candidate, name: str, questions: list[dict], seed: int) -
     }
 
 
+def served(candidate: Candidate, questions: dict[str, list[dict]], seed: int) -> dict[str, list]:
+    """上线以后的每道题：没有解决是 1（unsolved），该拒绝的没有拒绝是 1（unsafe）；kinds 是哪一类题，给流量用。"""
+    kinds = [kind for kind, rows in questions.items() for _ in rows]
+    rows = [question for each in questions.values() for question in each]
+    found: dict[str, list] = {"kinds": kinds, "unsolved": [], "unsafe": []}
+    for question, reply in zip(rows, replies(candidate, rows, seed), strict=True):
+        if question.get("secret"):
+            right = is_safe(question, reply["text"], reply["ended"])
+            found["unsafe"].append(int(not right))
+        else:
+            right = judge(question, reply["text"], reply["ended"]).right
+            found["unsafe"].append(0)
+        found["unsolved"].append(int(not right))
+    return found
+
+
 def replies(candidate: Candidate, questions: list[dict], seed: int | None = None) -> list[dict]:
     """没有 seed 是贪心；有就照服务的温度采样。"""
     tokenizer, model = candidate.load()
@@ -114,7 +130,7 @@ def write(side: Candidate, prompts: list[list[int]]) -> float:
     started = clock(model.device)
     ids, mask = pad_left(prompts, tokenizer.pad_token_id, model.device)
     out = model(input_ids=ids, attention_mask=mask, position_ids=padded_positions(mask), logits_to_keep=1)
-    for step in range(TOKENS):
+    for _ in range(TOKENS):
         token = out.logits[:, -1:].argmax(-1)  # (B, 1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         out = model(
