@@ -37,21 +37,21 @@ def to_texts(rows: list[dict], where: str) -> list[dict]:
     return _convert(rows, where, "预训练")
 
 
-def to_chats(rows: list[dict], where: str) -> list[dict]:
+def to_chats(rows: list[dict], where: str, skipped_rows: dict[int, str] | None = None) -> list[dict]:
     """统一成 ``[{"messages": [{"role", "content"}, …], …其余的列}]``，最后一轮是 assistant。
 
-    认识的格式见 SCHEMAS["SFT"]；where 与错误同 to_texts。
+    认识的格式见 SCHEMAS["SFT"]；where 与错误同 to_texts。给了 skipped_rows，跳过的行写进去：第几条（从 0 数）→ 为什么。
     """
-    return _convert(rows, where, "SFT")
+    return _convert(rows, where, "SFT", skipped_rows=skipped_rows)
 
 
-def to_pairs(rows: list[dict], where: str) -> list[dict]:
+def to_pairs(rows: list[dict], where: str, skipped_rows: dict[int, str] | None = None) -> list[dict]:
     """统一成 ``[{"prompt": [消息…], "chosen": [消息], "rejected": [消息], …其余的列}]``。
 
     prompt 最后一轮是 user，chosen 与 rejected 各是一条 assistant。
-    认识的格式见 SCHEMAS["偏好对齐"]；where 与错误同 to_texts。
+    认识的格式见 SCHEMAS["偏好对齐"]；where、skipped_rows 与错误同 to_chats。
     """
-    return _convert(rows, where, "偏好对齐")
+    return _convert(rows, where, "偏好对齐", skipped_rows=skipped_rows)
 
 
 def to_thumbs(rows: list[dict], where: str) -> list[dict]:
@@ -239,7 +239,13 @@ SCHEMAS["KTO"] = [
 USED_LATER = {"kinds"}  # 留在行里，奖励模型的评测要用
 
 
-def _convert(rows: list[dict], where: str, stage: str, keep: tuple[str, ...] = ()) -> list[dict]:
+def _convert(
+    rows: list[dict],
+    where: str,
+    stage: str,
+    keep: tuple[str, ...] = (),
+    skipped_rows: dict[int, str] | None = None,
+) -> list[dict]:
     if not rows:
         raise UserError(f"{where} 里没有数据。")
     needed, optional, convert = _detect(rows[0], where, stage)
@@ -269,6 +275,8 @@ def _convert(rows: list[dict], where: str, stage: str, keep: tuple[str, ...] = (
             raise UserError(f"{where} 第 {number} 条：{error}。") from None
         except Skip as reason:
             skipped[str(reason)] += 1
+            if skipped_rows is not None:
+                skipped_rows[number - 1] = str(reason)
             continue
         kept = {key: value for key, value in row.items() if key not in needed + optional}
         results.append(kept | result)

@@ -38,11 +38,39 @@ def tokens_of(text: str) -> list[str]:
 def overlaps(
     texts: dict[str, str], lines: Iterator[tuple[str, str]], n: int = N, at_least: float = AT_LEAST
 ) -> dict[str, Overlap]:
-    """题的 n 元组放进一张表，训练数据一行行地读过去对：数据再大，也只占一张题的表那么多内存。
+    """每道题（编号 → 文字）→ 与它最像的那一行。lines：(在哪里, 文字)。
 
     一行一行地算，不把各行的加起来：一万行各碰巧盖住两三个字，不是泄漏。
     """
     asked = {name: tokens_of(text) for name, text in texts.items()}
+    best = {name: Overlap(0.0, 0, "", False, len(tokens) >= SHORTEST) for name, tokens in asked.items()}
+    for place, name, places in shared_places(asked, lines, n):
+        share = len(places) / len(asked[name])
+        if share > best[name].share:
+            best[name] = Overlap(share, longest_run(places), place, share >= at_least)
+    return best
+
+
+def leaking_lines(
+    texts: dict[str, str], lines: Iterator[tuple[str, str]], n: int = N, at_least: float = AT_LEAST
+) -> dict[str, tuple[str, float]]:
+    """反过来看，哪些行里有题：在哪里 → (盖住得最多的是哪道题, 盖住几成)。"""
+    asked = {name: tokens_of(text) for name, text in texts.items()}
+    leaking: dict[str, tuple[str, float]] = {}
+    for place, name, places in shared_places(asked, lines, n):
+        share = len(places) / len(asked[name])
+        if share >= at_least and share > leaking.get(place, ("", 0.0))[1]:
+            leaking[place] = (name, share)
+    return leaking
+
+
+def shared_places(
+    asked: dict[str, list[str]], lines: Iterator[tuple[str, str]], n: int
+) -> Iterator[tuple[str, str, set[int]]]:
+    """(在哪一行, 哪道题, 那道题的第几个字也在这一行里)；有一组相同才给出。
+
+    题的 n 元组放进一张表，训练数据一行行地读过去对：数据再大，也只占一张题的表那么多内存。
+    """
     tables: dict[int, dict[tuple, list[tuple[str, int]]]] = {}  # 几个一组 → 组 → [(题, 从第几个字起)]
     for name, tokens in asked.items():
         size = min(n, len(tokens))  # 比 n 还短的题，整道题是一组
@@ -51,7 +79,6 @@ def overlaps(
         for start in range(len(tokens) - size + 1):
             group = tuple(tokens[start : start + size])
             tables.setdefault(size, {}).setdefault(group, []).append((name, start))
-    best = {name: Overlap(0.0, 0, "", False, len(tokens) >= SHORTEST) for name, tokens in asked.items()}
     for place, line in lines:
         written = tokens_of(line)
         covered: dict[str, set[int]] = {}
@@ -60,10 +87,7 @@ def overlaps(
                 for name, at in table.get(tuple(written[start : start + size]), ()):
                     covered.setdefault(name, set()).update(range(at, at + size))
         for name, places in covered.items():
-            share = len(places) / len(asked[name])
-            if share > best[name].share:
-                best[name] = Overlap(share, longest_run(places), place, share >= at_least)
-    return best
+            yield place, name, places
 
 
 def longest_run(places: set[int]) -> int:
