@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from nlp_common.base.device import describe, library_versions, peak_memory_mb, pick_device, seed_everything
 from nlp_common.base.errors import UserError
 from nlp_common.base.measurements import ROOT, current_commit, record_run
@@ -37,7 +39,7 @@ class Stage:
         self.record: dict | None = None
         self.reporter = Reporter(getattr(settings, "report_to", "none"), name, wanted, folder.work)
         self.prefix = ""  # 一课里的一个部分：曲线的名字前面加上它的名字
-        self.code: dict[str, str | None] = {}  # 开始训练时的脚本与提交
+        self.started_with: dict[str, str | int | None] = {}  # 开始训练时的脚本、提交、线程数
 
     @property
     def model_path(self) -> str:
@@ -61,6 +63,8 @@ class Stage:
         if latest:
             self.started -= json.loads((latest / CHECKPOINT_DONE).read_text())["seconds"]
             print(f"接着上次的检查点继续：{latest.name}")
+            for point in _points(latest):  # 上次没来得及记的；记过的不再记
+                self.report(point)
         return latest
 
     def finish(
@@ -104,7 +108,7 @@ class Stage:
             "fingerprint": self.fingerprint,
             "versions": library_versions(),
             "device": describe(self.device),
-            **self.code,
+            **self.started_with,
             "seconds": round(self.seconds(), 1),
             "peak_memory_mb": peak_memory_mb(),
             "metrics": metrics,
@@ -135,7 +139,7 @@ def open_result(
         stage.record = on_main(lambda: _find_record(folder, wanted, settings.retrain, reuse))
         if stage.record is None:
             on_main(lambda: folder.start(wanted))
-            stage.code = code_version(name, settings)
+            stage.started_with = how_started(name, settings)
             if reuse != "derived":
                 stage.reporter.open()
                 stage.started = time.time()  # 第一次建 MLflow 的数据库要好几秒：不算在训练里
@@ -157,12 +161,20 @@ def open_result(
                 record_run(settings.record, stage.record)
 
 
-def code_version(name: str, settings: LessonSettings) -> dict[str, str | None]:
-    """→ ``{"script", "commit"}``：哪个脚本（从仓库最上层写起）、哪个提交训练的。不是 git 的工作副本，commit 是 None。"""
+def how_started(name: str, settings: LessonSettings) -> dict[str, str | int | None]:
+    """→ ``{"script", "commit", "directory", "threads"}``：以后照样再做一遍（alignment_ops/version_tracking.py）要知道的。
+
+    脚本从仓库最上层写起；不是 git 的工作副本，commit 是 None；相对的路径从 directory 算起；线程数不同，加法的次序就不同。
+    """
     module = sys.modules[type(settings).__module__]
     script = Path(getattr(module, "__file__", None) or name).resolve()
     inside = script.is_relative_to(ROOT)
-    return {"script": script.relative_to(ROOT).as_posix() if inside else script.name, "commit": _commit()}
+    return {
+        "script": script.relative_to(ROOT).as_posix() if inside else script.name,
+        "commit": _commit(),
+        "directory": str(Path.cwd()),
+        "threads": torch.get_num_threads(),
+    }
 
 
 @functools.cache  # 一个进程里问一次 git
@@ -185,6 +197,13 @@ def _find_record(folder: RunFolder, wanted: dict, retrain: bool, reuse: str) -> 
         return found
     print(f"{folder.path.name} 的设置和这次的不同，重新做（{changed}）。")
     return None
+
+
+def _points(checkpoint: Path) -> list[dict]:
+    """检查点里的历史；库自带的训练器写的没有它，最后由 run.json 补上。"""
+    path = checkpoint / "history.json"
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
 def show_metrics(metrics: dict) -> None:

@@ -139,6 +139,9 @@ def mlflow_client() -> Any:
     """连上 MLflow；服务器连不上，试两次就说，不等几分钟。"""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault(
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"
+    )  # 一次训练两行网址，下面一句说过了
     from mlflow import MlflowClient
     from mlflow.utils.logging_utils import disable_logging
 
@@ -160,7 +163,8 @@ class MLflow:
             local = uri.startswith("sqlite:")  # 服务器自己知道文件放哪里
             place = (tracking_folder().resolve() / "mlruns").as_uri() if local else None
             try:
-                experiment_id = self.client.create_experiment(name, artifact_location=place)
+                kind = {"mlflow.experimentKind": "custom_model_development"}  # 不然页面先显示聊天应用的那一套
+                experiment_id = self.client.create_experiment(name, artifact_location=place, tags=kind)
             except Exception:  # 另一次训练同时也在建它，先建成了
                 experiment = self.client.get_experiment_by_name(name)
                 if experiment is None:
@@ -174,10 +178,9 @@ class MLflow:
         else:
             self.client.update_run(number, status="RUNNING")
         self.number = number
-        see = (
-            f"mlflow server --backend-store-uri {uri}" if uri.startswith("sqlite:") else without_secrets(uri)
-        )
-        return number, f"MLflow 的 {number}，看它：{see}"
+        if uri.startswith("sqlite:"):
+            return number, f"MLflow 的 {number}，看它：mlflow server --backend-store-uri {uri}"
+        return number, f"{without_secrets(uri)}/#/experiments/{experiment_id}/runs/{number}"
 
     def log(self, step: int, values: dict[str, float]) -> None:
         from mlflow.entities import Metric
@@ -193,11 +196,26 @@ class MLflow:
             tags[f"parent.{field}"] = f"{parent['stage']}:{parent['id']}"
         for name, source in record["data"].items():
             tags[f"data.{name}"] = source.get("sha256") if isinstance(source, dict) else None
+        self._log_data(record["data"])
         for key, value in tags.items():
             if value:
                 self.client.set_tag(self.number, key, value)
         self.client.log_text(self.number, json.dumps(record, ensure_ascii=False, indent=2), "run.json")
         self.client.set_terminated(self.number)
+
+    def _log_data(self, data: dict) -> None:
+        """页面上 Dataset 一栏：用了哪份数据，sha256 的开头。"""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = []
+        for context, source in data.items():
+            if isinstance(source, dict) and source.get("sha256"):
+                name = Path(str(source["name"])).name
+                place = json.dumps({"uri": str(source.get("path") or source["name"])}, ensure_ascii=False)
+                dataset = Dataset(name=name, digest=source["sha256"][:16], source_type="local", source=place)
+                inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
+        if inputs:
+            self.client.log_inputs(self.number, inputs)
 
     def stop(self, failed: bool) -> None:
         self.client.set_terminated(self.number, "FAILED" if failed else "KILLED")

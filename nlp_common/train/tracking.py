@@ -93,7 +93,8 @@ class Reporter:
             self.number, where = place.open(self.run, state.get("number"))
         except Exception as error:  # 各家的库抛什么都有：一律说成一句话
             raise UserError(f"--report_to {self.to} 记不了：{reason(error)}。{advice(self.to)}") from error
-        self.place, self.last = place, state.get("last", {})
+        same = self.number == state.get("number")  # 有的接不上原来那一次（SwanLab 不联网时）：从头记
+        self.place, self.last = place, state.get("last", {}) if same else {}
         self._save_state()
         print(f"训练曲线记到 {where}")
 
