@@ -186,12 +186,16 @@ def write_questions(stage: Stage, material: Material) -> tuple[list[Pair], dict]
         pairs, faults = write_pairs(server, material.passages, settings.llm_pairs, saved)
     else:
         pairs, faults = [pair for passage in material.passages for pair in pairs_of(passage)], {}
-    if not pairs:
-        how = f"{settings.llm_model} 写的没有一题读得出" if settings.llm_url else "没有一句是规则认得的句式"
-        more = "；".join(f"{name} {count} 次" for name, count in dict(faults).items())
+    if not pairs and settings.llm_url:
+        counts = "；".join(f"{name} {count} 次" for name, count in faults.items())
         raise UserError(
-            f"{len(material.passages)} 段里{how}{f'（{more}）' if more else ''}。"
-            "规则认得的句式见 qa_rules.py；文章式的文档，请用 --llm_url 让大模型出题。"
+            f"{settings.llm_model} 看了 {len(material.passages)} 段，写的没有一题读得出（{counts or '都是空的列表'}）。"
+            f"它写的在 {saved}；太小的模型写不出 JSON，换一个大些的。"
+        )
+    if not pairs:
+        raise UserError(
+            f"{len(material.passages)} 段里没有一句是规则认得的句式（见 qa_rules.py）。"
+            "文章式的文档，请用 --llm_url、--llm_model 让大模型出题。"
         )
     return pairs, faults
 
@@ -250,7 +254,8 @@ def split(settings: PipelineSettings, material: Material) -> tuple[list[Pair], l
         "documents": leaked(*parts),
     }
     train, heldout = (distinct(part) for part in parts)
-    material.dropped += [(pair, "repeated") for pair in pairs if pair not in train and pair not in heldout]
+    kept = {id(pair) for pair in (*train, *heldout)}
+    material.dropped += [(pair, "repeated") for pair in pairs if id(pair) not in kept]
     counts = {"train_pairs": len(train), "heldout_pairs": len(heldout), "groups": len(set(groups))}
     return train, heldout, counts | {"leaked": leaks}
 
@@ -279,7 +284,7 @@ def fit(stage: Stage, name: str, rows: list[dict], start: str) -> None:
     """一次 SFT：qwen_chinese_finetune 的脚本，另开一个进程；中断了接着来。"""
     settings, path = stage.settings, stage.folder.work / f"{name}_rows.jsonl"
     write_jsonl(path, rows)
-    print(f"{name}：在 {len(rows)} 行上训练 …", flush=True)
+    print(f"{name}：在 {len(rows)} 行上训练，一分钟左右 …", flush=True)
     options = {
         "num_train_epochs": settings.num_train_epochs,
         "learning_rate": settings.learning_rate,
@@ -299,40 +304,36 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 def show(metrics: dict) -> None:
     print(
-        f"\n{metrics['documents']} 份文档（没有读的 {metrics['unread']} 份）→ {metrics['passages']} 段 → "
-        f"{metrics['pairs']} 题，能要的 {metrics['kept_pairs']} 题 → 训练 {metrics['train_pairs']}、留出 {metrics['heldout_pairs']}"
+        f"\n{metrics['documents']} 份文档（另有 {metrics['unread']} 份没有读）→ {metrics['passages']} 段 → {metrics['pairs']} 题"
+        f" → 能要的 {metrics['kept_pairs']} 题 → 训练 {metrics['train_pairs']}、留出 {metrics['heldout_pairs']}"
     )
     if "cleaning" in metrics:
         its, rules = metrics["cleaning"], metrics["rules"]
         print(
-            f"完整的句子：洗之前 {its['whole_before']:.3f}，洗之后 {its['whole']:.3f}；脏东西还剩 {its['noise_left']:.3f}"
+            f"洗：完整的句子 {its['whole_before']:.3f} → {its['whole']:.3f}，脏东西还剩 {its['noise_left']:.3f}"
         )
-        print(f"规则：写明的事认出 {rules['recall']:.3f}，出的题对 {rules['precision']:.3f}")
-    leaks = metrics["leaked"]
-    print(
-        f"留出的题漏进训练的：一行一行分 {leaks['rows']:.3f}，按文件分 {leaks['files']:.3f}，按文档分 {leaks['documents']:.3f}"
-    )
-    gate = metrics["gate"]
-    caught = "、".join(f"{FAULTS[kind].split('：')[0]} {rate:.2f}" for kind, rate in gate["recall"].items())
-    print(f"门：故意写错的拦住 {caught}；写对的冤枉 {gate['false_alarms']:.3f}")
+        print(f"出题：写明的事认出 {rules['recall']:.3f}，出的题对 {rules['precision']:.3f}")
+    gate, leaks = metrics["gate"], metrics["leaked"]
+    rows = [["门：故意写错的", "拦住"]]
+    rows += [[FAULTS[kind], f"{rate:.3f}"] for kind, rate in gate["recall"].items()]
+    print_table([*rows, ["写对的，冤枉了", f"{gate['false_alarms']:.3f}"]])
+    rows = [["留出的题，训练里也有的", ""], ["一行一行随机分", f"{leaks['rows']:.3f}"]]
+    rows += [["按文件分", f"{leaks['files']:.3f}"], ["按文档分（这里用的）", f"{leaks['documents']:.3f}"]]
+    print_table(rows)
     if "sft" not in metrics:
         return
     sft = metrics["sft"]
     rows = [["考什么", "题", "训练前", "训练后"]]
     for name in EXAMS:
-        before, after = sft["before"].get(name), sft["after"].get(name)
-        if after:
-            rows.append([TITLES[name], after["n"], f"{before['accuracy']:.3f}", f"{after['accuracy']:.3f}"])
-    print_table(rows)
+        before, after = sft["before"][name], sft["after"][name]
+        rows.append([TITLES[name], after["n"], f"{before['accuracy']:.3f}", f"{after['accuracy']:.3f}"])
     fake = sft["row_split"]
-    print(
-        f"  闭卷，留出的行，可是一行一行分的：{fake['accuracy']:.3f}（{fake['n']} 题）：换个问法就在训练数据里，考的是背"
-    )
-    if "qa_accuracy" in sft["after"]:
-        print(
-            f"  原来会的没有忘：小世界的题 {sft['before']['qa_accuracy']:.3f} → {sft['after']['qa_accuracy']:.3f}，"
-        )
-        print(f"  寒暄 {sft['before']['small_talk']:.3f} → {sft['after']['small_talk']:.3f}")
+    rows.append(["一行一行分的“留出”，闭卷（虚高）", fake["n"], "", f"{fake['accuracy']:.3f}"])
+    for name, title in (("qa_accuracy", "原来会的：小世界的题"), ("small_talk", "原来会的：寒暄")):
+        if name in sft["after"]:
+            rows.append([title, "", f"{sft['before'][name]:.3f}", f"{sft['after'][name]:.3f}"])
+    print_table(rows)
+    print()
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -102,7 +102,7 @@ class ChatServer:
                 return None, f"不接受这一句（{error.code}：{said[:80]}）"
             if error.code < 500 and error.code not in (408, 425, 429):
                 raise UserError(
-                    f"{self.url} 拒绝了（{error.code}）：{said}\n钥匙放在环境变量 {self.api_key_env} 里，模型名用 --judge_model 一类的参数给。"
+                    f"{self.url} 拒绝了（{error.code}）：{said}\n钥匙放在环境变量 {self.api_key_env} 里，模型名（--judge_model、--llm_model 等）要是服务器上有的。"
                 ) from error
             return None, f"服务器错误 {error.code}"
         except TimeoutError:
