@@ -234,7 +234,8 @@ def running_ray(files: list[str]) -> Iterator:
     ours = not ray.is_initialized()
     if ours:
         code = {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
-        ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": code})
+        local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+        ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": code}, **local)
     try:
         yield ray
     except ray.exceptions.RayError as error:
