@@ -30,7 +30,8 @@ KANA, HANGUL, CYRILLIC = (
     re.compile(r"[\u0400-\u04ff]"),
 )
 LATIN_WORD = re.compile(r"[A-Za-z][A-Za-z'’-]*")
-LEAST_HAN, LEAST_WORDS = 8, 3  # 太短的看不出
+FOREIGN_WORD = re.compile(r"[A-Za-z]{4}")  # 题目里有外文词：用这个词造句、改写这一句
+LEAST_HAN, LEAST_WORDS = 8, 5  # 太短的看不出
 TRADITIONAL = 0.1  # 汉字里几成是 GB2312 没有的，就是繁体：简体文章里不到百分之一
 
 HTML = re.compile(
@@ -87,7 +88,10 @@ def language_fault(messages: list[dict], keep: tuple[str, ...] = ("zh",)) -> str
         language = language_of(message["content"])
         if message["role"] != "assistant":
             asked = message["content"]
-        wanted = bool(ASKS_FOREIGN.search(asked)) and language_of(asked) in ("", *keep)
+        wanted = bool(ASKS_FOREIGN.search(asked) or FOREIGN_WORD.search(asked)) and language_of(asked) in (
+            "",
+            *keep,
+        )
         if language and language not in keep and not (wanted and message["role"] == "assistant"):
             return LANGUAGES[language]
     return ""
@@ -115,11 +119,11 @@ def garbage_fault(messages: list[dict]) -> str:
 
 
 def _text_fault(text: str, about_code: bool) -> str:
+    if is_mojibake(text):
+        return "乱码"
     if "�" in text or any(unicodedata.category(c) in ("Cc", "Co", "Cn") and c not in "\n\t\r" for c in text):
         return "控制字符"
     plain = CODE.sub(" ", text)
-    if is_mojibake(plain):
-        return "乱码"
     if len(HAN.findall(plain)) >= LEAST_HAN and share_outside(plain, "gb2312", "big5") > 0.15:
         return "乱字"  # 简体、繁体的常用字表里都没有的字，一篇正常的文章里很少
     if not about_code and HTML.search(plain):
