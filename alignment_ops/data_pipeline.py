@@ -57,7 +57,7 @@ PRESETS = {
         "most_characters": 80,
         "replay": 500,
         "num_train_epochs": 8.0,
-        "learning_rate": 2e-3,
+        "learning_rate": 1e-3,
         "max_length": 256,
     },
     "full": {

@@ -505,7 +505,7 @@ def test_training_part(tmp_path, monkeypatch, chat_folder, capsys):
     ]
     sft = run(*options)["metrics"]["sft"]
     assert [name for name, _, _ in asked] == ["sft", "row_split"] and asked[0][1] == 4 * 2 * 4 + 7
-    assert asked[0][2]["max_train_samples"] == asked[0][1] and asked[0][2]["learning_rate"] == 2e-3
+    assert asked[0][2]["max_train_samples"] == asked[0][1] and asked[0][2]["learning_rate"] == 1e-3
     assert set(pipeline_exam.EXAMS) <= set(sft["after"]) and sft["before"] == sft["after"]  # 同一个模型
     assert "qa_accuracy" in sft["after"] and {"accuracy", "low", "high", "n"} == set(sft["row_split"])
     assert (out / "sft" / "model.safetensors").exists() and (out / "pipeline_gain.svg").exists()
