@@ -12,7 +12,7 @@ import numpy as np
 
 from customers import Reply, Vote
 
-NEWCOMER = (3.0, 2.0)  # 刚来的用户：当作点对过 3 次、点错过 2 次，几乎不信，等他和别人对上
+NEWCOMER = (6.0, 4.0)  # 刚来的用户：当作点对过 6 次、点错过 4 次，几乎不信，等他和别人对上
 ROUNDS = 30
 STAFF = 40  # 客服每周最多替机器人写几个好回答（DPO 用）
 SURE = 0.8  # 有八成把握是赞（或是踩）的才拿去训练
@@ -50,8 +50,9 @@ def voters(votes: list[Vote]) -> dict[int, int]:
 def agreement(votes: list[Vote], before: dict[str, list[float]] | None = None) -> Agreement:
     """EM：按每个人点得准不准给票加权，算每个回答该赞的概率；再按这些概率算每个人点得准不准；来回几遍。
 
-    E 步  logit p_j = logit π + Σ_i ±logit a_i                （i 给 j 点赞是 +，点踩是 −）
-    M 步  a_i = (以前点对的 + Σ_j 点得与 p_j 相符的概率) / (以前点过的 + 这次点过的)，π = p 的平均
+    E 步  logit p_j = Σ_i ±logit a_i                         （i 给 j 点赞是 +，点踩是 −）
+    M 步  a_i = (以前点对的 + Σ_j 点得与 p_j 相符的概率) / (以前点过的 + 这次点过的)
+    E 步开头没有 logit π（该赞的占几成）：点错得多的时候，连 π 一起估，会滑到"全是赞、谁都不准"。
     before：以前各周的 counts；没有来过的人从 NEWCOMER 算起。只有一个人点过的回答，没有谁可以对照，不算进来：
     算进来就是自己证明自己，一个人点一千次，反而最可信。
     """
@@ -72,12 +73,10 @@ def agreement(votes: list[Vote], before: dict[str, list[float]] | None = None) -
     known = np.array([everyone[user] for user in users])  # (U, 2)
     n_votes = np.bincount(who, minlength=len(users))  # (U,)
     trust = known[:, 0] / known.sum(1)  # (U,)
-    prior = 0.5
     for _ in range(ROUNDS):
-        up = sigmoid(logit(prior) + np.bincount(which, sign * logit(trust)[who]))  # (R,)
+        up = sigmoid(np.bincount(which, sign * logit(trust)[who]))  # (R,)
         agrees = np.bincount(who, np.where(sign > 0, up[which], 1 - up[which]))  # (U,)
         trust = (known[:, 0] + agrees) / (known.sum(1) + n_votes)
-        prior = float(np.clip(up.mean(), 0.05, 0.95))
     counts = known + np.stack([agrees, n_votes - agrees], 1)  # (U, 2)
     everyone |= dict(zip(users, counts.tolist(), strict=True))
     return Agreement(
@@ -91,7 +90,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
-def logit(p: np.ndarray | float) -> np.ndarray:
+def logit(p: np.ndarray) -> np.ndarray:
     return np.log(p / (1 - p))
 
 
