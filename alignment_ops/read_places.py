@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,20 +37,24 @@ def read_mlflow(number: str) -> Points:
 
 
 def read_wandb(number: str) -> Points:
+    """写文件的是它另开的一个程序，finish 回来的时候不一定写完了：等到看见 exit 那一条。"""
     from wandb.proto import wandb_internal_pb2
 
-    found: Points = {}
-    for path in sorted(
-        (tracking_folder() / "wandb").glob(f"offline-run-*-{number}/*.wandb")
-    ):  # 中断过的有几个
-        for data in log_records(path):
+    paths = sorted((tracking_folder() / "wandb").glob(f"offline-run-*-{number}/*.wandb"))  # 中断过的有几个
+    for _ in range(50):
+        found: Points = {}
+        kind = ""
+        for data in (data for path in paths for data in log_records(path)):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
-            if record.WhichOneof("record_type") != "history":
-                continue
-            items = record.history.item
-            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
-            found |= {(row["step"], name): value for name, value in row.items() if "step" in row}
+            kind = record.WhichOneof("record_type")
+            if kind == "history":
+                items = record.history.item
+                row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+                found |= {(row["step"], name): value for name, value in row.items() if "step" in row}
+        if kind == "exit":
+            break
+        time.sleep(0.2)
     return found
 
 

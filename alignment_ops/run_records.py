@@ -158,7 +158,7 @@ def find_parent(parent: dict, runs: list[Run]) -> tuple[Run | None, str]:
     same = [run for run in runs if run.id == parent["id"]]
     taken = f"{parent['path']} 里现在是另一次训练的（{there.id[:8]}）" if there else ""
     if same:
-        return same[0], "" if same[0].folder else taken
+        return same[0], taken  # 权重一样的另一份，或只剩下记录
     return None, taken or f"找不到：{parent['path']} 没有了，记录里也没有"
 
 

@@ -76,6 +76,7 @@ def learn(stage: Stage, start: str) -> dict:
         f"{stage.path.name}-runs"
     )  # run.json 里记着它的路径，所以不能在会改名的文件夹里
     data = write_data(place / "data", settings)
+    shutil.rmtree(place / "again", ignore_errors=True)  # 上次重做的：与 sft-2 一样的一份，来历里会找到它
     folders = train_versions(place, data, start, settings)
     metrics: dict = {"models": {name: measure(folder, settings) for name, folder in folders.items()}}
     runs = find_runs(place)
@@ -205,11 +206,10 @@ def remove(sft: Path, other: Path, data: Path) -> None:
 def rebuild(place: Path, folders: dict[str, Path], run: Run) -> dict:
     """把 sft-2 移走，只剩下记录；重做 dpo-2（它先重做 sft-2），与原来的比。"""
     again, hidden = place / "again", place / ".hidden-sft-2"
-    for folder in (again, hidden, place / "again-parents"):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(hidden, ignore_errors=True)
     folders["sft-2"].rename(hidden)
     try:
-        rebuilt = reproduce(run, [each for each in find_runs(place) if each.folder != again], again / "dpo-2")
+        rebuilt = reproduce(run, find_runs(place), again / "dpo-2")
     finally:
         hidden.rename(folders["sft-2"])
     same = "逐位相同" if rebuilt.same else f"不同：{'；'.join(rebuilt.causes) or '条件都相同'}"

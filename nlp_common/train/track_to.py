@@ -225,7 +225,9 @@ class MLflow:
 
 
 class WandB:
-    """没有令牌就记在本机（offline），以后 ``wandb sync``。横轴是我们的 step，不是它数的第几次。"""
+    """没有令牌就记在本机（offline），以后 ``wandb sync``。横轴是我们的 step，不是它数的第几次：同一点记两遍，图上还是一点。"""
+
+    buffered = True  # 它十几秒才写一次盘
 
     def open(self, run: dict, number: str | None) -> tuple[str, str]:
         import wandb
@@ -269,6 +271,8 @@ class WandB:
 
 class SwanLab:
     """没有令牌就记在本机（offline），以后 ``swanlab sync``。"""
+
+    buffered = True
 
     def open(self, run: dict, number: str | None) -> tuple[str, str]:
         import swanlab

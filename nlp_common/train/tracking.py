@@ -93,7 +93,8 @@ class Reporter:
             self.number, where = place.open(self.run, state.get("number"))
         except Exception as error:  # 各家的库抛什么都有：一律说成一句话
             raise UserError(f"--report_to {self.to} 记不了：{reason(error)}。{advice(self.to)}") from error
-        same = self.number == state.get("number")  # 有的接不上原来那一次（SwanLab 不联网时）：从头记
+        # 接不上原来那一次的（SwanLab 不联网时）、先攒在内存里的（被杀了就丢了）：检查点里的都再记一遍
+        same = self.number == state.get("number") and not getattr(place, "buffered", False)
         self.place, self.last = place, state.get("last", {}) if same else {}
         self._save_state()
         print(f"训练曲线记到 {where}")
