@@ -13,6 +13,7 @@ from nlp_common.base.runs import write_text
 from nlp_common.draw.plots import line_chart
 from poisoned_week import DEFENCES
 
+SAID = {"user": "客户", "assistant": "机器人"}
 TEMPLATE = Path(__file__).with_name("weeks_page.html")
 
 
@@ -107,8 +108,13 @@ def labels_table(weeks: list[dict], titles: dict[str, str]) -> str:
 
 def talk_table(weeks: list[dict], arm: str, golden: list[dict]) -> str:
     asked = watched(golden)
-    questions = [escape(golden[n]["messages"][-1]["content"]) for n in asked]
-    rows = [["几周之后", *questions]]
+    stories, rows = [], [["几周之后"]]
+    for place, n in enumerate(asked, 1):
+        said = [f"{SAID[turn['role']]}：{escape(turn['content'])}" for turn in golden[n]["messages"]]
+        stories.append(
+            f'<p class="faint">第 {place} 题　{"　".join(said)}（{escape(golden[n]["answer"])}）</p>'
+        )
+        rows[0].append(f"第 {place} 题")
     for number, week in enumerate(weeks):
         cells = [str(number)]
         for n in asked:
@@ -116,7 +122,7 @@ def talk_table(weeks: list[dict], arm: str, golden: list[dict]) -> str:
             css = "good" if said["solved"] else "bad"
             cells.append(f'<span class="{css}">{escape(printable(said["text"])) or "（没有说话）"}</span>')
         rows.append(cells)
-    return table(rows, "talk")
+    return "".join(stories) + table(rows, "talk")
 
 
 def handover_table(found: dict) -> str:
