@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import numpy as np
+
 from curation_rows import STEPS, TABLES, Table
+from label_errors import average_precision
 from nlp_common.base.console import print_table
 from nlp_common.base.intervals import mean_interval, paired_difference
 from personal_data import find_personal
@@ -56,6 +59,7 @@ def precision_recall(tables: dict[str, Table]) -> dict:
     metrics["details"] = {
         name: right / n for name, (right, n) in sorted(kinds.items()) if not name.endswith(".")
     }
+    metrics["average_precision"] = ranking(tables)
     metrics["personal_exact"] = exact_spans(tables)
     metrics["bad_share"] = total["bad"] / (total["bad"] + total["good"])
     left = total["good"] - total["good_dropped"] + total["bad_left"]
@@ -68,6 +72,25 @@ def precision_recall(tables: dict[str, Table]) -> dict:
     ]
     metrics["lookalikes_blamed"] = sum(lookalikes) / max(len(lookalikes), 1)
     return metrics
+
+
+def ranking(tables: dict[str, Table]) -> dict:
+    """不画线，只看排得好不好（平均查准率）：余地，与对数之比。"""
+    found = {}
+    for name, which, scores in (
+        ("wrong_answer", "chats", "margins"),
+        ("wrong_answer_log_ratio", "chats", "log_ratios"),
+        ("flipped", "pairs", "margins"),
+    ):
+        table = tables[which]
+        values = {
+            number: value for number, value in getattr(table, scores).items() if number not in table.masked
+        }
+        kind = "wrong_answer" if which == "chats" else "flipped"
+        is_wrong = np.array([table.planted.faults.get(number) == kind for number in values], bool)
+        if is_wrong.any():
+            found[name] = average_precision(np.array(list(values.values())), is_wrong)
+    return found
 
 
 def _is_moved_copy(table: Table, number: int) -> bool:

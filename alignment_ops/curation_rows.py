@@ -48,6 +48,7 @@ class Table:
     steps: list[dict] = field(default_factory=list)
     masked: dict[int, list[str]] = field(default_factory=dict)  # 行号 → 盖住了哪几种
     margins: dict[int, float] = field(default_factory=dict)  # 行号 → 交叉验证的余地
+    log_ratios: dict[int, float] = field(default_factory=dict)  # 行号 → 同样的，看对数之比
 
     def __post_init__(self) -> None:
         self.rows = copy.deepcopy(self.raw)

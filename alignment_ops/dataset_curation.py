@@ -79,9 +79,9 @@ class CurationSettings(LoopSettings):
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
     eval_files: str | None = option("评测的文件，逗号隔开：它们的题不许混在数据里")
     languages: str = option("留下哪些语言，逗号隔开：zh、zh-hant、en、ja、ko、ru", "zh")
-    threshold: float = option("近重复：5 个字一组的 Jaccard 不小于它", 0.8, Limits(above=0, at_most=1))
-    short_copies: int = option("短的行（不到 40 个字，多是寒暄）一样的留几份", 50, COUNT)
-    overlap: float = option("评测的题：一行盖住一道题的几成算混进来", 0.7, SHARE)
+    threshold: float = option("近重复：5 个字一组的 Jaccard 不小于它", 0.7, Limits(above=0, at_most=1))
+    short_copies: int = option("短的行（不到 40 个字，多是寒暄）一样的留几份", 100, COUNT)
+    overlap: float = option("评测的题：一行盖住一道题的几成算混进来", 0.8, SHARE)
     doubt: float = option("答错的：模型对别的词比对写着的多几成把握才算", 0.75, SHARE)
     folds: int | None = option("交叉验证分几份", limits=Limits(at_least=2))
     beta: float | None = option("交叉验证里 DPO 的 β")
@@ -187,7 +187,8 @@ def drop_wrong_answers(stage: Stage, table: Table, start: str) -> None:
             reasons[number] = (
                 f"答错：写着“{doubt.said}”，模型想写“{doubt.would_say}”（余地 {doubt.margin:.2f}）"
             )
-    table.margins = {number: doubts[place].margin for place, number in enumerate(table.alive)}
+    for place, number in enumerate(table.alive):
+        table.margins[number], table.log_ratios[number] = doubts[place].margin, doubts[place].log_ratio
     table.drop("wrong_answer", reasons)
 
 

@@ -32,6 +32,7 @@ class Doubt(NamedTuple):
     margin: float  # −1 … 1
     said: str
     would_say: str
+    log_ratio: float  # 一行里 log p(写着的) − log p(别的里最大的) 最小的一个：只为比较
 
 
 def fold_of(n: int, folds: int, seed: int) -> np.ndarray:
@@ -59,6 +60,7 @@ def answer_doubts(model, tokenizer, chats: list[dict]) -> list[Doubt]:
         keep = labels != IGNORE
         logits = labelled_logits(model, batch["input_ids"], keep).float()  # (M, V)
         margins, choice = token_margins(logits.softmax(-1), labels[keep])
+        log_ratios, _ = token_margins(logits.log_softmax(-1), labels[keep])
         which, column = torch.where(keep)
         for row, place in enumerate(places):
             mine = torch.where(which == row)[0]
@@ -66,14 +68,15 @@ def answer_doubts(model, tokenizer, chats: list[dict]) -> list[Doubt]:
             at = int(column[worst]) + 1
             before = batch["input_ids"][row, max(0, at - 3) : at].tolist()
             said = tokenizer.decode([*before, int(labels[row, at - 1])])
-            found[place] = Doubt(margins[worst].item(), said, tokenizer.decode([*before, int(choice[worst])]))
+            would_say = tokenizer.decode([*before, int(choice[worst])])
+            found[place] = Doubt(margins[worst].item(), said, would_say, log_ratios[mine].min().item())
     return [doubt for doubt in found if doubt is not None]
 
 
 def token_margins(probabilities: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(M, V) 与 (M,) → 每个 token 的余地 (M,)，别的里最想写的是哪一个 (M,)。"""
+    """(M, V) 的概率（或对数概率）与 (M,) → 每个 token 的余地 (M,)，别的里最想写的是哪一个 (M,)。"""
     written = probabilities.gather(-1, labels[:, None])[:, 0]
-    others, choice = probabilities.scatter(-1, labels[:, None], -1.0).max(-1)
+    others, choice = probabilities.scatter(-1, labels[:, None], float("-inf")).max(-1)
     return written - others, choice
 
 
@@ -98,6 +101,13 @@ def pair_margins(model, reference, tokenizer, pairs: list[dict], beta: float) ->
         chosen, rejected = ratio.chunk(2)
         margins[places] = (beta * (chosen - rejected)).cpu().numpy()
     return margins
+
+
+def average_precision(scores: np.ndarray, is_wrong: np.ndarray) -> float:
+    """从最可疑的（分最低的）看起，每碰到一个真错的就记下到此为止的查准率，再平均：不用画线，也知道排得好不好。"""
+    ordered = is_wrong[np.argsort(scores, kind="stable")]
+    precisions = ordered.cumsum() / np.arange(1, len(ordered) + 1)
+    return float(precisions[ordered].mean())
 
 
 # ---------------------------------------------------------------- 画线：confident learning
