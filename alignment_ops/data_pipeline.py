@@ -290,6 +290,7 @@ def fit(stage: Stage, name: str, rows: list[dict], start: str) -> None:
         "learning_rate": settings.learning_rate,
         "max_length": settings.max_length,
         "max_train_samples": len(rows),
+        "eval_dataset": stage.folder.work / "heldout.jsonl",  # 不给，它会从训练的行里分走 5%
         "seed": settings.seed,
     }
     run_stage("sft", stage.folder.work / name, start, path, settings.preset, **options)
