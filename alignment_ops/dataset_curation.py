@@ -166,6 +166,13 @@ def clean_text(table: Table, asked: dict[str, str], settings: CurationSettings) 
     drop_duplicates(table, settings.threshold, settings.short_copies)
     if asked:
         drop_contaminated(table, asked, n=13, at_least=settings.overlap)
+    if not table.alive:
+        counts = "、".join(
+            f"{reason} {n} 行" for step in table.steps for reason, n in step["reasons"].items()
+        )
+        raise UserError(
+            f"清洗以后一行也没有留下（{counts}）：要别的语言用 --languages，别的请看看数据是不是给错了。"
+        )
 
 
 # ---------------------------------------------------------------- 2. 用没见过这一行的模型找标错的
@@ -174,6 +181,10 @@ def clean_text(table: Table, asked: dict[str, str], settings: CurationSettings) 
 def drop_wrong_answers(stage: Stage, table: Table, start: str) -> None:
     """交叉验证：轮流拿出一份，在其余的上面训练 start，看拿出来的各行里有没有模型拿得准不该这样写的词。"""
     settings, rows = stage.settings, table.curated()
+    if len(rows) < 2 * settings.folds:
+        raise UserError(
+            f"只剩 {len(rows)} 行，分成 {settings.folds} 份太少，找不了标错的：去掉 --model，只做看文字的几步。"
+        )
     which = fold_of(len(rows), settings.folds, settings.seed)
     doubts: dict[int, Doubt] = {}
     for fold in range(settings.folds):
@@ -207,6 +218,10 @@ def doubts_of_fold(part: Stage, rows: list[dict], which: np.ndarray, fold: int, 
 def drop_flipped(stage: Stage, table: Table, start: str) -> None:
     """交叉验证：DPO 在别的份上训练，看它同不同意这一份标的次序。"""
     settings, rows = stage.settings, table.curated()
+    if len(rows) < 2 * settings.folds:
+        raise UserError(
+            f"只剩 {len(rows)} 行，分成 {settings.folds} 份太少，找不了标错的：去掉 --model，只做看文字的几步。"
+        )
     which = fold_of(len(rows), settings.folds, settings.seed)
     margins = np.zeros(len(rows))
     for fold in range(settings.folds):

@@ -100,7 +100,8 @@ def _plant(n: int, shares: dict, rng: random.Random, source: Iterator[dict], lea
                 for message in turns_of(row):
                     message["content"] = reworded(rng, message["content"])
         elif kind == "contaminated":
-            row = leaked.pop(rng.randrange(len(leaked))) | {"kind": "评测"}
+            row = leaked.pop(rng.randrange(len(leaked)))
+            row = {"kind": kind_of(turns_of(row))} | row
         else:
             row = copied(next(source))
             while kind not in ("", "duplicate", "near_duplicate") and not spoil(
