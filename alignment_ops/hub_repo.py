@@ -156,22 +156,20 @@ class HubRepo:
 
     def fetch_checkpoint(self, checkpoints: Path, newer_than: int) -> int | None:
         """把仓库里最新的好检查点放进 checkpoints；返回第几步，没有更新的是 None。"""
-        for step in reversed(self.steps()):
-            if step <= newer_than:
-                break
-            temporary = checkpoints / f".download-{step}"
+        temporary = checkpoints / ".download"
+        for step in [each for each in reversed(self.steps()) if each > newer_than]:
             shutil.rmtree(temporary, ignore_errors=True)
-            folder = self.download(f"checkpoints/checkpoint-{step}/*", temporary)
-            folder = folder / "checkpoints" / f"checkpoint-{step}"
+            self.download(f"checkpoints/checkpoint-{step}/*", temporary)
+            folder = temporary / "checkpoints" / f"checkpoint-{step}"
             if broken := broken_file(folder):
                 print(f"hub 上 checkpoint-{step} 的 {broken} 坏了，看前一个。", flush=True)
-                shutil.rmtree(temporary)
                 continue
             refuse_code(folder, self.name)
             (folder / HASHES).unlink()
             folder.rename(checkpoints / folder.name)
             shutil.rmtree(temporary)
             return step
+        shutil.rmtree(temporary, ignore_errors=True)
         return None
 
     # ------------------------------------------------------------ 再试，与出错时说什么

@@ -192,6 +192,17 @@ def test_without_the_check_the_code_would_have_run(tmp_path):
     assert not trace.exists()
 
 
+def test_a_checkpoint_with_code_is_not_fetched(hub, repo, checkpoint, tmp_path):
+    folder, trace = checkpoint(1), tmp_path / "ran"
+    (folder / "optimizer.bin").unlink()
+    (folder / "custom_checkpoint_0.pkl").write_bytes(pickle.dumps(hub_faults.Evil(trace), 2))
+    repo.push_checkpoint(folder)
+    (tmp_path / "c").mkdir()
+    with pytest.raises(UserError, match=r"custom_checkpoint_0.pkl 里不只是数据"):
+        repo.fetch_checkpoint(tmp_path / "c", 0)
+    assert not trace.exists() and not (tmp_path / "c" / "checkpoint-1").exists()
+
+
 def test_a_real_checkpoint_is_harmless(tmp_path):
     import torch
     from accelerate import Accelerator
