@@ -58,7 +58,14 @@ def steps_section(table: Table) -> str:
         dropped = step["before"] - step["after"]
         bar = f'<span class="bar" style="width:{300 * step["after"] / max(table.steps[0]["before"], 1):.0f}px"></span>'
         reasons = "、".join(f"{escape(reason)} {n}" for reason, n in step["reasons"].items())
-        rows.append([STEPS[step["step"]][0], str(dropped), f"{bar} {step['after']}", reasons])
+        rows.append(
+            [
+                STEPS[step["step"]][0],
+                str(dropped),
+                f'<span class="whole">{bar} {step["after"]}</span>',
+                reasons,
+            ]
+        )
     head = ["步骤", "丢掉", "还剩", "为什么（几行）"]
     return f"<h2>{TABLES[table.name]}：一步一步</h2>" + html_table(head, rows, {1})
 

@@ -136,7 +136,10 @@ def count_curation(table: Table) -> dict:
         "kept": len(table.alive),
         "masked": len(table.masked),
         "steps": {
-            step["step"]: {"dropped": step["before"] - step["after"], "reasons": step["reasons"]}
+            step["step"]: {
+                "dropped": step["before"] - step["after"],
+                "reasons": list(step["reasons"].items()),
+            }
             for step in table.steps
         },
     }
@@ -169,7 +172,7 @@ def show(metrics: dict) -> None:
 def show_steps(title: str, counts: dict) -> None:
     rows = [[title, "丢掉", "为什么"]]
     for step, row in counts["steps"].items():
-        reasons = "、".join(f"{reason} {n}" for reason, n in list(row["reasons"].items())[:4])
+        reasons = "、".join(f"{reason} {n}" for reason, n in row["reasons"][:4])
         dropped = f"{row['dropped']}" if step != "personal" else f"盖 {counts['masked']} 行"
         rows.append([STEPS[step][0], dropped, reasons])
     print_table(rows)

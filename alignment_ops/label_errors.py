@@ -67,10 +67,16 @@ def answer_doubts(model, tokenizer, chats: list[dict]) -> list[Doubt]:
             worst = mine[margins[mine].argmin()]
             at = int(column[worst]) + 1
             before = batch["input_ids"][row, max(0, at - 3) : at].tolist()
-            said = tokenizer.decode([*before, int(labels[row, at - 1])])
-            would_say = tokenizer.decode([*before, int(choice[worst])])
+            said = shown(tokenizer, [*before, int(labels[row, at - 1])])
+            would_say = shown(tokenizer, [*before, int(choice[worst])])
             found[place] = Doubt(margins[worst].item(), said, would_say, log_ratios[mine].min().item())
     return [doubt for doubt in found if doubt is not None]
+
+
+def shown(tokenizer, ids: list[int]) -> str:
+    """给人看的几个字：说完了写成"（完）"，不写控制符。"""
+    text = tokenizer.decode(ids).replace("<|im_end|>", "（完）")
+    return "".join(text.rpartition("assistant\n")[2].split())
 
 
 def token_margins(probabilities: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
