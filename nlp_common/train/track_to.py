@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from nlp_common.base.measurements import numbers_in
 from nlp_common.train.tracking import Place, tracking_folder, without_secrets
 
@@ -147,9 +149,19 @@ def mlflow_client() -> Any:
 
     disable_logging()  # 建数据库时的一屏 INFO
     uri = mlflow_uri()
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(uri, registry_uri=uri)
+    if "://" not in uri or uri.startswith("file:"):
+        raise ValueError(
+            f"MLflow 3.13 起不再记在文件夹里（{uri}）：MLFLOW_TRACKING_URI 写成 sqlite:///路径.db，或服务器的网址"
+        )
+    if not uri.startswith("sqlite:///"):
+        return MlflowClient(uri, registry_uri=uri)
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{database}.lock"):  # 两次训练同时开始，都来建表，后来的那个会出错
+        client = MlflowClient(uri, registry_uri=uri)
+        client.search_experiments(max_results=1)
+        client.search_registered_models(max_results=1)
+    return client
 
 
 class MLflow:

@@ -382,3 +382,30 @@ def test_a_real_mlflow_server(tmp_path, monkeypatch):
     (tmp_path / "work/tracking.json").unlink()
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"):
         reporter(tmp_path, "mlflow").open()
+
+
+STARTS = """
+import os, sys
+import nlp_common
+from pathlib import Path
+from nlp_common.train.tracking import Reporter
+work = Path(sys.argv[1])
+work.mkdir()
+reporter = Reporter("mlflow", "sft", {}, work)
+reporter.open()
+for step in range(5):
+    reporter.log(step, {"loss": 1.0})
+print(reporter.number, len(reporter.waiting))
+"""
+
+
+@pytest.mark.slow
+def test_three_trainings_make_the_database_together(tmp_path):
+    """第一次用，三次训练同时开始：都来建表，一个也不出错，点都在。"""
+    pytest.importorskip("mlflow", reason="没有装 mlflow")
+    commands = [[sys.executable, "-c", STARTS, str(tmp_path / str(number))] for number in range(3)]
+    started = [subprocess.Popen(each, stdout=subprocess.PIPE, text=True) for each in commands]
+    for each in started:
+        said = each.communicate()[0].split()
+        assert each.returncode == 0 and said[-1] == "0"
+        assert len(track_to.mlflow_client().get_metric_history(said[-2], "loss")) == 5
