@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Literal
 
 from instruction_rows import by_documents, by_rows, distinct, groups_of, heldout_documents, leaked, to_rows
-from llm_rows import agrees, write_pairs
+from llm_rows import Asked, agreeing, write_pairs
 from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, Limits, option
 from nlp_common.base.console import print_table
 from nlp_common.base.errors import UserError
@@ -54,7 +54,6 @@ SAMPLES = "samples"
 PRESETS = {
     "tiny": {
         "n_documents": 60,
-        "most_characters": 80,
         "replay": 500,
         "num_train_epochs": 8.0,
         "learning_rate": 1e-3,
@@ -62,13 +61,14 @@ PRESETS = {
     },
     "full": {
         "n_documents": 100,
-        "most_characters": 400,
         "replay": 0,
         "num_train_epochs": 3.0,
         "learning_rate": 2e-5,
         "max_length": 1024,
     },
 }
+SECONDS = 120  # 大模型一句最多等多久
+MOST_FAULTS = 8  # 屏幕上说几份读不了的
 PLANTED = 600  # 故意写错几个，看门拦得住几成
 
 
@@ -84,7 +84,9 @@ class PipelineSettings(LessonSettings):
     round_trip: bool = option("大模型出的题，让它只看那一段再答一遍，两次一样才要", True)
     n_documents: int | None = option("样板写几份文档", limits=Limits(at_least=10, at_most=100))
     copies: int = option("样板里，几份换一种格式另存了一遍", 5, NOT_NEGATIVE)
-    most_characters: int | None = option("一段最多几个字", limits=Limits(at_least=20))
+    most_characters: int | None = option(
+        "一段最多几个字；默认样板 80，自己的文档 400", limits=Limits(at_least=20)
+    )
     heldout_share: float = option("留出几成文档", 0.25, Limits(above=0, below=1))
     train: bool | None = option("在这些行上训练、量一量；默认只有自带的样板训练")
     replay: int | None = option("训练时混进几段小世界的对话：不混，新的学会了，旧的忘了", limits=NOT_NEGATIVE)
@@ -101,6 +103,8 @@ class PipelineSettings(LessonSettings):
             )
         if self.train is None:
             self.train = self.dataset == SAMPLES
+        if self.most_characters is None:
+            self.most_characters = 80 if self.dataset == SAMPLES else 400
 
 
 @dataclass
@@ -120,11 +124,13 @@ def learn(stage: Stage) -> dict:
     settings = stage.settings
     folder, samples = find_documents(stage)
     documents, faults = read_folder(folder)
-    for fault in faults:
+    for fault in faults[:MOST_FAULTS]:
         print(f"没有读：{fault}")
+    if len(faults) > MOST_FAULTS:
+        print(f"没有读的还有 {len(faults) - MOST_FAULTS} 份，都写在统计页里。")
     material = prepare([*documents], settings.most_characters)
     pairs, llm_faults = write_questions(stage, material)
-    material.pairs, material.dropped = filter_pairs(settings, pairs)
+    material.pairs, material.dropped = filter_pairs(stage, pairs)
     train, heldout, metrics = split(settings, material)
     metrics |= {"documents": len(documents), "unread": len(faults), "passages": len(material.passages)}
     metrics |= {"pairs": len(pairs), "kept_pairs": len(material.pairs), "llm_faults": dict(llm_faults)}
@@ -180,17 +186,16 @@ def write_questions(stage: Stage, material: Material) -> tuple[list[Pair], dict]
     """每一段出题：照规则，或请大模型。一题也没有是 UserError。"""
     settings = stage.settings
     if settings.llm_url:
-        server = ChatServer(settings.llm_url, settings.llm_model, timeout=120)
-        server.check()
-        saved = stage.folder.work / "llm.jsonl"
-        pairs, faults = write_pairs(server, material.passages, settings.llm_pairs, saved)
+        asked = model_of(stage)
+        asked.server.check()
+        pairs, faults = write_pairs(asked, material.passages, settings.llm_pairs)
     else:
         pairs, faults = [pair for passage in material.passages for pair in pairs_of(passage)], {}
     if not pairs and settings.llm_url:
         counts = "；".join(f"{name} {count} 次" for name, count in faults.items())
         raise UserError(
             f"{settings.llm_model} 看了 {len(material.passages)} 段，写的没有一题读得出（{counts or '都是空的列表'}）。"
-            f"它写的在 {saved}；太小的模型写不出 JSON，换一个大些的。"
+            f"它写的在 {asked.saved}；太小的模型写不出 JSON，换一个大些的。"
         )
     if not pairs:
         raise UserError(
@@ -200,12 +205,17 @@ def write_questions(stage: Stage, material: Material) -> tuple[list[Pair], dict]
     return pairs, faults
 
 
-def filter_pairs(settings: PipelineSettings, pairs: list[Pair]) -> tuple[list[Pair], list[tuple[Pair, str]]]:
+def model_of(stage: Stage) -> Asked:
+    settings = stage.settings
+    server = ChatServer(settings.llm_url, settings.llm_model, timeout=SECONDS)
+    return Asked(server, stage.folder.work / "llm.jsonl")
+
+
+def filter_pairs(stage: Stage, pairs: list[Pair]) -> tuple[list[Pair], list[tuple[Pair, str]]]:
     """过门；大模型出的，再让它自己答一遍。"""
     kept, dropped = check_pairs(pairs)
-    if settings.llm_url and settings.round_trip:
-        server = ChatServer(settings.llm_url, settings.llm_model, timeout=120)
-        again = [agrees(server, pair) for pair in kept]
+    if stage.settings.llm_url and stage.settings.round_trip:
+        again = agreeing(model_of(stage), kept)
         dropped += [(pair, "disagrees") for pair, same in zip(kept, again, strict=True) if not same]
         kept = [pair for pair, same in zip(kept, again, strict=True) if same]
     if len({pair.document for pair in kept}) < 2:
@@ -220,17 +230,19 @@ def filter_pairs(settings: PipelineSettings, pairs: list[Pair]) -> tuple[list[Pa
 
 def measure_gate(pairs: list[Pair], seed: int) -> dict:
     """故意写错的，各种拦住几成；写对的（同一题的几种问法），冤枉几成。"""
+    subjects = {pair.subject for pair in pairs}
     planted = plant_faults(pairs, PLANTED, seed)
     caught: dict[str, list[bool]] = {kind: [] for kind in FAULTS}
     for pair, kind in planted:
-        caught[kind].append(fault_of(pair.questions[0], pair.answer, pair.passage, pair.subject) is not None)
-    right = [
-        fault_of(question, pair.answer, pair.passage, pair.subject) is None
-        for pair in pairs
-        for question in pair.questions
-    ]
+        reason = fault_of(pair.questions[0], pair.answer, pair.passage, pair.subject, subjects)
+        caught[kind].append(reason is not None)
+    wronged = []
+    for pair in pairs:
+        for question in pair.questions:
+            reason = fault_of(question, pair.answer, pair.passage, pair.subject, subjects)
+            wronged.append(reason is not None)
     recall = {kind: sum(its) / len(its) for kind, its in caught.items() if its}
-    return {"recall": recall, "n": len(planted), "false_alarms": 1 - sum(right) / len(right)}
+    return {"recall": recall, "n": len(planted), "false_alarms": sum(wronged) / len(wronged)}
 
 
 # ---------------------------------------------------------------- 3. 分开

@@ -62,14 +62,20 @@ def passages_of(cleaned: Cleaned, most: int) -> list[Passage]:
         lines = [line for line in block.split("\n") if line.strip() and not line.startswith("#")]
         if lines:
             pieces += _cut("\n".join(lines), most)
-    return [Passage(cleaned.id, subject, piece) for piece in pieces]
+    return [Passage(cleaned.id, _row_subject(piece) or subject, piece) for piece in pieces]
+
+
+def _row_subject(piece: str) -> str:
+    """一行表格（"名称：甲；价格：三元"）写的谁：头一格；不是表格的一行是空的。"""
+    cells = [PAIR.match(cell) for cell in piece.split("；")]
+    return cells[0][2].strip() if len(cells) > 1 and all(cells) else ""
 
 
 def split_title(cleaned: Cleaned) -> tuple[str, str]:
     """→ (写的谁, 正文)：头一个 # 行，或头一行（短、没有句号、不是"名称：内容"）；都没有，看头一句是不是"某某是……"。"""
     lines = cleaned.text.split("\n")
     first = lines[0].strip().lstrip("#").strip()
-    short = len(lines) > 1 and len(first) <= 24 and not first.endswith(ENDS) and not PAIR.match(first)
+    short = len(lines) > 1 and len(first) <= 24 and not first.endswith(ENDS) and "：" not in first
     if lines[0].startswith("#") or short:
         return first, "\n".join(lines[1:])
     named = re.match(rf"({CLAUSE}{{2,12}}?)(?:（[^）]*）)?是", first)
@@ -101,7 +107,7 @@ def pairs_of(passage: Passage) -> list[Pair]:
     """一段里认得出的每一句 → 一问一答。同一个答案的同一问只出一次。"""
     found: dict[str, Pair] = {}
     for sentence in split_sentences(passage.text):
-        plain = sentence.strip()
+        plain = sentence.strip().rstrip("；")
         told = with_subject(plain, passage.subject)
         if LINKED.match(told):
             continue

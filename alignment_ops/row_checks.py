@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 import unicodedata
+from collections.abc import Collection
 from dataclasses import replace
 
 from qa_rules import NUMBER, TIME, UNIT, Pair, split_sentences
@@ -21,11 +22,12 @@ BRACKETS = [("（", "）"), ("(", ")"), ("「", "」"), ("《", "》"), ("“", 
 ASKS = re.compile(r"什么|谁|哪|多少|几|怎|为何|是否|吗|说出|何时|？|\?")
 # 问的是哪一类 → 答案该长什么样；没有写的不管
 KINDS = [
-    (re.compile(rf"多少|几(?={UNIT})"), re.compile(NUMBER), "问多少，答的没有数"),
-    (re.compile(r"什么时候|何时|哪一?年|哪一?天"), re.compile(rf"{TIME}|{NUMBER}"), "问时间，答的不是时间"),
+    (re.compile(rf"多少|几(?={UNIT})"), re.compile(NUMBER)),
+    (re.compile(r"什么时候|何时|哪一?年|哪一?天"), re.compile(rf"{TIME}|{NUMBER}")),
 ]
 STOP = set("的了是在有什么谁哪里多少几怎样吗呢请问说出一下，。？！?“”《》要找去")
 NUMERALS = "0123456789零一二两三四五六七八九十百千万半"
+SHORTEST_NAME = 4
 NEAR = 0.6  # 问题里的字，至少几成在原文里
 REASONS = {
     "malformed": "不成样子：太短、太长、不是在问、括号不成对",
@@ -46,9 +48,9 @@ def normal(text: str) -> str:
 
 
 def stands_in(answer: str, text: str) -> bool:
-    """answer 的字在 text 里连着出现；数字不能是半个："三十天"里没有"十天"。"""
+    """answer 的字在 text 里连着出现；数字不能是半个："三十天"里没有"十天"。空的不算。"""
     said, whole = normal(answer), normal(text)
-    start = whole.find(said)
+    start = whole.find(said) if said else -1
     while start >= 0:
         before, after = whole[start - 1 : start], whole[start + len(said) : start + len(said) + 1]
         half = _both_numeral(before, said[:1]) or _both_numeral(said[-1:], after)
@@ -62,8 +64,10 @@ def _both_numeral(left: str, right: str) -> bool:
     return bool(left and right and left in NUMERALS and right in NUMERALS)
 
 
-def fault_of(question: str, answer: str, passage: str, subject: str) -> str | None:
-    """不能要的原因（REASONS 里的一个）；能要是 None。"""
+def fault_of(
+    question: str, answer: str, passage: str, subject: str, subjects: Collection[str] = ()
+) -> str | None:
+    """不能要的原因（REASONS 里的一个）；能要是 None。subjects：各份文档都写的谁。"""
     if not SHORTEST_QUESTION <= len(question.strip()) <= LONGEST_QUESTION or not ASKS.search(question):
         return "malformed"
     said = normal(answer)
@@ -75,9 +79,9 @@ def fault_of(question: str, answer: str, passage: str, subject: str) -> str | No
         return "not_in_passage"
     if said in normal(question):
         return "in_question"
-    if not _about(question, passage, subject):
+    if not _about(question, passage + subject) or _about_another(question, passage + subject, subjects):
         return "off_topic"
-    if any(asked.search(question) and not wanted.search(answer) for asked, wanted, _ in KINDS):
+    if any(asked.search(question) and not wanted.search(answer) for asked, wanted in KINDS):
         return "wrong_kind"
     return None if stands_in(answer, _nearest(question, passage, subject)) else "wrong_sentence"
 
@@ -86,21 +90,15 @@ def _balanced(text: str) -> bool:
     return all(text.count(left) == text.count(right) for left, right in BRACKETS)
 
 
-def _about(question: str, passage: str, subject: str) -> bool:
-    """问题里的字（虚词不算）大半在这一段或它的标题里；写了名字的，名字要对。"""
+def _about(question: str, known: str) -> bool:
+    """问题里的字（虚词不算）大半在 known（这一段与它的标题）里。"""
     asked = set(normal(question)) - STOP
-    known = set(normal(passage + subject))
-    return bool(asked) and len(asked & known) >= NEAR * len(asked) and _names(question, passage, subject)
+    return bool(asked) and len(asked & set(normal(known))) >= NEAR * len(asked)
 
 
-def _names(question: str, passage: str, subject: str) -> bool:
-    """ "甲的乙"这样的名字：问题里有的，原文或标题里也要有。"""
-    names = re.findall(r"[\u4e00-\u9fff]{2,4}的[\u4e00-\u9fff]{2}", subject)
-    if not names or any(name in question for name in names):
-        return True
-    shape = re.compile(r"[\u4e00-\u9fff]{2}的[\u4e00-\u9fff]{2}")
-    others = shape.findall(question)
-    return all(name in passage + subject for name in others)
+def _about_another(question: str, known: str, subjects: Collection[str]) -> bool:
+    """问题里写着别的文档的名字（短的不算：两三个字，谁都会提到），而这一段没有提过它。"""
+    return any(len(other) >= SHORTEST_NAME and other in question and other not in known for other in subjects)
 
 
 def _nearest(question: str, passage: str, subject: str) -> str:
@@ -119,8 +117,9 @@ def _pairs(text: str) -> set[str]:
 def check_pairs(pairs: list[Pair]) -> tuple[list[Pair], list[tuple[Pair, str]]]:
     """→ (能要的, [(不能要的, 为什么)])。同一问几处答得不一样的，一处也不要：不知道哪个是对的。"""
     kept, dropped = [], []
+    subjects = {pair.subject for pair in pairs}
     for pair in pairs:
-        reason = fault_of(pair.questions[0], pair.answer, pair.passage, pair.subject)
+        reason = fault_of(pair.questions[0], pair.answer, pair.passage, pair.subject, subjects)
         if reason:
             dropped.append((pair, reason))
         else:
