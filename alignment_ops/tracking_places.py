@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from mlflow_aliases import MLflowAliases
@@ -21,7 +22,14 @@ from registry import Registry
 from run_records import Run
 
 # 测的时候都记在本机：读者自己设的服务器、令牌不用
-READERS_OWN = ("MLFLOW_TRACKING_URI", "WANDB_API_KEY", "WANDB_MODE", "SWANLAB_API_KEY", "SWANLAB_MODE")
+READERS_OWN = (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_EXPERIMENT_NAME",
+    "WANDB_API_KEY",
+    "WANDB_MODE",
+    "SWANLAB_API_KEY",
+    "SWANLAB_MODE",
+)
 NAME = "assistant"
 
 
@@ -38,22 +46,29 @@ def upload(run: Run, to: str) -> Reporter:
 # ---------------------------------------------------------------- 1. 五种去处
 
 
+@contextlib.contextmanager
+def kept_in(folder: Path) -> Iterator[None]:
+    """这里面都记在 folder 里，不记到读者自己的服务器上。"""
+    kept = {name: os.environ.pop(name, None) for name in (*READERS_OWN, "NLP_LEARNING_TRACKING")}
+    os.environ["NLP_LEARNING_TRACKING"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["NLP_LEARNING_TRACKING"]
+        os.environ.update({name: value for name, value in kept.items() if value is not None})
+
+
 def measure_places(folder: Path, runs: list[Run]) -> dict[str, dict]:
     """装了的每一种：``{"open_seconds", "ms_per_point", "points", "same_points"}``；没有装的说怎样装。"""
     found = {}
     shutil.rmtree(folder, ignore_errors=True)
-    kept = {name: os.environ.pop(name, None) for name in (*READERS_OWN, "NLP_LEARNING_TRACKING")}
-    os.environ["NLP_LEARNING_TRACKING"] = str(folder)
-    try:
+    with kept_in(folder):
         for to in PLACES_BY_NAME:
             package = PACKAGES.get(to)
             if package and importlib.util.find_spec(package) is None:
                 print(f"  {to}：没有装（pip install {package}），跳过")
                 continue
             found[to] = measure_place(to, runs)
-    finally:
-        del os.environ["NLP_LEARNING_TRACKING"]
-        os.environ.update({name: value for name, value in kept.items() if value is not None})
     return found
 
 
@@ -102,12 +117,16 @@ def _close(read: float | None, value: float) -> bool:
 
 def alias_story(folder: Path, models: list[Path]) -> dict:
     """登记两版、发布、再退回去：登记簿（registry.py）与 MLflow 每一步的别名都应当一样。"""
-    path = folder / "registry.jsonl"
+    with kept_in(folder / "places"):
+        return _alias_story(folder / "registry.jsonl", models)
+
+
+def _alias_story(path: Path, models: list[Path]) -> dict:
     path.unlink(missing_ok=True)
     registry, first, second = Registry(path), *models
     steps = {}
     try:
-        other = MLflowAliases(f"{NAME}-{time.time_ns()}")
+        other = MLflowAliases(NAME)
     except UserError as error:
         print(f"  MLflow：{error}")
         return {}
@@ -133,5 +152,5 @@ def alias_story(folder: Path, models: list[Path]) -> dict:
     return {
         "alias_steps": len(steps),
         "alias_steps_same": sum(a == b for a, b in steps.values()),
-        "alias_folder_same": same,
+        "alias_folder_same": int(same),
     }

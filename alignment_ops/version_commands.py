@@ -118,8 +118,8 @@ def upload_one(words: list[str]) -> None:
     [name], rest = split_names(words, 1, "upload 文件夹或编号 --report_to mlflow")
     settings = parse_arguments(To, rest)
     run = find_run(name, all_runs(settings))
-    upload(run, settings.report_to)
-    print(f"{run.title} 补记好了。")
+    if not upload(run, settings.report_to).lost:  # 没有记上的，它自己说了
+        print(f"{run.title} 补记好了。")
 
 
 COMMANDS: dict[str, Callable[[list[str]], object]] = {

@@ -214,7 +214,7 @@ def rebuild(place: Path, folders: dict[str, Path], run: Run) -> dict:
         hidden.rename(folders["sft-2"])
     same = "逐位相同" if rebuilt.same else f"不同：{'；'.join(rebuilt.causes) or '条件都相同'}"
     print(f"  dpo-2 {run.id} → {rebuilt.run.id}：{same}（上游重做了 {rebuilt.parents} 次）")
-    return {"rebuilt_same": rebuilt.same, "rebuilt_parents": rebuilt.parents}
+    return {"rebuilt_same": int(rebuilt.same), "rebuilt_parents": rebuilt.parents}
 
 
 def draw(folder: Path, curves: dict[str, list[dict]]) -> None:
