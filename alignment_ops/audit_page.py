@@ -174,7 +174,7 @@ def bias_section(bias: dict) -> str:
 def draw(folder: Path, tables: dict[str, Table], metrics: dict) -> None:
     for name, table in tables.items():
         if table.margins:
-            margins_chart(folder / f"margins_{name}.svg", table)
+            margins_chart(folder / f"curation_margins_{name}.svg", table)
     if "precision" in metrics:
         english = {fault: f"{title}|{fault.replace('_', ' ')}" for fault, title in FAULTS.items()}
         series = {
