@@ -23,6 +23,7 @@ from nlp_common.base.cli import run_main
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -43,7 +44,7 @@ from nlp_common.train.stage import Stage
 from pipeline_exam import EXAMS, TITLES, measure, read_by_row_split
 from pipeline_page import draw, write_page
 from qa_rules import Pair, Passage, pairs_of, passages_of
-from row_checks import FAULTS, REASONS, check_pairs, fault_of, plant_faults
+from row_checks import FAULTS, REASONS, check_pairs, measure_gate
 from sample_documents import Sample, cleaning_score, rule_score, write_samples
 from stages import run_stage
 from text_cleaning import Cleaned, clean_documents
@@ -69,7 +70,6 @@ PRESETS = {
 }
 SECONDS = 120  # 大模型一句最多等多久
 MOST_FAULTS = 8  # 屏幕上说几份读不了的
-PLANTED = 600  # 故意写错几个，看门拦得住几成
 
 
 @dataclass
@@ -124,10 +124,7 @@ def learn(stage: Stage) -> dict:
     settings = stage.settings
     folder, samples = find_documents(stage)
     documents, faults = read_folder(folder)
-    for fault in faults[:MOST_FAULTS]:
-        print(f"没有读：{fault}")
-    if len(faults) > MOST_FAULTS:
-        print(f"没有读的还有 {len(faults) - MOST_FAULTS} 份，都写在统计页里。")
+    say_unread(faults)
     material = prepare([*documents], settings.most_characters)
     pairs, llm_faults = write_questions(stage, material)
     material.pairs, material.dropped = filter_pairs(stage, pairs)
@@ -171,6 +168,15 @@ def find_documents(stage: Stage) -> tuple[Path, list[Sample]]:
     folder = stage.folder.work / "documents"
     shutil.rmtree(folder, ignore_errors=True)
     return folder, write_samples(folder, settings.n_documents, settings.copies, settings.seed)
+
+
+def say_unread(faults: list[str]) -> None:
+    """读不了的文件，一份一句；缺同一个包的合成一句。"""
+    reasons = Counter(fault.partition("：")[2] if "pip install" in fault else fault for fault in faults)
+    for reason, n in list(reasons.items())[:MOST_FAULTS]:
+        print(f"没有读：{reason}" if n == 1 else f"没有读 {n} 份：{reason}")
+    if len(reasons) > MOST_FAULTS:
+        print(f"没有读的还有 {len(reasons) - MOST_FAULTS} 份，都写在统计页里。")
 
 
 def prepare(documents: list, most: int) -> Material:
@@ -226,23 +232,6 @@ def filter_pairs(stage: Stage, pairs: list[Pair]) -> tuple[list[Pair], list[tupl
             f"{len(pairs)} 题里能要的只有 {len(kept)} 题，不到两份文档，分不出训练与留出。不要的例如 {reasons or '（没有）'}。"
         )
     return kept, dropped
-
-
-def measure_gate(pairs: list[Pair], seed: int) -> dict:
-    """故意写错的，各种拦住几成；写对的（同一题的几种问法），冤枉几成。"""
-    subjects = {pair.subject for pair in pairs}
-    planted = plant_faults(pairs, PLANTED, seed)
-    caught: dict[str, list[bool]] = {kind: [] for kind in FAULTS}
-    for pair, kind in planted:
-        reason = fault_of(pair.questions[0], pair.answer, pair.passage, pair.subject, subjects)
-        caught[kind].append(reason is not None)
-    wronged = []
-    for pair in pairs:
-        for question in pair.questions:
-            reason = fault_of(question, pair.answer, pair.passage, pair.subject, subjects)
-            wronged.append(reason is not None)
-    recall = {kind: sum(its) / len(its) for kind, its in caught.items() if its}
-    return {"recall": recall, "n": len(planted), "false_alarms": sum(wronged) / len(wronged)}
 
 
 # ---------------------------------------------------------------- 3. 分开
