@@ -1,13 +1,18 @@
 """dataset_curation.py：埋的毛病照数埋、各步查得准查得全、寒暄不被去重删光；自己的文件，丢掉的行连原因都在；说错的话。"""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import dataset_curation as script
-from curation_report import precision_recall
+from curation_report import FAULTS, precision_recall
 from curation_rows import Table, drop_duplicates, mask_personal, text_of
 from nlp_common.base.errors import UserError
 from nlp_common.tiny import world
@@ -212,6 +217,87 @@ def test_flipped_pairs_use_the_folds(tmp_path, base_folder, monkeypatch):
         assert not [row for row in rows if row in others]
     dropped = [json.loads(line) for line in (out / "dropped.jsonl").read_text("utf-8").splitlines()]
     assert dropped[-1]["step"] == "flipped" and dropped[-1]["prompt"] == pairs[5]["prompt"]
+
+
+def test_the_whole_lesson(tmp_path, base_folder, monkeypatch):
+    """三份数据各训练一遍（这里不真的训练）：指标的名字、图、同样的一半、第二次直接用。"""
+    trained = {}
+
+    def stage(kind, out, model, dataset, preset="tiny", **settings):
+        trained[f"{kind}_{Path(dataset).stem}"] = [
+            json.loads(line) for line in dataset.read_text("utf-8").splitlines()
+        ]
+        shutil.copytree(model, out)
+
+    monkeypatch.setattr(script, "run_stage", stage)
+    monkeypatch.setattr(script, "chain_model", lambda *_: {"path": str(base_folder), "id": "base"})
+    argv = [
+        "--preset",
+        "tiny",
+        "--n_chats",
+        "140",
+        "--n_pairs",
+        "100",
+        "--folds",
+        "2",
+        "--max_eval_samples",
+        "6",
+    ]
+    argv += ["--output_dir", str(tmp_path / "out")]
+    record = script.main(argv)
+    metrics = record["metrics"]
+    for arm in ("raw", "curated", "random"):
+        assert {f"preferred_rate_{arm}", f"qa_accuracy_{arm}"} <= set(metrics)
+    assert set(metrics["recall"]) == set(metrics["precision"]) == set(FAULTS)
+    assert metrics["gain_over_raw"]["value"] == 0 and metrics["average_precision"]["wrong_answer"] > 0
+    sizes = {name: len(rows) for name, rows in trained.items()}
+    assert sizes["sft_sft_raw"] == 140 and sizes["dpo_dpo_raw"] == 100
+    for kind in ("sft", "dpo"):
+        assert sizes[f"{kind}_{kind}_curated"] == sizes[f"{kind}_{kind}_random"] < sizes[f"{kind}_{kind}_raw"]
+    assert all(row in trained["sft_sft_raw"] for row in trained["sft_sft_random"])
+    names = {"curation_found", "curation_arms", "curation_margins_chats", "curation_margins_pairs"}
+    assert names == {path.stem for path in (tmp_path / "out").glob("*.svg")}
+    assert script.main(argv)["id"] == record["id"]
+    with pytest.raises(UserError, match="doubt"):
+        script.main([*argv, "--doubt", "0.5"])
+
+
+@pytest.mark.slow
+def test_run_as_a_reader_does(tmp_path, base_folder):
+    """真的开子进程训练 DPO，交叉验证；没有终端的编码也印得出来。"""
+    home = Path(script.__file__).parent
+    command = [
+        sys.executable,
+        "dataset_curation.py",
+        "--preset",
+        "tiny",
+        "--n_chats",
+        "120",
+        "--n_pairs",
+        "100",
+    ]
+    command += [
+        "--folds",
+        "2",
+        "--compare",
+        "false",
+        "--model",
+        str(base_folder),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=home,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "标反的" in done.stdout and "查全" in done.stdout
+    run = json.loads((tmp_path / "out" / "run.json").read_text("utf-8"))
+    assert run["metrics"]["recall"]["duplicate"] == 1.0 and "flipped" in run["metrics"]["pairs"]["steps"]
 
 
 @pytest.mark.parametrize(
