@@ -60,6 +60,7 @@ def precision_recall(tables: dict[str, Table]) -> dict:
         name: right / n for name, (right, n) in sorted(kinds.items()) if not name.endswith(".")
     }
     metrics["average_precision"] = ranking(tables)
+    metrics["flipped_at_zero"] = simple_line(tables["pairs"])
     metrics["personal_exact"] = exact_spans(tables)
     metrics["bad_share"] = total["bad"] / (total["bad"] + total["good"])
     left = total["good"] - total["good_dropped"] + total["bad_left"]
@@ -91,6 +92,14 @@ def ranking(tables: dict[str, Table]) -> dict:
         if is_wrong.any():
             found[name] = average_precision(np.array(list(values.values())), is_wrong)
     return found
+
+
+def simple_line(table: Table) -> dict:
+    """标反的，线不按 confident learning 画，就画在 0：模型更喜欢标为差的，就算标反。"""
+    flagged = {number for number, margin in table.margins.items() if margin < 0}
+    flipped = {number for number in table.margins if table.planted.faults.get(number) == "flipped"}
+    right = len(flagged & flipped)
+    return {"precision": right / max(len(flagged), 1), "recall": right / max(len(flipped), 1)}
 
 
 def _is_moved_copy(table: Table, number: int) -> bool:

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +22,12 @@ import torch
 from nlp_common.fast.columns import labelled_logits
 from nlp_common.lm.chat_rows import chat_length, chat_row, collate
 from nlp_common.lm.losses import IGNORE, token_logps
-from nlp_common.lm.pairs import collate_pairs, encode_pair
+from nlp_common.lm.pairs import collate_pairs, encode_pair, pair_length
 
-BATCH = 64
+BATCH, LARGEST = (
+    64,
+    1 << 26,
+)  # 一批至多几行；一批的得分（token 数 × 词表）至多多少个数：词表大的模型，一批少放几行
 
 
 class Doubt(NamedTuple):
@@ -42,6 +46,18 @@ def fold_of(n: int, folds: int, seed: int) -> np.ndarray:
     return np.array(order)
 
 
+def batches_of(lengths: list[int], vocab_size: int) -> Iterator[list[int]]:
+    """行号，长短相近的在一批里。"""
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
+        if len(batch) == BATCH or (batch and (len(batch) + 1) * lengths[place] * vocab_size > LARGEST):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
 # ---------------------------------------------------------------- 回答
 
 
@@ -51,9 +67,7 @@ def answer_doubts(model, tokenizer, chats: list[dict]) -> list[Doubt]:
     model.eval()
     rows = [chat_row(tokenizer, chat["messages"]) for chat in chats]
     found: list[Doubt | None] = [None] * len(rows)
-    order = sorted(range(len(rows)), key=lambda place: chat_length(rows[place]))
-    for start in range(0, len(order), BATCH):
-        places = order[start : start + BATCH]
+    for places in batches_of([chat_length(row) for row in rows], model.config.vocab_size):
         batch = collate([rows[place] for place in places], tokenizer.pad_token_id)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch["labels"][:, 1:]  # (B, T-1)
@@ -96,9 +110,7 @@ def pair_margins(model, reference, tokenizer, pairs: list[dict], beta: float) ->
     for row in rows:
         row["rejected_ids"].pop()  # 与 DPO 训练时一样，差的不带结尾
     margins = np.zeros(len(rows))
-    order = sorted(range(len(rows)), key=lambda place: len(rows[place]["prompt_ids"]))
-    for start in range(0, len(order), BATCH):
-        places = order[start : start + BATCH]
+    for places in batches_of([2 * pair_length(row) for row in rows], model.config.vocab_size):
         batch = collate_pairs([rows[place] for place in places], tokenizer.pad_token_id)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         ratio = token_logps(model.eval(), **batch).sum(1) - token_logps(reference.eval(), **batch).sum(

@@ -6,7 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from label_errors import answer_doubts, confident_errors, flipped_pairs, fold_of, pair_margins, token_margins
+from label_errors import (
+    answer_doubts,
+    batches_of,
+    confident_errors,
+    flipped_pairs,
+    fold_of,
+    pair_margins,
+    token_margins,
+)
 from nlp_common.lm.chat_rows import chat_row
 from nlp_common.lm.loading import load_chat_lm
 from nlp_common.lm.losses import IGNORE
@@ -108,3 +116,13 @@ def test_pair_margins_equal_dpo(tiny, dpo):
     theirs = dpo.logps_of(model, rows, tokenizer.pad_token_id, 2)
     wanted = dpo.dpo_loss(*ours.T, *theirs.T, 0.3)[1]
     assert pair_margins(other, model, tokenizer, pairs, 0.3) == pytest.approx(wanted.tolist(), abs=1e-4)
+
+
+@given(st.lists(st.integers(1, 500), max_size=200), st.sampled_from([600, 150_000]))
+@settings(max_examples=50, deadline=None)
+def test_batches_hold_every_row_once_and_are_small(lengths, vocab_size):
+    batches = list(batches_of(lengths, vocab_size))
+    assert sorted(place for batch in batches for place in batch) == list(range(len(lengths)))
+    for batch in batches:
+        longest = max(lengths[place] for place in batch)
+        assert len(batch) == 1 or (len(batch) <= 64 and len(batch) * longest * vocab_size <= 1 << 26)
