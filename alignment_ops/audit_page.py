@@ -67,7 +67,8 @@ def steps_section(table: Table) -> str:
             ]
         )
     head = ["步骤", "丢掉", "还剩", "为什么（几行）"]
-    return f"<h2>{TABLES[table.name]}：一步一步</h2>" + html_table(head, rows, {1})
+    notes = "".join(f'<p class="warn">{escape(note)}</p>' for note in table.notes)
+    return f"<h2>{TABLES[table.name]}：一步一步</h2>" + html_table(head, rows, {1}) + notes
 
 
 def examples_section(table: Table) -> str:
@@ -254,6 +255,7 @@ def card(tables: dict[str, Table], metrics: dict, settings) -> str:
 def known_limits(tables: dict[str, Table], metrics: dict) -> list[str]:
     limits = []
     for name, table in tables.items():
+        limits += [f"- {TABLES[name]}：{note}" for note in table.notes]
         steps = {step["step"] for step in table.steps}
         if not steps & {"wrong_answer", "flipped"}:
             limits.append(f"- {TABLES[name]}：没有用模型找标错的（没有给 --model）。")

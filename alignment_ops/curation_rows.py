@@ -47,6 +47,7 @@ class Table:
     dropped: list[dict] = field(default_factory=list)
     steps: list[dict] = field(default_factory=list)
     masked: dict[int, list[str]] = field(default_factory=dict)  # 行号 → 盖住了哪几种
+    notes: list[str] = field(default_factory=list)  # 要人知道的
     margins: dict[int, float] = field(default_factory=dict)  # 行号 → 交叉验证的余地
     log_ratios: dict[int, float] = field(default_factory=dict)  # 行号 → 同样的，看对数之比
 

@@ -32,6 +32,7 @@ import numpy as np
 from audit_page import card, draw, page
 from curation_report import compare_arms, count_curation, precision_recall, show
 from curation_rows import (
+    STEPS,
     Table,
     drop_contaminated,
     drop_duplicates,
@@ -61,6 +62,7 @@ from stages import run_stage, write_rows
 
 HOME = Path(__file__).resolve().parent
 LEAKED_SEED = 9  # 混进数据里的评测题；量模型用的是另一些题（EVAL_SEED）
+MOST_WRONG = 0.3  # 疑心的行超过这么多，是模型判不了
 ARMS = {"raw": "原样|raw", "curated": "清洗过|curated", "random": "随便丢同样多|random"}
 PRESETS = {
     "tiny": {"max_length": 256, "per_device_train_batch_size": 8, "learning_rate": 2e-3, "adam_beta2": 0.98,
@@ -200,7 +202,7 @@ def drop_wrong_answers(stage: Stage, table: Table, start: str) -> None:
             )
     for place, number in enumerate(table.alive):
         table.margins[number], table.log_ratios[number] = doubts[place].margin, doubts[place].log_ratio
-    table.drop("wrong_answer", reasons)
+    drop_if_sane(table, "wrong_answer", reasons)
 
 
 def doubts_of_fold(part: Stage, rows: list[dict], which: np.ndarray, fold: int, start: str) -> dict:
@@ -234,14 +236,24 @@ def drop_flipped(stage: Stage, table: Table, start: str) -> None:
     ]
     flipped = flipped_pairs(margins, np.array([each == "chosen" for each in shown]))
     table.margins = dict(zip(table.alive, margins.tolist(), strict=True))
-    table.drop(
-        "flipped",
-        {
-            number: f"标反：模型更喜欢标为差的（margin {margins[i]:.2f}）"
-            for i, number in enumerate(table.alive)
-            if flipped[i]
-        },
-    )
+    reasons = {
+        number: f"标反：模型更喜欢标为差的（margin {margins[place]:.2f}）"
+        for place, number in enumerate(table.alive)
+        if flipped[place]
+    }
+    drop_if_sane(table, "flipped", reasons)
+
+
+def drop_if_sane(table: Table, step: str, reasons: dict[int, str]) -> None:
+    """查出太多，多半不是数据坏，是模型不认得这样的数据：它判不了，一行也不丢，说出来。"""
+    if len(reasons) > MOST_WRONG * len(table.alive):
+        table.notes.append(
+            f"{STEPS[step][0]}：{len(table.alive)} 行里模型疑心 {len(reasons)} 行，太多了，多半是它还不会这样的题；一行也没有丢。"
+            "换一个学过这类数据的 --model，或多给些行。"
+        )
+        print(table.notes[-1])
+        reasons = {}
+    table.drop(step, reasons)
 
 
 def margins_of_fold(part: Stage, rows: list[dict], which: np.ndarray, fold: int, start: str) -> dict:
@@ -249,7 +261,7 @@ def margins_of_fold(part: Stage, rows: list[dict], which: np.ndarray, fold: int,
     folder = part.folder.work / "pairs"
     write_rows(folder / f"{fold}.jsonl", [rows[i] for i in np.flatnonzero(which != fold)])
     run_stage("dpo", folder / f"dpo_{fold}", start, folder / f"{fold}.jsonl", settings.preset,
-              seed=settings.seed, beta=settings.beta, max_eval_samples=20)  # fmt: skip
+              seed=settings.seed, beta=settings.beta, max_length=settings.max_length, max_eval_samples=20)  # fmt: skip
     tokenizer, model = load_chat_lm(str(folder / f"dpo_{fold}"), part.device)
     _, reference = load_chat_lm(start, part.device)
     held = [rows[i] for i in np.flatnonzero(which == fold)]

@@ -156,7 +156,7 @@ def test_own_chats(tmp_path, base_folder, capsys):
     test = write(tmp_path / "test.jsonl", [{"question": story}])
     out = tmp_path / "out"
     argv = ["--preset", "tiny", "--dataset", data, "--eval_files", test, "--output_dir", str(out)]
-    argv += ["--model", str(base_folder), "--folds", "2", "--doubt", "1"]
+    argv += ["--model", str(base_folder), "--folds", "2", "--doubt", "1"]  # 余地不会小于 −1：不丢答错的
     record = script.main(argv)
     steps = record["metrics"]["chats"]["steps"]
     wanted = {"unusable": 1, "personal": 0, "garbage": 1, "language": 0, "duplicate": 1, "near_duplicate": 0,
@@ -260,6 +260,22 @@ def test_the_whole_lesson(tmp_path, base_folder, monkeypatch):
     assert script.main(argv)["id"] == record["id"]
     with pytest.raises(UserError, match="doubt"):
         script.main([*argv, "--doubt", "0.5"])
+
+
+def test_a_model_that_cannot_judge_drops_nothing(tmp_path, base_folder, monkeypatch, capsys):
+    """不认得这类数据的模型，一半的对它都疑心：一行也不丢，在哪里都说出来。"""
+    monkeypatch.setattr(script, "run_stage", lambda *_, **__: None)
+    monkeypatch.setattr(script, "load_chat_lm", lambda *_: (None, None))
+    monkeypatch.setattr(script, "pair_margins", lambda *each: np.resize([3.0, -3.0], len(each[3])))
+    data, out = write(tmp_path / "p.jsonl", world.pairs(40, 0)), tmp_path / "out"
+    argv = ["--preset", "tiny", "--dataset", data, "--model", str(base_folder), "--folds", "2"]
+    metrics = script.main([*argv, "--output_dir", str(out)])["metrics"]
+    assert metrics["pairs"]["steps"]["flipped"]["dropped"] == 0
+    for said in (
+        capsys.readouterr().out,
+        *((out / n).read_text("utf-8") for n in ("audit.html", "dataset_card.md")),
+    ):
+        assert "一行也没有丢" in said
 
 
 @pytest.mark.slow
