@@ -4,7 +4,7 @@
 量到的与公式一样。打散的办法写错一点（a 太小），128 个数就只值一个数。
 
 运行：
-    python near_duplicates.py                                        # 上课，约一分钟
+    python near_duplicates.py                                        # 上课，约二十秒
     python near_duplicates.py --dataset 我的数据.jsonl --output_dir outputs/mine    # 自己的数据：kept.jsonl、dropped.jsonl
     python near_duplicates.py --dataset 很大.jsonl --memory_mb 512 --output_dir outputs/big    # 放不进内存的也行
     python near_duplicates.py --dataset 文件夹 --engine ray --output_dir outputs/ray   # 几个进程、几台机器
