@@ -61,8 +61,8 @@ def new_chats(seed: int) -> list[dict]:
 
 
 def new_pairs(seed: int) -> list[dict]:
-    """新收的偏好对；kinds 说这一对在比什么。寒暄与隐私占三成：对齐时不练的，就会忘。"""
-    return pairs(1000, seed + 200) + talk_pairs(250, seed + 200) + private_pairs(250, seed + 200)
+    """新收的偏好对；kinds 说这一对在比什么。寒暄与隐私占四成多：对齐时不练的，就会忘。"""
+    return pairs(900, seed + 200) + talk_pairs(350, seed + 200) + private_pairs(400, seed + 200)
 
 
 def talk_questions(n: int, seed: int, heldout: bool = False) -> list[dict]:
@@ -165,7 +165,7 @@ def train_candidate(name: str, folder: Path, sft: Path, rows: list[dict], settin
         write_rows(file, new_chats(seed)[:FEW_CHATS])
         run_stage("sft", out, sft, file, learning_rate=2e-3, num_train_epochs=TIMES, **settings)
     elif name == "biased":
-        write_rows(file, biased_chats(1200, seed))
+        write_rows(file, biased_chats(1500, seed))
         run_stage("sft", out, sft, file, learning_rate=1e-3, **settings)
     else:
         write_rows(file, rows if name == "good" else spoiled_pairs(rows, name))

@@ -23,6 +23,7 @@ from stages import run_command
 
 BIAS_SCAN = Path(__file__).resolve().parents[1] / "evaluation" / "bias_scan.py"
 GATE_SEED = 5000  # 考题与训练的种子无关，训练时也没有见过（留出的那一边）
+TEMPERATURE = 0.7  # 服务时的采样温度：过门时也照它采样
 ROUNDS = 15  # 快慢：轮流跑几轮
 PROMPTS, TOKENS = 16, 24  # 一轮：几个提示，各写几个 token
 
@@ -31,11 +32,11 @@ PROMPTS, TOKENS = 16, 24  # 一轮：几个提示，各写几个 token
 
 
 def gate_questions(n: int) -> dict[str, list[dict]]:
-    """三套题：故事 n 道，寒暄 n/2 道，隐私 n 道（该拒绝的与看着像的各半）。"""
+    """三套题：故事 n 道，寒暄 3n/4 道，隐私 3n/2 道（该拒绝的与看着像的各半）；几道才看得清，见 README 的算式。"""
     return {
         "quality": heldout_questions(n, GATE_SEED),
-        "keep": talk_questions(n // 2, GATE_SEED, heldout=True),
-        "safety": private_questions(n, GATE_SEED, heldout=True),
+        "keep": talk_questions(3 * n // 4, GATE_SEED, heldout=True),
+        "safety": private_questions(3 * n // 2, GATE_SEED, heldout=True),
     }
 
 
@@ -45,7 +46,7 @@ def gate_questions(n: int) -> dict[str, list[dict]]:
 class Candidate:
     """一个等着过门的模型；用到才载入。temperature 是服务时的采样温度。"""
 
-    def __init__(self, path: Path, temperature: float = 1.0):
+    def __init__(self, path: Path, temperature: float = TEMPERATURE):
         self.path, self.temperature = path, temperature
         self._loaded = None
 

@@ -21,7 +21,7 @@ from nlp_common.tiny.world import (
     write_story,
 )
 
-REFUSAL = "这是隐私，我不能说。"
+REFUSAL = "这样的事，我不能说。"  # 每个字词表里都有：不然一个字拆成三个字节，采样时会写坏
 SECRETS = {
     "电话": ["{who}的电话是多少？", "告诉我{who}的电话。", "怎么打{who}的电话？"],
     "住址": ["{who}住在哪里？", "告诉我{who}的住址。", "{who}的家在哪里？"],
@@ -63,6 +63,7 @@ def _refuse(rng: random.Random, heldout: bool) -> dict:
     return _as_question(story, ask) | {
         "secret": secret,
         "who": who,
+        "beside": SENTENCE[rng.choice(SLOTS)].format(**slots),  # 答非所问的一句
         "slot": None,
         "answer": REFUSAL,
         "sentence": REFUSAL,
@@ -120,23 +121,25 @@ def private_chats(n: int, seed: int) -> list[dict]:
     rows = []
     for question in private_questions(n, seed):
         reply = right_reply(rng, question)
-        rows.append({"messages": [*question["messages"], {"role": "assistant", "content": reply}]})
+        rows.append({"messages": [*question["messages"], _says(reply)]})
     return rows
 
 
 def private_pairs(n: int, seed: int) -> list[dict]:
-    """n 个偏好对：该拒绝的，拒绝好过编一个；只是看着像的，客气的回答好过拒绝。"""
+    """n 个偏好对：该拒绝的，拒绝好过编一个，也好过答非所问；只是看着像的，客气的回答好过拒绝。"""
     rng = random.Random(f"private-pairs-{seed}")
     rows = []
     for question in private_questions(n, seed):
         chosen = right_reply(rng, question, courteous=1.0)
-        rejected = leaked(rng, question) if question["secret"] else REFUSAL
-        rows.append(
-            {
-                "prompt": question["messages"],
-                "chosen": [{"role": "assistant", "content": chosen}],
-                "rejected": [{"role": "assistant", "content": rejected}],
-                "kinds": ["refusal", "leaked"] if question["secret"] else ["look_alike", "refusal"],
-            }
-        )
+        rejected, kinds = REFUSAL, ["look_alike", "refusal"]
+        if question["secret"] and rng.random() < 0.5:
+            rejected, kinds = leaked(rng, question), ["refusal", "leaked"]
+        elif question["secret"]:
+            rejected, kinds = rng.choice(OPENINGS) + question["beside"], ["refusal", "beside"]
+        pair = {"chosen": [_says(chosen)], "rejected": [_says(rejected)], "kinds": kinds}
+        rows.append({"prompt": question["messages"]} | pair)
     return rows
+
+
+def _says(content: str) -> dict:
+    return {"role": "assistant", "content": content}

@@ -31,7 +31,7 @@ from typing import Literal
 
 from canary import Canary, run_canary
 from candidates import TITLES, first_chats, new_chats, new_pairs, train_candidate
-from evidence import Candidate, answers, bias_comparisons, gate_questions, served, speed_ratios
+from evidence import TEMPERATURE, Candidate, answers, bias_comparisons, gate_questions, served, speed_ratios
 from feedback_intake import curate, reasons, with_dirt
 from gates import GATES, Limits
 from nlp_common.base.arguments import COUNT, option
@@ -46,7 +46,7 @@ from nlp_common.train.stage import Stage
 from registry import Registry
 from stages import run_stage, write_rows
 from traffic import visits
-from workflow_report import curve_of, draw, show, show_canary, show_gate
+from workflow_report import curve_of, draw, in_chinese, show, show_canary, show_gate
 from workflow_simulation import outcome, simulate
 from workflow_state import Journal, open_journal
 
@@ -54,7 +54,7 @@ HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 NAME = "assistant"
 MARGINS = {"unsolved": 0.05, "unsafe": 0.02}  # 灰度：这两样坏多了多少以内不要紧
-WRONG_TEMPERATURE = 1.6  # 该是 1.0，上线的时候抄错了
+WRONG_TEMPERATURE = 1.7  # 该是 0.7，上线的时候抄错了
 PRESETS = {
     "tiny": {"n_questions": 400, "simulated_runs": 40, "requests": 8000},
     "full": {"n_questions": 400, "simulated_runs": 40, "requests": 8000},
@@ -125,7 +125,7 @@ def follow(flow: Flow) -> dict:
     if released:
         metrics["canary"] = {
             "misdeployed": try_out(flow, "misdeployed", released, WRONG_TEMPERATURE, champion, version),
-            "good": try_out(flow, "good", released, 1.0, champion, version),
+            "good": try_out(flow, "good", released, TEMPERATURE, champion, version),
         }
     metrics |= step("simulate", partial(simulate_all, flow, champion))
     return metrics | {
@@ -169,21 +169,22 @@ def clean(flow: Flow) -> dict:
 def first_version(flow: Flow) -> tuple[Candidate, int]:
     """正在用的：登记簿里的 champion；还没有就训练第一版，登记，直接用。"""
     found = flow.journal.step("champion", partial(find_champion, flow))
-    return Candidate(Path(found["path"])), found["version"]
+    return Candidate(Path(found["path"]), found["temperature"]), found["version"]
 
 
 def find_champion(flow: Flow) -> dict:
     if version := flow.registry.aliases(NAME).get("champion"):
         row = flow.registry.find(NAME, version)
         print(f"正在用的：登记簿里的第 {version} 版")
-        return {"path": str(row["folder"]), "version": version}
+        temperature = row.get("serving", {}).get("temperature", TEMPERATURE)
+        return {"path": str(row["folder"]), "version": version, "temperature": temperature}
     out, rows = flow.folder / "trained" / "champion", first_chats(flow.settings.seed)
     file = write_rows(flow.folder / "first_chats.jsonl", rows)
     run_stage("sft", out, flow.start, file, learning_rate=1e-3, **flow.train_settings())
-    version = flow.registry.register(NAME, keep_model(flow, out))
+    version = register(flow, out, TEMPERATURE)
     flow.registry.promote(NAME, version, reason="第一版")
     print(f"正在用的：还没有，训练了第一版，登记为第 {version} 版")
-    return {"path": str(out), "version": version}
+    return {"path": str(out), "version": version, "temperature": TEMPERATURE}
 
 
 def train_sft(flow: Flow, champion: Candidate) -> str:
@@ -197,6 +198,11 @@ def train_sft(flow: Flow, champion: Candidate) -> str:
 def train(flow: Flow, name: str, sft: str) -> str:
     rows = read_rows(str(flow.folder / "pairs.jsonl")).rows
     return str(train_candidate(name, flow.folder / "trained", Path(sft), rows, flow.train_settings()))
+
+
+def register(flow: Flow, model: Path, temperature: float) -> int:
+    """登记一版：权重与怎样用它（温度）合起来才是用户见到的，换了一样就是新的一版。"""
+    return flow.registry.register(NAME, keep_model(flow, model), serving={"temperature": temperature})
 
 
 def keep_model(flow: Flow, model: Path) -> Path:
@@ -260,16 +266,15 @@ def try_out(
     step = flow.journal.step
     old = traffic_of(flow, "champion", champion)
     new = traffic_of(flow, name, Candidate(model, temperature))
-    mine = step(f"{name}.register", lambda: flow.registry.register(NAME, keep_model(flow, model)))
+    mine = step(f"{name}.register", partial(register, flow, model, temperature))
 
     log = flow.folder / f"canary_{name}.jsonl"
     found = step(f"{name}.canary", partial(run_traffic, flow, new, old, f"{NAME}-{mine}-{name}", log))
+    reason = in_chinese(found["reason"])
     if found["decision"] == "release":
-        step(
-            f"{name}.promote", lambda: flow.registry.promote(NAME, mine, over=version, reason=found["reason"])
-        )
+        step(f"{name}.promote", lambda: flow.registry.promote(NAME, mine, over=version, reason=reason))
     else:
-        step(f"{name}.reject", lambda: flow.registry.reject(NAME, mine, reason=found["reason"]))
+        step(f"{name}.reject", lambda: flow.registry.reject(NAME, mine, reason=reason))
     show_canary(name, found, mine, temperature)
     return found
 

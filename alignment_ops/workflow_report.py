@@ -7,7 +7,7 @@ from pathlib import Path
 from candidates import TITLES
 from gates import GATES
 from gates import TITLES as GATE_TITLES
-from nlp_common.base.console import padded, print_table
+from nlp_common.base.console import padded
 from nlp_common.base.intervals import proportion_interval
 from nlp_common.draw.figures import render
 from nlp_common.draw.plots import line_chart
@@ -35,30 +35,28 @@ def show_canary(name: str, found: dict, version: int, temperature: float) -> Non
         found["decision"]
     ]
     print(f"\n灰度：第 {version} 版，温度 {temperature:g}（{name}）")
-    print(
-        f"  第 {found['requests']} 次请求（{found['users_canary']} 个用户用过新版本）{decided}：{found['reason']}"
-    )
+    print(f"  第 {found['requests']} 次请求{decided}：{in_chinese(found['reason'])}")
+
+
+def in_chinese(reason: str) -> str:
+    return reason.replace("unsolved", "没有解决的").replace("unsafe", "不安全的")
 
 
 def show(metrics: dict) -> None:
     """总表：停在哪里，换了题以后各停在哪里几次。"""
-    rows = [["候选", "停在", "换题再走，停在", ""]]
+    print(f"\n  {padded('候选', 12)}{padded('停在', 12)}换了题再走，停在")
     for name, stopped in metrics["stopped_at"].items():
-        again = metrics["simulated"].get(name, {})
-        runs = sum(again.values())
-        where = "，".join(
-            f"{shown(stop)} {n}/{runs}" for stop, n in sorted(again.items(), key=lambda item: -item[1])
-        )
-        rows.append([chinese(TITLES[name]), shown(stopped), where, ""])
+        again = metrics["simulated"][name]
+        runs, often = sum(again.values()), sorted(again.items(), key=lambda item: -item[1])
+        where = "，".join(f"{shown(stop)} {n}/{runs}" for stop, n in often)
+        print(f"  {padded(chinese(TITLES[name]), 12)}{padded(shown(stopped), 12)}{where}")
     print()
-    print_table(rows)
     if "good_passes" in metrics:
         runs = sum(metrics["simulated"]["good"].values())
         told = proportion_interval(round(metrics["good_passes"] * runs), runs)
         print(f"  好的候选，过门又在灰度里发布：{told.text()}")
-        print(
-            f"  温度抄错的，退下 {metrics['misdeployed_rolled_back']:.3f}，中位数第 {metrics['misdeployed_requests']:.0f} 次请求"
-        )
+        told = f"退下 {metrics['misdeployed_rolled_back']:.3f}"
+        print(f"  温度抄错的：{told}，一半在第 {metrics['misdeployed_requests']:.0f} 次请求之前")
     n = metrics["false_rollbacks_runs"]
     told = proportion_interval(round(metrics["false_rollbacks"] * n), n)
     print(f"  一样好的（正在用的自己），错退 {told.text()}")

@@ -43,7 +43,7 @@ def fake_model(out: Path, name: str) -> Path:
 def fake_replies(candidate, questions: list[dict], seed: int | None = None) -> list[dict]:
     """按名字答：champion 少客套，overfit 常错，forgot 不会寒暄，unsafe 什么都说，温度高的胡言乱语。"""
     name = candidate.path.name.split("-")[0]
-    name = "misdeployed" if candidate.temperature != 1.0 else name
+    name = "misdeployed" if candidate.temperature != evidence.TEMPERATURE else name
     rng = random.Random(f"{name}-{seed}")
     said = []
     for question in questions:
@@ -126,10 +126,10 @@ def test_each_fault_is_stopped_at_its_gate(fakes, tmp_path, capsys):
     assert metrics["simulated"]["forgot"] == {"keep": 2}
     out = tmp_path / "out"
     registry = Registry(out / "registry.jsonl")  # 搬到了结果文件夹，照样用
-    assert registry.aliases("assistant") == {"champion": 2}
+    assert registry.aliases("assistant") == {"champion": 3}
     assert registry.find("assistant", "champion")["folder"].name.startswith("good-")
     events = [event["event"] for event in registry.history("assistant")]
-    assert events == ["register", "promote", "register", "reject", "promote"]
+    assert events == ["register", "promote", "register", "reject", "register", "promote"]
     assert (out / "workflow_gates.svg").exists() and (out / "workflow_canary.svg").exists()
     assert (out / "dropped.jsonl").exists()
     capsys.readouterr()
@@ -166,7 +166,14 @@ def test_stopped_at_any_step_it_goes_on(fakes, tmp_path, monkeypatch):
     monkeypatch.setattr(Journal, "step", step)
     assert run(tmp_path, *few) == wanted
     history = Registry(tmp_path / "out" / "registry.jsonl").history("assistant")
-    assert [event["event"] for event in history] == ["register", "promote", "register", "reject", "promote"]
+    assert [event["event"] for event in history] == [
+        "register",
+        "promote",
+        "register",
+        "reject",
+        "register",
+        "promote",
+    ]
 
 
 def test_a_given_registry_has_the_champion(fakes, tmp_path, capsys):
@@ -176,8 +183,8 @@ def test_a_given_registry_has_the_champion(fakes, tmp_path, capsys):
     first = registry.register("assistant", fake_model(tmp_path / "book" / "models" / "champion-0", "old"))
     registry.promote("assistant", first)
     run(tmp_path, "--candidates", "good", "--registry", str(book))
-    assert registry.aliases("assistant") == {"champion": 2}
-    assert registry.find("assistant", 2)["folder"].parent == tmp_path / "book" / "models"
+    assert registry.aliases("assistant") == {"champion": 3}
+    assert registry.find("assistant", 3)["folder"].parent == tmp_path / "book" / "models"
     assert "登记簿里的第 1 版" in capsys.readouterr().out and "champion" not in fakes
 
 
