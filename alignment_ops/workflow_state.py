@@ -7,7 +7,7 @@
         gates = journal.step("gate.quality", lambda: gate(…))
         version = journal.step("register", lambda: registry.register("assistant", folder))
         journal.step("promote", lambda: registry.promote("assistant", version, over=1))
-        print(journal.skipped)                                       # 这一次没有做、直接用了的步
+        print(journal.skipped, journal.seconds_before)               # 这一次没有做、直接用了的步；以前做完的各步用了几秒
 
 一步正好在"做完了"与"记下了"之间被杀，再来一遍会把它再做一次。所以每一步做两遍要与做一遍一样：
 训练的步看结果文件夹在不在（run_stage 就是），登记簿的每个方法本来就这样，写文件的先写临时文件再改名。
@@ -34,9 +34,10 @@ from nlp_common.base.runs import differences
 class Journal:
     """一条流程走到了哪里。用 open_journal 打开。"""
 
-    def __init__(self, path: Path, done: dict[str, Any]):
+    def __init__(self, path: Path, events: list[dict]):
         self.path = path
-        self.done = done  # 步 → 它的结果
+        self.done = {event["step"]: event["result"] for event in events}  # 步 → 它的结果
+        self.seconds_before = sum(event["seconds"] for event in events)  # 以前做完的各步用了多久
         self.skipped: list[str] = []
         self._asked: set[str] = set()
 
@@ -81,4 +82,4 @@ def open_journal(path: str | Path, settings: dict) -> Iterator[Journal]:
             events = []
         if not events:
             line_log.append(path, {"event": "start", "settings": settings})
-        yield Journal(path, {event["step"]: event["result"] for event in events if event["event"] == "done"})
+        yield Journal(path, [event for event in events if event["event"] == "done"])

@@ -24,10 +24,12 @@ class Work:
 def test_done_steps_are_not_done_again(tmp_path):
     works = {"a": Work({"score": (0.5, "好"), "none": None}), "b": Work(3), "c": Work()}
     for time in range(2):
+        before = line_log.read(tmp_path / "j.jsonl")
         with open_journal(tmp_path / "j.jsonl", {"seed": 0}) as journal:
             results = [journal.step(name, work) for name, work in works.items()]
             assert results == [{"score": [0.5, "好"], "none": None}, 3, None]  # 头一次与接着做，是同样的东西
             assert journal.skipped == ([] if time == 0 else ["a", "b", "c"])
+            assert journal.seconds_before == sum(event.get("seconds", 0) for event in before)
     assert [work.times for work in works.values()] == [1, 1, 1]
 
 
