@@ -119,7 +119,7 @@ def curate(stage: Stage, start: str | None) -> dict:
             models["sft"] = train_arms(stage, "sft", tables["chats"], dict.fromkeys(ARMS, start))
     if "pairs" in tables:
         if start:
-            drop_flipped(stage, tables["pairs"], arm_folder(stage, "sft", "curated") if arms else start)
+            drop_flipped(stage, tables["pairs"], chat_model(stage, start, arms))
         if arms:
             starts = {arm: arm_folder(stage, "sft", arm) for arm in ARMS}
             models["dpo"] = train_arms(stage, "dpo", tables["pairs"], starts)
@@ -134,6 +134,13 @@ def curate(stage: Stage, start: str | None) -> dict:
         write_text(folder / "dataset_card.md", card(tables, metrics, settings))
 
     return stage.save(metrics, {name: table.source for name, table in tables.items()}, write)
+
+
+def chat_model(stage: Stage, start: str, arms: bool) -> str:
+    """DPO 从哪个模型开始：刚在清洗过的对话上练好的；没有练，就是 --model 给的，小世界里是链上的 SFT 模型。"""
+    if arms:
+        return arm_folder(stage, "sft", "curated")
+    return start if stage.settings.model else chain_model("sft")["path"]
 
 
 def load(settings: CurationSettings) -> tuple[dict[str, Table], dict[str, str]]:
