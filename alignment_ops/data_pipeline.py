@@ -5,6 +5,7 @@
   2. 一问一答照规则出，或请一个大模型出；哪一种都要过门：答案要在那一段里，要答得上那一问。
   3. 分训练与留出要按文档，改名另存的算同一份。一行一行地随机分，同一件事换个问法就在两边：考的是背。
   4. 开卷（给那一段）学到的本事，没见过的文档也用得上；闭卷（只有问题）记住的，只有教过的那些。
+     记住了就不必读：再加几行开卷的，那一段的答案换成别的，没见过的文档就多答对一两成。
 
 运行
   python data_pipeline.py                              # 自带的样板：六十份小动物的档案，五种格式
@@ -25,6 +26,7 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -78,6 +80,7 @@ class PipelineSettings(LessonSettings):
     model: str | None = option("从哪个模型开始；tiny 默认是 Qwen 链的 SFT 模型")
     source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
     closed: bool = option("训练里也要闭卷的行：只有问题，没有那一段", True)
+    swap: bool | None = option("加几行开卷的，那一段的答案换成别的：逼它读，不靠记；默认只有样板加")
     llm_url: str | None = option("请这个 OpenAI 接口的服务器出题，写到 /v1 为止；没给就照规则出")
     llm_model: str | None = option("服务器上的模型名")
     llm_pairs: int = option("请它每段出几题", 3, COUNT)
@@ -101,8 +104,9 @@ class PipelineSettings(LessonSettings):
             raise UserError(
                 f"--dataset 要一个文档的文件夹，没有 {self.dataset}（当前文件夹是 {Path.cwd()}）。"
             )
-        if self.train is None:
-            self.train = self.dataset == SAMPLES
+        for name in ("train", "swap"):
+            if getattr(self, name) is None:
+                setattr(self, name, self.dataset == SAMPLES)
         if self.most_characters is None:
             self.most_characters = 80 if self.dataset == SAMPLES else 400
 
@@ -136,11 +140,12 @@ def learn(stage: Stage) -> dict:
     if samples:
         metrics["cleaning"] = cleaning_score(samples, documents, material.cleaned)
         metrics["rules"] = rule_score(samples, material.pairs)
-    rows = {"train": to_rows(train, settings.closed), "heldout": to_rows(heldout, closed=False)}
+    taught = to_rows(train, settings.closed, settings.swap, settings.seed)
+    rows = {"train": taught, "heldout": to_rows(heldout, closed=False)}
     for name, its in rows.items():
         write_jsonl(stage.folder.work / f"{name}.jsonl", its)
     if settings.train:
-        metrics["sft"] = train_and_measure(stage, train, heldout, material.pairs)
+        metrics["sft"] = train_and_measure(stage, taught, train, heldout, material.pairs)
 
     def write(result: Path) -> None:
         for name in rows:
@@ -264,25 +269,31 @@ def split(settings: PipelineSettings, material: Material) -> tuple[list[Pair], l
 # ---------------------------------------------------------------- 4. 训练，考
 
 
-def train_and_measure(stage: Stage, train: list[Pair], heldout: list[Pair], pairs: list[Pair]) -> dict:
-    """在 train.jsonl（加上回放的对话）上做 SFT，训练前后各考一遍；再用一行一行分的数据做一遍，看它有多虚高。"""
-    settings, work = stage.settings, stage.folder.work
+def train_and_measure(
+    stage: Stage, taught: list[dict], train: list[Pair], heldout: list[Pair], pairs: list[Pair]
+) -> dict:
+    """在 taught（加上回放的对话）上做 SFT，训练前后各考一遍。
+
+    另练两个来比：没有换答案的行的；一行一行随机分的，看它的"留出"有多虚高。
+    """
+    settings = stage.settings
     start = chain_model("sft", settings.model, settings.source)["path"]
     replayed = [{"messages": chat["messages"]} for chat in chats(settings.replay, settings.seed)]
-    small_world = settings.replay > 0  # 混进了小世界的对话，就看它忘了没有
-    metrics = {"before": measure(start, train, heldout, pairs, stage.device, small_world)}
+    exam = partial(measure, pairs=pairs, device=stage.device, small_world=settings.replay > 0)
+    metrics = {"before": exam(start, train, heldout)}
     if metrics["before"]["open_heldout"]["accuracy"] == 1:
         print("训练之前，没见过的文档开卷就全对了：这些题对这个模型太容易。")
-    fit(stage, "sft", to_rows(train, settings.closed) + replayed, start)
-    metrics["after"] = measure(work / "sft", train, heldout, pairs, stage.device, small_world)
+    metrics["after"] = exam(fit(stage, "sft", taught + replayed, start), train, heldout)
+    if settings.swap:
+        plain = to_rows(train, settings.closed)
+        metrics["without_swap"] = exam(fit(stage, "without_swap", plain + replayed, start), train, heldout)
     seen, hidden = read_by_row_split(pairs, settings.heldout_share, settings.seed)
-    fit(stage, "row_split", seen + replayed, start)
-    leaky = measure(work / "row_split", [], hidden, pairs, stage.device)
+    leaky = exam(fit(stage, "row_split", seen + replayed, start), [], hidden)
     return metrics | {"row_split": leaky["closed_heldout"]}
 
 
-def fit(stage: Stage, name: str, rows: list[dict], start: str) -> None:
-    """一次 SFT：qwen_chinese_finetune 的脚本，另开一个进程；中断了接着来。"""
+def fit(stage: Stage, name: str, rows: list[dict], start: str) -> Path:
+    """一次 SFT，返回模型的文件夹：qwen_chinese_finetune 的脚本，另开一个进程；中断了接着来。"""
     settings, path = stage.settings, stage.folder.work / f"{name}_rows.jsonl"
     write_jsonl(path, rows)
     print(f"{name}：在 {len(rows)} 行上训练，一分钟左右 …", flush=True)
@@ -294,7 +305,9 @@ def fit(stage: Stage, name: str, rows: list[dict], start: str) -> None:
         "eval_dataset": stage.folder.work / "heldout.jsonl",  # 不给，它会从训练的行里分走 5%
         "seed": settings.seed,
     }
-    run_stage("sft", stage.folder.work / name, start, path, settings.preset, **options)
+    out = stage.folder.work / name
+    run_stage("sft", out, start, path, settings.preset, **options)
+    return out
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
@@ -325,15 +338,18 @@ def show(metrics: dict) -> None:
     if "sft" not in metrics:
         return
     sft = metrics["sft"]
-    rows = [["考什么", "题", "训练前", "训练后"]]
+    columns = {"before": "训练前", "after": "训练后", "without_swap": "没有换答案的行"}
+    columns = {when: title for when, title in columns.items() if when in sft}
+    rows = [["考什么", "题", *columns.values()]]
     for name in EXAMS:
-        before, after = sft["before"][name], sft["after"][name]
-        rows.append([TITLES[name], after["n"], f"{before['accuracy']:.3f}", f"{after['accuracy']:.3f}"])
+        scores = [f"{sft[when][name]['accuracy']:.3f}" for when in columns]
+        rows.append([TITLES[name], sft["after"][name]["n"], *scores])
     fake = sft["row_split"]
-    rows.append(["一行一行分的“留出”，闭卷（虚高）", fake["n"], "", f"{fake['accuracy']:.3f}"])
+    blank = [""] * (len(columns) - 2)
+    rows.append(["一行一行分的“留出”，闭卷（虚高）", fake["n"], "", f"{fake['accuracy']:.3f}", *blank])
     for name, title in (("qa_accuracy", "原来会的：小世界的题"), ("small_talk", "原来会的：寒暄")):
         if name in sft["after"]:
-            rows.append([title, "", f"{sft['before'][name]:.3f}", f"{sft['after'][name]:.3f}"])
+            rows.append([title, "", *(f"{sft[when][name]:.3f}" for when in columns)])
     print_table(rows)
     print()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from minhash import find_duplicates
 from qa_rules import Pair
@@ -69,15 +70,42 @@ def wordings(pair: Pair) -> tuple[str, ...]:
     return pair.questions[:-1] or pair.questions
 
 
-def to_rows(pairs: Sequence[Pair], closed: bool = True) -> list[dict]:
-    """每一问：每种教的问法，开卷一行；closed 时再加闭卷一行。"""
-    rows = []
+def to_rows(pairs: Sequence[Pair], closed: bool = True, swap: bool = False, seed: int = 0) -> list[dict]:
+    """每一问：每种教的问法，开卷一行；closed 时再加闭卷一行；swap 时再加换了答案的开卷一行，见 swapped。"""
+    rows, rng = [], random.Random(f"swap-{seed}")
+    answers: dict[str, set[str]] = {}
     for pair in pairs:
-        for question in wordings(pair):
-            rows.append(row(pair, OPEN[len(rows) // 2 % len(OPEN)], question, "open"))
+        answers.setdefault(asks_what(pair), set()).add(pair.answer)
+    for number, pair in enumerate(pairs):
+        other = answers[asks_what(pair)]
+        for place, question in enumerate(wordings(pair)):
+            turn = (number + place) % len(OPEN)
+            rows.append(row(pair, OPEN[turn], question, "open"))
             if closed:
-                rows.append(row(pair, CLOSED[len(rows) // 2 % len(CLOSED)], question, "closed"))
+                rows.append(row(pair, CLOSED[turn], question, "closed"))
+            if swap and (changed := swapped(pair, other, rng)):
+                rows.append(row(changed, OPEN[turn - 1], question, "swapped"))
     return rows
+
+
+def asks_what(pair: Pair) -> str:
+    """问的是哪件事：去掉了说的是谁。同一件事的答案可以互相换。"""
+    return pair.questions[0].replace(pair.subject, "")
+
+
+def swapped(pair: Pair, answers: set[str], rng: random.Random) -> Pair | None:
+    """那一段和回答里的答案一起换成别人的：照记着的答就错，只有读了才对。换不干净的是 None。
+
+    不换，教过的文档读不读都答得对：模型记住了闭卷的答案，就不必读那一段；没见过的文档，它没有学会读。
+    """
+    others = sorted(other for other in answers if other not in pair.passage and pair.answer not in other)
+    if not others or pair.passage.count(pair.answer) != 1 or pair.said.count(pair.answer) != 1:
+        return None
+    other = rng.choice(others)
+    changed = {
+        name: getattr(pair, name).replace(pair.answer, other) for name in ("passage", "said", "evidence")
+    }
+    return replace(pair, answer=other, **changed)
 
 
 def row(pair: Pair, template: str, question: str, book: str) -> dict:

@@ -37,7 +37,7 @@ def measure(
     heldout: list[Pair],
     pairs: list[Pair],
     device,
-    small_world: bool = False,
+    small_world: bool,
 ) -> dict:
     """各科的成绩 ``{"accuracy", "low", "high", "n"}``；small_world：还有小世界的 qa_accuracy、small_talk。"""
     tokenizer, model = load_chat_lm(str(path), device)

@@ -24,6 +24,7 @@ RULE_TITLES = {
     "llm": "大模型出的",
 }
 MORE_REASONS = REASONS | {"disagrees": "大模型自己再答一遍，答得不一样", "repeated": "同一问别的文档里有了"}
+BOOKS = {"open": "开卷", "closed": "闭卷", "swapped": "开卷（换了答案）"}
 MOST_SHOWN = 8
 
 
@@ -99,13 +100,14 @@ def split_table(metrics: dict, rows: dict[str, list[dict]]) -> str:
     for name, title in (("train", "训练"), ("heldout", "留出")):
         documents = len({row["document"] for row in rows[name]})
         books = Counter(row["book"] for row in rows[name])
-        body.append([title, number(documents), number(books["open"]), number(books["closed"])])
+        counts = (books[book] for book in BOOKS)
+        body.append([title, number(documents), *map(number, counts)])
     leaks = metrics["leaked"]
     note = (
         f"留出的题里，同一件事训练数据里也有的：这样分（按文档，几乎一样的算一份）{leaks['documents']:.1%}；"
         f"要是按文件分 {leaks['files']:.1%}，一行一行随机分 {leaks['rows']:.1%}。"
     )
-    return table(["", "份文档", "行开卷", "行闭卷"], body) + f"<p>{note}</p>"
+    return table(["", "份文档", *(f"行{title}" for title in BOOKS.values())], body) + f"<p>{note}</p>"
 
 
 def lengths_table(rows: dict[str, list[dict]]) -> str:
@@ -124,7 +126,7 @@ def samples_table(rows: dict[str, list[dict]]) -> str:
     body = []
     for (rule, book), row in shown.items():
         asked, said = (turn["content"] for turn in row["messages"])
-        name = f"{RULE_TITLES.get(rule, rule)}，{'开卷' if book == 'open' else '闭卷'}"
+        name = f"{RULE_TITLES.get(rule, rule)}，{BOOKS[book]}"
         body.append([escape(name), text(asked), text(said)])
     return table(["", "用户", "助手"], body)
 
@@ -180,9 +182,15 @@ def draw(folder: Path, metrics: dict) -> None:
         return
     sft = metrics["sft"]
     names = [name for name in EXAMS if name in sft["after"]]
+    series = {
+        "before": "训练前|before",
+        "after": "训练后|after",
+        "without_swap": "没有换答案的行|without swapped rows",
+    }
     bars = {
-        "训练前|before": {SHOWN[name]: sft["before"][name]["accuracy"] for name in names},
-        "训练后|after": {SHOWN[name]: sft["after"][name]["accuracy"] for name in names},
+        title: {SHOWN[name]: sft[when][name]["accuracy"] for name in names}
+        for when, title in series.items()
+        if when in sft
     }
     bar_chart(
         folder / "pipeline_gain.svg", bars, "学了这些文档，多会了什么|What SFT adds", "", "答对|accuracy"

@@ -304,6 +304,22 @@ def test_rows_are_what_sft_reads():
     assert len(ir.to_rows([three], closed=False)) == 2 and len(ir.to_rows([pair()])) == 2
 
 
+def test_swapped_answers_are_swapped_everywhere_and_only_in_their_rows():
+    pairs = [
+        pair(f"{who}住在哪里？", where, f"{who}住在{where}。它很乖。", subject=who, rule="place")
+        for who, where in (("松鼠", "花园"), ("乌龟", "山顶"), ("狐狸", "海边"))
+    ]
+    rows = ir.to_rows(pairs, swap=True)
+    assert ir.to_rows(pairs, swap=True) == rows != ir.to_rows(pairs, swap=True, seed=1)
+    assert [row for row in rows if row["book"] != "swapped"] == ir.to_rows(pairs) and len(rows) == 9
+    for true, changed in zip(pairs, rows[2::3], strict=True):
+        asked, said = (turn["content"] for turn in changed["messages"])
+        assert changed["answer"] != true.answer and true.answer not in asked + said
+        assert changed["answer"] in asked and changed["answer"] in said
+    twice = pair(passage="普通图书借期三十天。新书也是三十天。")  # 换不干净，不换
+    assert len(ir.to_rows([twice, pair(answer="九天", passage="借期九天。")], swap=True)) == 4 + 1
+
+
 @pytest.mark.parametrize(
     "text, ended, right",
     [
@@ -526,6 +542,8 @@ def test_training_part(tmp_path, monkeypatch, chat_folder, capsys):
         folder,
         "--train",
         "true",
+        "--swap",
+        "true",
         "--replay",
         "7",
         "--output_dir",
@@ -534,7 +552,8 @@ def test_training_part(tmp_path, monkeypatch, chat_folder, capsys):
         chat_folder,
     ]
     sft = run(*options)["metrics"]["sft"]
-    assert [name for name, _, _ in asked] == ["sft", "row_split"] and asked[0][1] == 4 * 2 * 4 + 7
+    assert [name for name, _, _ in asked] == ["sft", "without_swap", "row_split"]
+    assert asked[0][1] == 4 * 2 * 6 + 7 and asked[1][1] == 4 * 2 * 4 + 7
     assert asked[0][2]["max_train_samples"] == asked[0][1] and asked[0][2]["learning_rate"] == 1e-3
     assert set(pipeline_exam.EXAMS) <= set(sft["after"]) and sft["before"] == sft["after"]  # 同一个模型
     assert "qa_accuracy" in sft["after"] and {"accuracy", "low", "high", "n"} == set(sft["row_split"])
@@ -547,6 +566,7 @@ def test_sft_on_the_rows_teaches(tmp_path):
     """真的训练一遍（十二份文档）：没见过的文档开卷更好，教过的文档闭卷记住了，没教过的仍然只能猜。"""
     record = run("--n_documents", 16, "--replay", 200, "--output_dir", tmp_path / "out")
     sft = record["metrics"]["sft"]
+    assert sft["without_swap"]["closed_trained"]["accuracy"] > 0.8
     before, after = (
         {name: sft[when][name]["accuracy"] for name in pipeline_exam.EXAMS} for when in ("before", "after")
     )
