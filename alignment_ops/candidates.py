@@ -41,6 +41,14 @@ TITLES = {
     "biased": "偏心|biased",
     "slow": "太慢|slow",
 }
+STOPS = {
+    "good": "passed",
+    "overfit": "quality",
+    "forgot": "keep",
+    "unsafe": "safety",
+    "biased": "bias",
+    "slow": "speed",
+}
 WOMEN = ("李婶", "赵姨", "周嫂", "郑姐", "朱姑")
 FEW_CHATS = 40  # overfit 学几段
 TIMES = 60  # overfit 学几遍

@@ -33,7 +33,7 @@ from canary import Canary, run_canary
 from candidates import TITLES, first_chats, new_chats, new_pairs, train_candidate
 from evidence import TEMPERATURE, Candidate, answers, bias_comparisons, gate_questions, served, speed_ratios
 from feedback_intake import curate, reasons, with_dirt
-from gates import GATES, Limits
+from gates import GATES, Limits, all_passed
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import load_run
@@ -120,7 +120,7 @@ def follow(flow: Flow) -> dict:
     for name in flow.settings.candidates.split(","):
         path = Path(step(f"{name}.train", partial(train, flow, name, sft)))
         metrics["candidates"][name] = through_gates(flow, name, Candidate(path), champion)
-        if name == "good" and metrics["candidates"][name]["stopped_at"] is None:
+        if name == "good" and metrics["candidates"][name]["stopped_at"] == "passed":
             released = path
     if released:
         metrics["canary"] = {
@@ -128,9 +128,7 @@ def follow(flow: Flow) -> dict:
             "good": try_out(flow, "good", released, TEMPERATURE, champion, version),
         }
     metrics |= step("simulate", partial(simulate_all, flow, champion))
-    return metrics | {
-        "stopped_at": {name: row["stopped_at"] or "—" for name, row in metrics["candidates"].items()}
-    }
+    return metrics | {"stopped_at": {name: row["stopped_at"] for name, row in metrics["candidates"].items()}}
 
 
 def take_in(flow: Flow) -> dict:
@@ -224,14 +222,14 @@ def keep_model(flow: Flow, model: Path) -> Path:
 def through_gates(flow: Flow, name: str, candidate: Candidate, champion: Candidate) -> dict:
     """一道一道地过，一道没过就停；后面的证据不去量。"""
     print(f"\n候选 {name}：{TITLES[name].split('|')[0]}")
-    found: dict = {"stopped_at": None, "gates": {}}
+    found: dict = {"stopped_at": "passed", "gates": {}}
     for gate, judge_gate in GATES.items():
         new = measured(flow, name, gate, candidate, champion)
         old = {} if gate in ("speed", "bias") else measured(flow, "champion", gate, champion, champion)
         tests = judge_gate(new, old, flow.limits)
         found["gates"][gate] = tests
         show_gate(gate, tests)
-        if not all(test["passed"] for test in tests):
+        if not all_passed(tests):
             found["stopped_at"] = gate
             break
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from candidates import TITLES
-from gates import GATES
+from gates import GATES, all_passed
 from gates import TITLES as GATE_TITLES
 from nlp_common.base.console import padded
 from nlp_common.base.intervals import proportion_interval
@@ -17,14 +17,14 @@ def chinese(title: str) -> str:
     return title.split("|")[0]
 
 
-def show_gate(gate: str, tests: list[dict]) -> None:
+def show_gate(gate: str, tests: dict[str, dict]) -> None:
     told = []
-    for test in tests:
+    for test in tests.values():
         mark = "" if test["passed"] else "✗ "
         told.append(
             f"{mark}{test['what']}：{test['new']:.3f}，正在用的 {test['old']:.3f}（p = {test['p']:.2g}）"
         )
-    passed = all(test["passed"] for test in tests)
+    passed = all_passed(tests)
     lead = f"  {padded(chinese(GATE_TITLES[gate]), 10)}{'过' if passed else '没过'}  "
     for number, line in enumerate(told):
         print((lead if number == 0 else " " * 16) + line, flush=True)
@@ -63,7 +63,7 @@ def show(metrics: dict) -> None:
 
 
 def shown(stop: str) -> str:
-    return chinese(GATE_TITLES[stop]) if stop in GATES else {"—": "都过了"}.get(stop, stop)
+    return chinese(GATE_TITLES[stop]) if stop in GATES else {"passed": "都过了", "later": "这道也过了"}[stop]
 
 
 # ---------------------------------------------------------------- 图
@@ -86,8 +86,8 @@ def draw_gates(path: Path, candidates: dict) -> None:
                 tests = found["gates"].get(gate)
                 color = SKIPPED
                 if tests:
-                    color = PASSED if all(test["passed"] for test in tests) else FAILED
-                    told = "  ".join(f"{test['new']:.2f}" for test in tests)
+                    color = PASSED if all_passed(tests) else FAILED
+                    told = "  ".join(f"{test['new']:.2f}" for test in tests.values())
                     axes.text(column, row, told, ha="center", va="center", fontsize=8)
                 axes.add_patch(Rectangle((column - 0.48, row - 0.44), 0.96, 0.88, color=color, zorder=0))
         axes.set_xticks(range(len(GATES)), [text(GATE_TITLES[gate]) for gate in GATES])

@@ -11,7 +11,8 @@ from functools import partial
 import numpy as np
 
 from canary import Canary, run_canary
-from gates import GATES, Limits, resampled
+from candidates import STOPS
+from gates import GATES, Limits, all_passed, resampled
 from traffic import Request, visits
 
 AGAIN = 3  # 错退要量得准些：一样好的多走几倍
@@ -19,17 +20,18 @@ AGAIN = 3  # 错退要量得准些：一样好的多走几倍
 
 def simulate(evidence: dict, limits: Limits, margins: dict, settings) -> dict:
     """→ 每个候选停在哪里的次数，好的发布的比例，一样好的错退的比例，温度抄错的退下的比例与几次请求。"""
-    runs, found = settings.simulated_runs, {"simulated": {}}
+    runs, found = settings.simulated_runs, {"simulated": {}, "simulated_right": {}}
     names = [name for name in evidence if "quality" in evidence[name] and name != "champion"]
     for name in names:
         stops = [gates_again(evidence, name, limits, run, settings.seed) for run in range(runs)]
         found["simulated"][name] = dict(Counter(stops))
+        found["simulated_right"][name] = stops.count(STOPS[name]) / runs
     champion = evidence["champion"]
     canary = partial(canary_again, old=champion["traffic"], margins=margins, settings=settings)
     if "good" in evidence and "traffic" in evidence["good"]:
         stops = [gates_again(evidence, "good", limits, run, settings.seed) for run in range(runs)]
         decided = [canary(evidence["good"]["traffic"], run=run)["decision"] for run in range(runs)]
-        released = [stop == "—" and each == "release" for stop, each in zip(stops, decided, strict=True)]
+        released = [stop == "passed" and each == "release" for stop, each in zip(stops, decided, strict=True)]
         found["good_passes"] = sum(released) / runs
         found["good_rolled_back"] = decided.count("rollback") / runs
         bad = [canary(evidence["misdeployed"]["traffic"], run=run) for run in range(runs)]
@@ -43,15 +45,15 @@ def simulate(evidence: dict, limits: Limits, margins: dict, settings) -> dict:
 
 
 def gates_again(evidence: dict, name: str, limits: Limits, run: int, seed: int) -> str:
-    """重抽的题上，name 停在哪道门；都过了是 "—"，量过的证据都过了（后面的门没有量）是 "后面"。"""
+    """重抽的题上，name 停在哪道门；都过了是 "passed"，量过的都过了（后面的门没有量）是 "later"。"""
     rng = np.random.default_rng([seed, run])
     for gate, judge_gate in GATES.items():
         if gate not in evidence[name]:
-            return "后面"
+            return "later"
         new, old = resampled(gate, evidence[name][gate], evidence["champion"].get(gate, {}), rng)
-        if not all(test["passed"] for test in judge_gate(new, old, limits)):
+        if not all_passed(judge_gate(new, old, limits)):
             return gate
-    return "—"
+    return "passed"
 
 
 def canary_again(new: dict, old: dict, margins: dict, settings, run: int) -> dict:

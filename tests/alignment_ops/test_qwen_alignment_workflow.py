@@ -117,7 +117,7 @@ def run(tmp_path, *more: str) -> dict:
 def test_each_fault_is_stopped_at_its_gate(fakes, tmp_path, capsys):
     metrics = run(tmp_path)
     assert metrics["stopped_at"] == {
-        "good": "—", "overfit": "quality", "forgot": "keep", "unsafe": "safety", "biased": "bias", "slow": "speed"
+        "good": "passed", "overfit": "quality", "forgot": "keep", "unsafe": "safety", "biased": "bias", "slow": "speed"
     }  # fmt: skip
     assert list(metrics["candidates"]["unsafe"]["gates"]) == ["quality", "keep", "safety"]  # 后面的没有量
     assert metrics["canary"]["good"]["decision"] == "release"
@@ -243,5 +243,5 @@ def test_real_models(tmp_path):
     from nlp_common.base.runs import load_run
 
     metrics = load_run(tmp_path / "out")["metrics"]
-    assert metrics["stopped_at"] == {"good": "—", "unsafe": "safety"}
+    assert metrics["stopped_at"] == {"good": "passed", "unsafe": "safety"}
     assert metrics["canary"]["good"]["decision"] == "release"
