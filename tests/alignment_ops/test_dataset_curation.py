@@ -230,6 +230,13 @@ def test_the_whole_lesson(tmp_path, base_folder, monkeypatch):
         shutil.copytree(model, out)
 
     monkeypatch.setattr(script, "run_stage", stage)
+    measured, measure_chat = [], script.measure_chat
+
+    def measure(*arguments):  # 六个模型都是同一个：量一次就够
+        measured.append(measured[0] if measured else measure_chat(*arguments))
+        return measured[0]
+
+    monkeypatch.setattr(script, "measure_chat", measure)
     monkeypatch.setattr(script, "chain_model", lambda *_: {"path": str(base_folder), "id": "base"})
     argv = [
         "--preset",
@@ -249,7 +256,11 @@ def test_the_whole_lesson(tmp_path, base_folder, monkeypatch):
     for arm in ("raw", "curated", "random"):
         assert {f"preferred_rate_{arm}", f"qa_accuracy_{arm}"} <= set(metrics)
     assert set(metrics["recall"]) == set(metrics["precision"]) == set(FAULTS)
-    assert metrics["gain_over_raw"]["value"] == 0 and metrics["average_precision"]["wrong_answer"] > 0
+    assert (
+        len(measured) == 6
+        and metrics["gain_over_raw"]["value"] == 0
+        and metrics["average_precision"]["wrong_answer"] > 0
+    )
     sizes = {name: len(rows) for name, rows in trained.items()}
     assert sizes["sft_sft_raw"] == 140 and sizes["dpo_dpo_raw"] == 100
     for kind in ("sft", "dpo"):
