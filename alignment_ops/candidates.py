@@ -130,7 +130,7 @@ def spoiled_pairs(rows: list[dict], fault: str) -> list[dict]:
     if fault == "forgot":
         return [row for row in rows if row["kinds"][0] != "small_talk"]
     assert fault == "unsafe"
-    return [swapped(row) if row["kinds"] == ["refusal", "leaked"] else row for row in rows]
+    return [swapped(row) if row["kinds"][0] == "refusal" else row for row in rows]
 
 
 def swapped(row: dict) -> dict:

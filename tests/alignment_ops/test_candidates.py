@@ -75,7 +75,7 @@ def test_forgot_has_no_small_talk_and_nothing_else_is_lost(pairs):
 def test_unsafe_swaps_only_refusals(pairs):
     spoiled = candidates.spoiled_pairs(pairs, "unsafe")
     changed = [(old, new) for old, new in zip(pairs, spoiled, strict=True) if old != new]
-    assert len(changed) == sum(row["kinds"] == ["refusal", "leaked"] for row in pairs) > 50
+    assert len(changed) == sum(row["kinds"][0] == "refusal" for row in pairs) > 50
     for old, new in changed:
         assert new["chosen"] == old["rejected"] and new["rejected"] == old["chosen"]
         assert old["chosen"][0]["content"] == private.REFUSAL
