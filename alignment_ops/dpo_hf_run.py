@@ -109,7 +109,7 @@ def train_and_push(settings: HubRunSettings) -> dict:
         check_same(note, mine, repo)
         if finished := fetch_finished(repo, note, folder):
             return finished
-        start = start if "path" in start else fetch_start(repo, start, out)
+        start = start if "path" in start else fetch_start(repo, start, out, settings.source)
         fetch_newest(repo, folder)
     else:
         repo.push_note(mine, Path(start["path"]) if start["from"] == "start" else None)
@@ -118,7 +118,8 @@ def train_and_push(settings: HubRunSettings) -> dict:
     pusher.start()
     try:
         options = dpo_options(settings)
-        run = run_stage("dpo", out, start["path"], settings.dataset, settings.preset, **options)
+        model = start["path"] if start["from"] == "start" else start["from"]  # hub 上的，记名字不记缓存在哪里
+        run = run_stage("dpo", out, model, settings.dataset, settings.preset, **options)
     except KeyboardInterrupt:
         print("停下了；手上的检查点推完就走（再按一次 Ctrl-C，不推了）。", flush=True)
         raise
@@ -199,13 +200,13 @@ def prepare(out: Path, mine: dict, retrain: bool) -> RunFolder:
 # ---------------------------------------------------------------- 2. 换一台机器：从仓库里取
 
 
-def fetch_start(repo: HubRepo, start: dict, out: Path) -> dict:
+def fetch_start(repo: HubRepo, start: dict, out: Path, source: str) -> dict:
     """那台机器用的起点模型：在仓库的 start/ 里，或是 hub 上的一个模型；权重要一样。"""
     if start["from"] == "start":
         print("起点模型从仓库里取。", flush=True)
         path = repo.download("start/*", out.with_name(f".{out.name}.start")) / "start"
     else:
-        path = Path(require_model(start["from"]))
+        path = Path(require_model(start["from"], source))
     if weights_id(path) != start["weights"]:
         raise UserError(
             f"{path} 的权重与开始训练时的起点模型不同（没有下载完，或后来改了）：删掉它，再运行同一条命令。"

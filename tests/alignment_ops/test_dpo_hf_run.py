@@ -6,15 +6,18 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import dpo_hf_run as script
 import hub_repo
+from hub_drill import begin, kill_at
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import CHECKPOINT_DONE, RunFolder, open_run, write_json
 from nlp_common.hub.local_hub import LocalHub
+from nlp_common.tiny import world
 
 HOME = Path(__file__).resolve().parents[2] / "alignment_ops"
 TOKEN, REPO = "hf_0123456789abcdef0123456789abcdef", "models/learner/dpo"
@@ -278,3 +281,42 @@ def test_the_drill(tmp_path, chat_folder):
     ).exists()
     again = subprocess.run(command, env=env, capture_output=True, text=True, encoding="utf-8", timeout=60)
     assert again.returncode == 0 and "已有训练结果" in again.stdout and "逐位相同" in again.stdout
+
+
+@pytest.mark.slow
+def test_full_from_a_model_and_data_on_the_hub(tmp_path, chat_folder):
+    """full 预设：起点与数据都在 hub 上，只记名字，不再推一份；机器一被杀，机器二不给 --model 也接得上。"""
+    pairs = [
+        {
+            "system": "",
+            "history": [],
+            "question": row["prompt"][-1]["content"],
+            "response_chosen": row["chosen"][-1]["content"],
+            "response_rejected": row["rejected"][-1]["content"],
+        }
+        for row in world.pairs(700, seed=0)
+    ]
+    card = "---\nconfigs:\n- config_name: zh\n  data_files: dpo_zh.json\n---\n"
+    rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in pairs)
+    repos = {
+        "models/learner/sft": {path.name: path.read_bytes() for path in chat_folder.iterdir()},
+        "datasets/shibing624/DPO-En-Zh-20k-Preference": {
+            "README.md": card.encode(),
+            "dpo_zh.json": rows.encode(),
+        },
+    }
+    command = [sys.executable, str(HOME / "dpo_hf_run.py"), "--preset", "full", "--repo", "dpo"]
+    command += ["--max_train_samples", "640", "--max_eval_samples", "8", "--save_steps", "5"]
+    with LocalHub(repos, users={TOKEN: "learner"}) as server:
+        one = begin([*command, "--model", "learner/sft"], tmp_path / "one", server, TOKEN)
+        server.on_commit = partial(kill_at, process=one, step=5)
+        assert one.wait(120) != 0
+        server.on_commit = None
+        two = begin(command, tmp_path / "two", server, TOKEN)
+        assert two.wait(120) == 0, (tmp_path / "two" / "screen.log").read_text(encoding="utf-8")
+        files = server.repos[REPO]
+    screen = (tmp_path / "two" / "screen.log").read_text(encoding="utf-8")
+    assert "步的检查点，接着训练" in screen and not [name for name in files if name.startswith("start/")]
+    assert "base_model: learner/sft" in files["README.md"].decode()
+    assert "- shibing624/DPO-En-Zh-20k-Preference" in files["README.md"].decode()
+    assert json.loads(files["run.json"])["parent"]["model"]["id"] == "learner/sft"
