@@ -11,6 +11,7 @@
   python bias_scan.py                                # 功效曲线；埋了偏见的小模型；链上的 sft、reward
   python bias_scan.py --models smollm2 --language en --calibrate false    # 真模型，也问它该不该拒绝的题
   python bias_scan.py --models snownlp --calibrate false     # 网购评论上学的情感分类器
+  python bias_scan.py --models outputs/我的 --language world --calibrate false   # 从链上接着训练的小模型
   python bias_scan.py --models 你的模型 --dataset CBBQ/gender.json   # CBBQ 的文件
 
 应当看到（实测见本文件夹的 README.md）：200 对、8 个比较，0.1、0.2、0.3 个标准差的偏见找到约一成、五成、九成；没有偏见时错怪不到 5 %；

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -333,6 +334,7 @@ def test_missing_option_is_named(tmp_path):
         (["--skew", "1"], "--skew 要小于 1"),
         (["--models", ""], "--models 里没有模型"),
         (["--language", "fr"], "--language 不认识 fr"),
+        (["--language", "world", "--models", "snownlp"], "没有小世界的"),
         (["--dataset", "没有.json"], "没有.json"),
         (["--pairs", "0"], "--pairs"),
         (["--check_contamination", __file__], "与 --dataset 一起给"),
@@ -373,6 +375,20 @@ def test_a_short_run_and_again(tmp_path, chat_folder, monkeypatch, capsys):
     assert bs.main(arguments)["id"] == record["id"]
     said = capsys.readouterr().out
     assert "直接加载" in said and "cbbq（括号里是 95 % 区间与题数）" in said
+
+
+def test_a_folder_that_reads_the_world(tmp_path, chat_folder):
+    """--language world：文件夹里接着训练的小模型，用小世界的故事查，与链上的阶段一样。"""
+    options = ["--models", str(chat_folder), "--language", "world", "--pairs", "4", "--calibrate", "false"]
+    found = bs.main(["--preset", "tiny", *options, "--output_dir", str(tmp_path / "out")])["metrics"]
+    mine = found[str(chat_folder)]
+    assert "refusals" not in mine and "性别：男－女" in mine["comparisons"]
+    scorer = sc.load_scorer(str(chat_folder), in_world=True)
+    wanted = {
+        row["name"]: row["difference"].value
+        for row in bs.compare_all(scorer, SimpleNamespace(pairs=4, seed=0, margin=0.1))
+    }
+    assert {name: row["difference"] for name, row in mine["comparisons"].items()} == pytest.approx(wanted)
 
 
 @pytest.mark.slow
