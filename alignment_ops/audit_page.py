@@ -8,11 +8,12 @@ from pathlib import Path
 from string import Template
 
 from curation_report import ARM_NAMES, FAULTS
-from curation_rows import STEPS, TABLES, Table, text_of
+from curation_rows import STEPS, TABLES, Table
 from nlp_common.base.console import printable
 from nlp_common.draw.plots import bar_chart, histogram
 
 TEMPLATE = Path(__file__).with_name("audit_page.html")
+SAID = {"user": "问", "assistant": "答", "system": "系统"}
 EXAMPLES, LONGEST = 5, 400  # 每一步看几行，一行至多多少字
 
 
@@ -92,10 +93,13 @@ def examples_section(table: Table) -> str:
 def shown_text(row: dict) -> str:
     if "messages" not in row and "prompt" not in row:
         return escape(str(row)[:LONGEST])
-    text = printable(text_of(row)) if "messages" in row else ""
+    lines = [
+        f"{SAID.get(turn['role'], turn['role'])}：{turn['content']}"
+        for turn in row.get("messages") or row["prompt"]
+    ]
     if "chosen" in row:
-        asked = "\n".join(turn["content"] for turn in row["prompt"])
-        text = f"{asked}\n好：{row['chosen'][-1]['content']}\n差：{row['rejected'][-1]['content']}"
+        lines += [f"好：{row['chosen'][-1]['content']}", f"差：{row['rejected'][-1]['content']}"]
+    text = "\n".join(lines)
     return escape(printable(text[:LONGEST])) + ("……" if len(text) > LONGEST else "")
 
 
