@@ -107,7 +107,8 @@ def drop_boilerplate(cleaned: list[Cleaned]) -> None:
             if PAIR.match(line) or TWO_CELLS.match(line):
                 least = max(PAIR_LEAST, PAIR_SHARE * n)
             repeated = holders[_suffix(each), _shape(line)] >= least
-            if line.strip() and repeated and not line.startswith("#"):
+            # 只有标点的不算：那是排版把句号挤到了下一行
+            if repeated and re.search(r"\w", line) and not line.startswith("#"):
                 each.removed.append((line.strip(), "各份都有"))
             else:
                 lines.append(line)

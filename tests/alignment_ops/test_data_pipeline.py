@@ -124,6 +124,11 @@ def test_only_lines_that_most_files_of_a_kind_share_are_boilerplate():
     assert all("首页" not in each.text and "期限：" in each.text for each in cleaned[:5])
     assert all("首页" in each.text for each in cleaned[5:])  # 两份不够说它是菜单
     assert cleaned[0].removed == [("首页 | 联系我们", "各份都有")]
+    stops = [
+        Document(f"{n}.pdf", f"小芳的松鼠住在{'花园山顶海边市场'[2 * n : 2 * n + 2]}，不怕生人\n。")
+        for n in range(4)
+    ]
+    assert all(each.text.endswith("不怕生人。") for each in clean_documents(stops))  # 份份都有的句号不是页眉
 
 
 @settings(max_examples=80, deadline=None)
