@@ -267,7 +267,7 @@ def margins_of_fold(part: Stage, rows: list[dict], which: np.ndarray, fold: int,
     settings = part.settings
     folder = part.folder.work / "pairs"
     write_rows(folder / f"{fold}.jsonl", [rows[i] for i in np.flatnonzero(which != fold)])
-    run_stage("dpo", folder / f"dpo_{fold}", start, folder / f"{fold}.jsonl", settings.preset,
+    run_stage("dpo", folder / f"dpo_{fold}", start, folder / f"{fold}.jsonl", stage_preset(settings),
               seed=settings.seed, beta=settings.beta, max_length=settings.max_length, max_eval_samples=20)  # fmt: skip
     tokenizer, model = load_chat_lm(str(folder / f"dpo_{fold}"), part.device)
     _, reference = load_chat_lm(start, part.device)
@@ -298,7 +298,13 @@ def train_arm(part: Stage, kind: str, rows: list[dict], start: str, out: Path) -
     settings = part.settings
     write_rows(out.with_suffix(".jsonl"), rows)
     run_stage(
-        kind, out, start, out.with_suffix(".jsonl"), settings.preset, seed=settings.seed, max_eval_samples=20
+        kind,
+        out,
+        start,
+        out.with_suffix(".jsonl"),
+        stage_preset(settings),
+        seed=settings.seed,
+        max_eval_samples=20,
     )
     tokenizer, model = load_chat_lm(str(out), part.device)
     questions = world.heldout_questions(settings.max_eval_samples, EVAL_SEED)
@@ -307,6 +313,11 @@ def train_arm(part: Stage, kind: str, rows: list[dict], start: str, out: Path) -
         float(judge(q, r["text"], r["ended"]).preferred) for q, r in zip(questions, sampled, strict=True)
     ]
     return metrics | {"scores": scores, "rows": len(rows)}
+
+
+def stage_preset(settings: CurationSettings) -> str:
+    """链上的小模型总用 tiny 的学习率；自己给的模型用这次的预设。"""
+    return settings.preset if settings.model else "tiny"
 
 
 def arm_folder(stage: Stage, kind: str, arm: str) -> str:
