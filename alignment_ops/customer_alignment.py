@@ -3,7 +3,7 @@
 你会学到
   1. 一周一圈：回答 → 客户点赞点踩 → 挑出信得过的 → KTO（或 DPO）→ 和现在的比过，没有变差才换上。
   2. 客户会点错。同一个回答让几个人看，按每个人平时准不准给票加权（Dawid–Skene），错标签少了一大半。
-  3. 有人捣乱：一个人点一千次，推一个错答案。照单全收，模型就学坏；每人有上限、要有第二个人看过、换上之前先比，三道都挡得住它。
+  3. 有人捣乱：一个人点一千次，推一个错答案。照单全收，模型就学坏；每人有上限、要有第二个人看过、换上之前先比，一道挡不住的还有下一道。
   4. 训练之外：换一句提示能到哪里，拿不准就转人工能到哪里。先试便宜的。
 
 怎么运行
@@ -12,7 +12,7 @@
   python customer_alignment.py --dataset 反馈.jsonl   # 自己的反馈（user、prompt、completion、label）：谁可疑，哪些行能用
   python customer_alignment.py --preset full          # Qwen1.5-0.5B-Chat，需要加速器
 
-应当看到（tiny，实测见本文件夹的 README.md）：解决的从四成多到九成，点错三成的客户也教得出来；只换提示到不了。
+应当看到（tiny，实测见本文件夹的 README.md）：解决的从五成多到九成以上，点错三成的也到八成多；只换提示几乎不动。
 结果文件夹里的 weeks.html 是八周的一页。
 
 参考：Dawid & Skene 1979（标注者各有各的准头）；Ethayarajh et al. 2024（KTO）；Rafailov et al. 2023（DPO）。
@@ -41,7 +41,7 @@ from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from poisoned_week import attack, show_poison
 from stages import run_stage, write_rows
-from weeks_page import weeks_chart, write_page
+from weeks_page import note, weeks_chart, write_page
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen1.5-0.5B-Chat"
@@ -242,10 +242,10 @@ def show(metrics: dict, arms: list[Arm]) -> None:
         cells = []
         for arm in arms:
             its = week[arm.name]
-            cells.append(f"{its['solved']:.3f}{'' if its['replaced'] else '（没换）'}")
+            cells.append(f"{its['solved']:.3f}" + (f"（{note(its)}）" if note(its) else ""))
         rows.append([number, *cells])
     print_table(rows)
-    print("  主管的题里解决了几成；「没换」是新的没有比过现在的\n")
+    print("  主管的题里解决了几成；「没换」是新的没有比过现在的，「没训练」是踩（或赞）太少\n")
     last = metrics["weeks"][str(len(metrics["weeks"]) - 1)]
     for arm in arms if len(metrics["weeks"]) > 1 else ():
         its = last[arm.name]

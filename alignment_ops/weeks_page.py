@@ -81,10 +81,19 @@ def weeks_table(weeks: list[dict], titles: dict[str, str]) -> str:
     for number, week in enumerate(weeks):
         cells = [str(number)]
         for name in titles:
-            kept = "" if week[name]["replaced"] else ' <span class="bad">没换</span>'
-            cells.append(percent(week[name]["solved"]) + kept)
+            kept = note(week[name])
+            cells.append(
+                percent(week[name]["solved"]) + (f' <span class="bad">{kept}</span>' if kept else "")
+            )
         rows.append(cells)
     return table(rows)
+
+
+def note(week: dict) -> str:
+    """没有换上新的：是训练了、没有比过现在的，还是踩（或赞）太少、没有训练。"""
+    if week["replaced"]:
+        return ""
+    return "没换" if "candidate_solved" in week else "没训练"
 
 
 def labels_table(weeks: list[dict], titles: dict[str, str]) -> str:

@@ -162,7 +162,13 @@ def test_hand_over_is_measured_on_the_other_half():
 
 def numbers(text: str) -> dict:
     week = bot([1, 0], name="x") | {"replaced": False, "watched": {"0": {"text": text, "solved": False}}}
-    week |= {"n_votes": 10, "vote_accuracy": 0.9, "n_labels": 5, "label_accuracy": 1.0}
+    week |= {
+        "candidate_solved": 0.4,
+        "n_votes": 10,
+        "vote_accuracy": 0.9,
+        "n_labels": 5,
+        "label_accuracy": 1.0,
+    }
     side = {"prompts": dict.fromkeys(("none", "known", "unknown"), 0.5)}
     side["handover_none"] = dict.fromkeys(("handed", "solved", "wasted"), 0.5)
     poison: dict = {name: {"color_solved": 0.5, "pushed": 0.1, "replaced": True} for name in DEFENCES}
