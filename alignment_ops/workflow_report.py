@@ -87,7 +87,7 @@ def draw_gates(path: Path, candidates: dict) -> None:
                 color = SKIPPED
                 if tests:
                     color = PASSED if all_passed(tests) else FAILED
-                    told = "  ".join(f"{test['new']:.2f}" for test in tests.values())
+                    told = " / ".join(f"{test['new']:.2f}" for test in tests.values())
                     axes.text(column, row, told, ha="center", va="center", fontsize=8)
                 axes.add_patch(Rectangle((column - 0.48, row - 0.44), 0.96, 0.88, color=color, zorder=0))
         axes.set_xticks(range(len(GATES)), [text(GATE_TITLES[gate]) for gate in GATES])
@@ -95,6 +95,7 @@ def draw_gates(path: Path, candidates: dict) -> None:
         axes.set_xlim(-0.5, len(GATES) - 0.5)
         axes.set_ylim(len(candidates) - 0.5, -0.5)
         axes.tick_params(length=0)
+        axes.grid(False)
 
     from matplotlib.patches import Rectangle
 
