@@ -300,7 +300,7 @@ def run_traffic(flow: Flow, new: dict, old: dict, salt: str, log: Path) -> dict:
 
 
 def simulate_all(flow: Flow, champion: Candidate) -> dict:
-    """同样的模型，换一批题、换一份流量，再走一遍；一样好的（正在用的自己，另采样一次）几次被冤枉。"""
+    """同样的模型，换一批题、换一份流量，再走一遍；一样好的（正在用的自己）几次被冤枉。"""
     traffic_of(flow, "champion", champion)
     flow.evidence["champion"]["again"] = served(champion, flow.questions, flow.settings.seed + 2)
     print(

@@ -37,7 +37,11 @@ def simulate(evidence: dict, limits: Limits, margins: dict, settings) -> dict:
         bad = [canary(evidence["misdeployed"]["traffic"], run=run) for run in range(runs)]
         found["misdeployed_rolled_back"] = sum(each["decision"] == "rollback" for each in bad) / runs
         found["misdeployed_requests"] = float(np.median([each["requests"] for each in bad]))
-    same = [canary(champion["again"], run=run)["decision"] for run in range(AGAIN * runs)]
+    both = partial(same_outcome, champion["traffic"], champion["again"], list(margins))
+    same = [
+        one_canary(both, champion["again"]["kinds"], margins, settings, run)["decision"]
+        for run in range(AGAIN * runs)
+    ]
     found["false_rollbacks"] = same.count("rollback") / len(same)
     found["false_rollbacks_runs"] = len(same)
     found["same_released"] = same.count("release") / len(same)
@@ -57,13 +61,23 @@ def gates_again(evidence: dict, name: str, limits: Limits, run: int, seed: int) 
 
 
 def canary_again(new: dict, old: dict, margins: dict, settings, run: int) -> dict:
-    """另一份流量上的一次灰度；用户的分组也换一批（salt）。"""
-    requests = visits(new["kinds"], settings.requests, seed=1000 * settings.seed + run + 1)
-    answer = partial(outcome, new, old, list(margins))
+    """另一份流量上的一次灰度。"""
+    return one_canary(partial(outcome, new, old, list(margins)), new["kinds"], margins, settings, run)
+
+
+def one_canary(answer, kinds: list[str], margins: dict, settings, run: int) -> dict:
+    """第 run 份流量；用户的分组也换一批（salt）。"""
+    requests = visits(kinds, settings.requests, seed=1000 * settings.seed + run + 1)
     return run_canary(requests, answer, Canary(margins), salt=f"simulated-{run}")
 
 
 def outcome(new: dict, old: dict, names: list[str], arm: str, request: Request) -> dict[str, float]:
     """一次请求坏不坏：归哪一边，就看那一边的模型这道题答得怎样。"""
     side = new if arm == "canary" else old
+    return {name: side[name][request.question] for name in names}
+
+
+def same_outcome(first: dict, second: dict, names: list[str], arm: str, request: Request) -> dict[str, float]:
+    """两边是同一个模型：它采样过两次，不论哪一边，轮着用，所以两边真的一样好。"""
+    side = first if request.number % 2 else second
     return {name: side[name][request.question] for name in names}
