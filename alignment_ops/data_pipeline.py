@@ -14,7 +14,7 @@
   python data_pipeline.py --dataset 我的文件夹 --preset full --train true    # 在 Qwen2.5-0.5B 上训练，要加速器
 结果文件夹里：train.jsonl、heldout.jsonl（SFT 脚本直接读）、dropped.jsonl（不要的，各有原因）、statistics.html。
 
-应当看到（tiny，实测见本文件夹的 README.md）：洗完句子全是完整的；没见过的文档，开卷从四成多升到九成左右；
+应当看到（tiny，实测见本文件夹的 README.md）：洗完句子全是完整的；没见过的文档，开卷从四成多升到九成以上；
 教过的文档，闭卷从接近零升到几乎全对，换一种没教过的问法六成；一行一行分的，闭卷的"留出"也有六成，那是假的。
 
 参考：Wang et al. 2023（Self-Instruct）；Lewis et al. 2021（PAQ：照段落出题再过滤）；Longpre et al. 2021（换掉段落里的答案）；
