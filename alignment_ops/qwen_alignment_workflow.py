@@ -11,7 +11,7 @@
 怎么运行
   python qwen_alignment_workflow.py                              # 小世界，CPU，几分钟
   python qwen_alignment_workflow.py --candidates good,unsafe
-  python qwen_alignment_workflow.py --chats 对话.jsonl --pairs 偏好.jsonl     # 收来的换成自己的
+  python qwen_alignment_workflow.py --candidates good --chats 对话.jsonl --pairs 偏好.jsonl   # 收来的换成自己的
   python qwen_alignment_workflow.py --registry 我的/registry.jsonl           # 与里面正在用的那一版比；登记进去
   python registry.py --history true                              # 发布了什么，为什么
   python qwen_alignment_workflow.py --preset full                # Qwen2.5-0.5B，同样的门，需要加速器
@@ -83,6 +83,10 @@ class WorkflowSettings(LessonSettings):
         if "slow" in names and "good" not in names[: names.index("slow")]:
             raise UserError(
                 "--candidates：slow 要先有 good（它是把 good 加深了几倍的），把 good 写在它前面。"
+            )
+        if self.pairs and (planted := [name for name in names if name in ("forgot", "unsafe")]):
+            raise UserError(
+                f"自己的偏好对里埋不了 {'、'.join(planted)}（要知道每一对在比什么）：加上 --candidates good。"
             )
         check_path(self.chats, "--chats")
         check_path(self.pairs, "--pairs")

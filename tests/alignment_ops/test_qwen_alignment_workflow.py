@@ -220,7 +220,8 @@ def test_own_files(fakes, tmp_path):
     [
         (["--candidates", "good,nosuch"], "--candidates 不认识 nosuch"),
         (["--candidates", "slow"], "slow 要先有 good"),
-        (["--pairs", "/nosuch.jsonl"], "--pairs"),
+        (["--candidates", "good", "--pairs", "/nosuch.jsonl"], "--pairs"),
+        (["--pairs", __file__], "埋不了 forgot、unsafe"),
         (["--n_questions", "0"], "n_questions"),
     ],
 )
