@@ -80,6 +80,8 @@ class WorkflowSettings(LessonSettings):
                     f"--candidates 不认识 {name or '空的一项'}，可以是 {'、'.join(TITLES)}，逗号隔开。"
                 )
         names = self.candidates.split(",")
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"--candidates 里 {'、'.join(repeated)} 写了不止一次。")
         if "slow" in names and "good" not in names[: names.index("slow")]:
             raise UserError(
                 "--candidates：slow 要先有 good（它是把 good 加深了几倍的），把 good 写在它前面。"

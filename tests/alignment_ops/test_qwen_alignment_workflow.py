@@ -219,6 +219,7 @@ def test_own_files(fakes, tmp_path):
     ("arguments", "said"),
     [
         (["--candidates", "good,nosuch"], "--candidates 不认识 nosuch"),
+        (["--candidates", "good,good"], "good 写了不止一次"),
         (["--candidates", "slow"], "slow 要先有 good"),
         (["--candidates", "good", "--pairs", "/nosuch.jsonl"], "--pairs"),
         (["--pairs", __file__], "埋不了 forgot、unsafe"),
