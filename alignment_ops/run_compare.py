@@ -76,7 +76,7 @@ def _data(record: dict) -> dict[str, str]:
     found = {}
     for name, source in record.get("data", {}).items():
         if isinstance(source, dict):
-            found[name] = f"{source.get('rows', 0):,} 行 {(source.get('sha256') or '')[:8]}"
+            found[name] = f"{source.get('rows', 0):,} 行 {(source.get('sha256') or '')[:8]}".rstrip()
     return found
 
 

@@ -37,10 +37,15 @@ def upload(run: Run, to: str) -> Reporter:
     """把一次做完了的运行补记到 to：设置、整条曲线、指标、run.json。"""
     check_installed(to)
     with tempfile.TemporaryDirectory() as work:
-        reporter = Reporter(to, run.record["stage"], run.record["fingerprint"], Path(work))
+        reporter = Reporter(to, name_of(run), run.record["fingerprint"], Path(work))
         reporter.open()
         reporter.finish(run.record)
         return reporter
+
+
+def name_of(run: Run) -> str:
+    """页面上叫什么：结果文件夹的名字。"""
+    return run.folder.name if run.folder else run.record["stage"]
 
 
 # ---------------------------------------------------------------- 1. 五种去处
@@ -83,7 +88,7 @@ def measure_place(to: str, runs: list[Run]) -> dict:
     same = 0
     for number, run in enumerate(runs):
         with tempfile.TemporaryDirectory() as work, contextlib.redirect_stdout(io.StringIO()):
-            reporter = Reporter(to, run.record["stage"], run.record["fingerprint"], Path(work))
+            reporter = Reporter(to, name_of(run), run.record["fingerprint"], Path(work))
             started = time.perf_counter()
             reporter.open()
             opening += time.perf_counter() - started if number == 0 else 0.0

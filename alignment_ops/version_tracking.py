@@ -85,9 +85,9 @@ def learn(stage: Stage, start: str) -> dict:
     print("\n—— 它从哪里来")
     show_lineage(lineage(b, runs))
     print("\n—— 差在哪里")
-    show_difference(a, b)
     sft = [find_run(str(folders[name]), runs) for name in ("sft-1", "sft-2")]
     show_difference(*sft)
+    show_difference(a, b)
     metrics["changed_rows"] = changed_rows(*sft)["dataset"][0]
     metrics["parted_at_step"] = first_parting(sft[0].record, sft[1].record)
 

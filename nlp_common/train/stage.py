@@ -37,7 +37,9 @@ class Stage:
         self.fingerprint = wanted
         self.path, self.device, self.started = folder.path, pick_device(), time.time()
         self.record: dict | None = None
-        self.reporter = Reporter(getattr(settings, "report_to", "none"), name, wanted, folder.work)
+        self.reporter = Reporter(
+            getattr(settings, "report_to", "none"), folder.path.name, wanted, folder.work
+        )
         self.prefix = ""  # 一课里的一个部分：曲线的名字前面加上它的名字
         self.started_with: dict[str, str | int | None] = {}  # 开始训练时的脚本、提交、线程数
 
