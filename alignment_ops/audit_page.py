@@ -78,12 +78,15 @@ def examples_section(table: Table) -> str:
     for step, (title, _) in STEPS.items():
         dropped = [row for row in table.dropped if row["step"] == step]
         if step == "personal":
-            dropped = [{"row": number, "reason": "盖住", **table.rows[number]} for number in table.masked]
+            dropped = [
+                {"place": table.places[number], "reason": "盖住", **table.rows[number]}
+                for number in table.masked
+            ]
         if not dropped:
             continue
         shown = random.Random(f"examples-{step}").sample(dropped, min(EXAMPLES, len(dropped)))
         body = "".join(
-            f"<p class='faint'>第 {row.get('row', row.get('source_row'))} 行　{escape(row['reason'])}</p><pre>{shown_text(row)}</pre>"
+            f"<p class='faint'>第 {row['place']} 条　{escape(row['reason'])}</p><pre>{shown_text(row)}</pre>"
             for row in shown
         )
         parts.append(f"<details><summary>{title}（{len(dropped)} 行）</summary>{body}</details>")

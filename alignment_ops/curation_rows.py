@@ -9,6 +9,7 @@ import copy
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from minhash import find_duplicates, find_exact
 from nlp_common.base.errors import UserError
@@ -50,20 +51,21 @@ class Table:
     notes: list[str] = field(default_factory=list)  # 要人知道的
     margins: dict[int, float] = field(default_factory=dict)  # 行号 → 交叉验证的余地
     log_ratios: dict[int, float] = field(default_factory=dict)  # 行号 → 同样的，看对数之比
+    places: list[int] = field(default_factory=list)  # 行号 → 文件里的第几条，从 1 数，读不成的也数
 
     def __post_init__(self) -> None:
         self.rows = copy.deepcopy(self.raw)
         self.alive = list(range(len(self.raw)))
+        self.places = self.places or list(range(1, len(self.raw) + 1))
 
     def drop(self, step: str, reasons: dict[int, str], like: dict[int, int] | None = None) -> None:
         """丢掉 reasons 里的行；like：它和留下的哪一行重复。"""
         before = len(self.alive)
         self.alive = [number for number in self.alive if number not in reasons]
         for number, reason in sorted(reasons.items()):
-            kept = {"same_as": like[number]} if like else {}
-            self.dropped.append(
-                {"table": self.name, "row": number, "step": step, "reason": reason} | kept | self.rows[number]
-            )
+            kept = {"same_as": self.places[like[number]]} if like else {}
+            said = {"table": self.name, "row": number, "place": self.places[number], "step": step}
+            self.dropped.append(said | {"reason": reason} | kept | self.rows[number])
         counts = Counter(reason.partition("：")[0] for reason in reasons.values())
         self.steps.append(
             {"step": step, "before": before, "after": len(self.alive), "reasons": dict(counts.most_common())}
@@ -85,9 +87,11 @@ def read_table(dataset: str, limit: int | None, source: str) -> Table:
     is_pairs = any(column in found.rows[0] for column in ("chosen", "response_chosen"))
     skipped: dict[int, str] = {}
     rows = (to_pairs if is_pairs else to_chats)(found.rows, dataset, skipped)
-    table = Table("pairs" if is_pairs else "chats", rows, found.source)
+    places = [number + 1 for number in range(len(found.rows)) if number not in skipped]
+    table = Table("pairs" if is_pairs else "chats", rows, found.source, places=places)
     table.dropped = [
-        {"table": table.name, "source_row": number, "step": "unusable", "reason": reason} | found.rows[number]
+        {"table": table.name, "place": number + 1, "step": "unusable", "reason": reason}
+        | mask_all(found.rows[number], [])
         for number, reason in skipped.items()
     ]
     reasons = dict(Counter(skipped.values()))
@@ -99,18 +103,29 @@ def read_table(dataset: str, limit: int | None, source: str) -> Table:
 
 
 def mask_personal(table: Table) -> None:
-    """最先做：后面的每一份文件（丢掉的行、审计页）里都不该再有号码。"""
+    """最先做：后面的每一份文件（丢掉的行、审计页）里都不该再有号码，对话以外的栏里也不该有。"""
     for number in table.alive:
-        kinds = []
-        for message in turns_of(table.rows[number]):
-            message["content"], found = mask(message["content"])
-            kinds += [each.kind for each in found]
+        kinds: list[str] = []
+        table.rows[number] = mask_all(table.rows[number], kinds)
         if kinds:
             table.masked[number] = kinds
     counts = Counter(NAMES[kind] for kinds in table.masked.values() for kind in kinds)
     table.steps.append(
         {"step": "personal", "before": len(table.alive), "after": len(table.alive), "reasons": dict(counts)}
     )
+
+
+def mask_all(value: Any, kinds: list[str]) -> Any:
+    """一行里的每个字符串、每个整数都盖一遍，不管它在哪一栏、套了几层；盖住的种类添进 kinds。"""
+    if isinstance(value, dict):
+        return {name: mask_all(each, kinds) for name, each in value.items()}
+    if isinstance(value, list):
+        return [mask_all(each, kinds) for each in value]
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+        text, found = mask(str(value))
+        kinds += [each.kind for each in found]
+        return text if found else value
+    return value
 
 
 def drop_garbage(table: Table) -> None:
@@ -133,14 +148,14 @@ def drop_duplicates(table: Table, threshold: float, short_copies: int) -> None:
         copies[kept] += 1
         if len(texts[number]) >= SHORT or copies[kept] >= short_copies:
             same[number] = numbers[kept]
-            reasons[number] = f"一样：与第 {numbers[kept]} 行"
+            reasons[number] = f"一样：与第 {table.places[numbers[kept]]} 条"
     table.drop("duplicate", reasons, same)
     numbers = [number for number in table.alive if len(texts[number]) >= SHORT]
     same, reasons = {}, {}
     for duplicate in find_duplicates([texts[number] for number in numbers], threshold):
         number, kept = numbers[duplicate.dropped], numbers[duplicate.kept]
         same[number] = kept
-        reasons[number] = f"近重复：与第 {kept} 行，Jaccard {duplicate.similarity:.2f}"
+        reasons[number] = f"近重复：与第 {table.places[kept]} 条，Jaccard {duplicate.similarity:.2f}"
     table.drop("near_duplicate", reasons, same)
 
 

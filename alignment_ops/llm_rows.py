@@ -64,6 +64,7 @@ class Asked:
                 "已写的留着：看好服务器，再运行同一条命令，接着往下。"
             )
         if said is not None:
+            said = without_thinking(said)
             self.replies[key] = said
             self._append(key, said)
         return said
@@ -73,6 +74,11 @@ class Asked:
         torn = self.saved.exists() and self.saved.stat().st_size and self.saved.read_bytes()[-1:] != b"\n"
         with self.saved.open("a", encoding="utf-8") as file:
             file.write("\n" * bool(torn) + json.dumps({"key": key, "said": said}, ensure_ascii=False) + "\n")
+
+
+def without_thinking(text: str) -> str:
+    """会思考的模型（Qwen3 等）先写 <think>…</think>：那里的话不是回答。写到一半就满了的，什么也不剩。"""
+    return re.sub(r"\A\s*<think>.*?(?:</think>|\Z)", "", text, flags=re.DOTALL).strip()
 
 
 # ---------------------------------------------------------------- 出题
@@ -105,6 +111,8 @@ def read_reply(text: str, passage: Passage) -> tuple[list[Pair], Counter]:
         items = json.loads(found[0]) if found else None
     except ValueError:
         items = None
+    if not text:
+        return [], Counter({"只有思考，没有写到回答：换不思考的模型，或关掉它的思考": 1})
     if not isinstance(items, list):
         return [], Counter({"不是 JSON 列表": 1})
     pairs = []

@@ -578,3 +578,12 @@ def test_sft_on_the_rows_teaches(tmp_path):
     assert after["closed_trained"] > 0.8 > 0.2 > before["closed_trained"]
     assert after["open_heldout"] > before["open_heldout"] and after["closed_heldout"] < 0.4
     assert sft["row_split"]["accuracy"] > after["closed_heldout"] and sft["after"]["qa_accuracy"] > 0.9
+
+
+def test_thinking_is_not_the_answer():
+    thought = '<think>[先想想] 这里有 "[括号]"。</think>\n[{"question": "甲在哪里？", "answer": "花园"}]'
+    passage = Passage("d", "甲在花园。", "甲")
+    pairs, faults = llm_rows.read_reply(llm_rows.without_thinking(thought), passage)
+    assert [pair.answer for pair in pairs] == ["花园"] and not faults
+    _, faults = llm_rows.read_reply(llm_rows.without_thinking("<think>还没有想完"), passage)
+    assert "思考" in next(iter(faults))

@@ -13,7 +13,7 @@ import pytest
 
 import dataset_curation as script
 from curation_report import FAULTS, precision_recall
-from curation_rows import Table, drop_duplicates, mask_personal, text_of
+from curation_rows import Table, drop_duplicates, mask_personal, read_table, text_of
 from nlp_common.base.errors import UserError
 from nlp_common.tiny import world
 from nlp_common.train.settings import parse_settings
@@ -392,3 +392,19 @@ def test_personal_data_is_masked_before_everything(tmp_path):
     mask_personal(table)
     assert table.masked == {0: ["phone"]} and table.raw[0]["messages"][0]["content"] == "打13812345678"
     assert table.rows[0]["messages"][0]["content"] == "打[电话]"
+
+
+def test_numbers_in_other_columns_and_in_unusable_rows_are_masked_too(tmp_path):
+    chat = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]
+    rows = [
+        {"messages": [], "meta": {"phone": "13912345678"}},
+        {"messages": chat, "phone": 13912345678, "meta": {"mails": ["a@b.com", 3]}},
+    ]
+    file = tmp_path / "own.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    table = read_table(str(file), None, "hf")
+    mask_personal(table)
+    table.drop("garbage", {0: "乱码"})
+    everything = json.dumps([table.rows, table.dropped], ensure_ascii=False)
+    assert "13912345678" not in everything and "a@b.com" not in everything
+    assert [row["place"] for row in table.dropped] == [1, 2]  # 文件里的第几条，读不成的也数
