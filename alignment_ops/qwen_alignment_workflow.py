@@ -324,6 +324,7 @@ def learn(stage: Stage, start: str) -> dict:
     folder = stage.folder.work / "flow"
     registry = Registry(settings.registry or folder / "registry.jsonl")
     with open_journal(folder / "journal.jsonl", stage.fingerprint) as journal:
+        stage.started -= journal.seconds_before  # 上次做完的步用的时间也算
         flow = Flow(settings, start, folder, journal, registry, gate_questions(settings.n_questions))
         metrics = follow(flow)
     if journal.skipped:

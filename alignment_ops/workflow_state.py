@@ -76,6 +76,10 @@ def open_journal(path: str | Path, settings: dict) -> Iterator[Journal]:
         ) from error
     with lock:
         events = line_log.read(path)
+        if events and events[0].get("event") != "start":
+            raise UserError(
+                f"{path} 的第 1 行不是流程的开头：不知道它是哪一条流程的。从备份取回，或把它移走，从头来。"
+            )
         if events and (changed := differences(events[0]["settings"], settings)):
             print("流程的设置与上次的不同，从头来：\n  " + "\n  ".join(changed))
             os.replace(path, path.with_name(f"{path.name}.old"))

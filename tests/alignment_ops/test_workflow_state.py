@@ -90,3 +90,9 @@ def test_steps_with_one_name_and_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--output_dir"), open_journal(tmp_path / "file" / "j.jsonl", {}):
         pass
+
+
+def test_a_journal_without_its_first_line_is_named(tmp_path):
+    line_log.append(tmp_path / "j.jsonl", {"event": "done", "step": "a", "result": 1, "seconds": 0.0})
+    with pytest.raises(UserError, match="第 1 行不是流程的开头"), open_journal(tmp_path / "j.jsonl", {}):
+        pass
