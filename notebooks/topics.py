@@ -135,6 +135,17 @@ TOPICS: dict[str, dict[str, list[Call]]] = {
         "zero.py": [Call(TINY, "ZeRO-1、2、3，等于一个进程。")],
         "pipeline_parallel.py": [Call(TINY, "GPipe 与 1F1B 的时间线。")],
     },
+    "alignment_ops": {
+        "near_duplicates.py": [Call(TINY, "MinHash 与 LSH：估得准不准、漏多少，约一分钟。")],
+        "canary_simulation.py": [Call(TINY, "灰度的检验错退几次、几次请求就退，一分钟以内。")],
+        "customer_alignment.py": [
+            Call(
+                [*TINY, "--noises", "0.1", "--weeks", "3", "--output_dir", "outputs/notebook/weeks"],
+                "一种客户、三周，约一分钟；没有 Qwen 链的小模型时先训练它（另开进程，两三分钟）。",
+                ["outputs/notebook/weeks/customer_weeks.svg"],
+            )
+        ],
+    },
     "text_generation": {
         "constrained_decoding.py": [
             Call(TINY, "没有 Qwen 链的小模型时先训练它（另开进程，两三分钟），之后半分钟左右。")
