@@ -218,13 +218,25 @@ def test_the_same_machine_uses_its_own_newer_checkpoint(hub, machine, tmp_path):
 def test_a_push_that_fails_does_not_stop_the_training(hub, machine, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(hub_repo.HubRepo, "wait", 0.0)
 
+    refused = threading.Event()
+    push = script.Pusher.push
+
+    def push_once(pusher, *given):
+        push(pusher, *given)
+        refused.set()
+
+    monkeypatch.setattr(script.Pusher, "push", push_once)
+
     class Full(FakeDPO):
         def __call__(self, *given, **settings):
             hub.quota = 0
             return super().__call__(*given, **settings)
 
+        def wait_for(self, step):
+            assert refused.wait(20)  # 不等的话，训练可能在推之前就完了
+
     with pytest.raises(UserError, match="空间满了"):  # 最后的模型也推不上去：说出来，退出码 2
-        machine("one", Full(hub, wait=False))
+        machine("one", Full(hub))
     assert "训练照旧：learner/dpo 的空间满了" in capsys.readouterr().out
     assert (tmp_path / "one" / "dpo" / "run.json").exists()  # 结果在本机，一点没丢
     hub.quota = None
