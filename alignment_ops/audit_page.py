@@ -94,8 +94,8 @@ def examples_section(table: Table) -> str:
 
 
 def shown_text(row: dict) -> str:
-    if "messages" not in row and "prompt" not in row:
-        return escape(str(row)[:LONGEST])
+    if row.get("step") == "unusable":  # 什么样子都有
+        return escape(printable(str(row)[:LONGEST]))
     lines = [
         f"{SAID.get(turn['role'], turn['role'])}：{turn['content']}"
         for turn in row.get("messages") or row["prompt"]

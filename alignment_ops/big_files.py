@@ -85,7 +85,11 @@ def data_files(paths: Iterable[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"没有 {path} 这个文件。")
-        inside = sorted(each for each in path.rglob("*") if each.suffix.lower() in READERS)
+        inside = sorted(
+            each
+            for each in path.rglob("*")
+            if each.suffix.lower() in READERS and not each.name.startswith(".")
+        )
         if path.is_dir() and not inside:
             raise UserError(f"文件夹 {path} 里没有能读的数据（{'、'.join(READERS)}）。")
         files += inside if path.is_dir() else [path]

@@ -84,18 +84,23 @@ class Table:
 def read_table(dataset: str, limit: int | None, source: str) -> Table:
     """一个文件、文件夹或 hub 上的数据 → Table：有 chosen 的是偏好对，没有的是对话。读不成的行丢掉，记下原因。"""
     found = read_rows(dataset, limit=limit, source=source)
-    is_pairs = any(column in found.rows[0] for column in ("chosen", "response_chosen"))
+    return table_of(found.rows, dataset, found.source)
+
+
+def table_of(read: list[dict], where: str, source: dict, before: int = 0) -> Table:
+    """读来的行 → Table；before：文件里它们前面还有几条。"""
+    is_pairs = any(column in read[0] for column in ("chosen", "response_chosen"))
     skipped: dict[int, str] = {}
-    rows = (to_pairs if is_pairs else to_chats)(found.rows, dataset, skipped)
-    places = [number + 1 for number in range(len(found.rows)) if number not in skipped]
-    table = Table("pairs" if is_pairs else "chats", rows, found.source, places=places)
+    rows = (to_pairs if is_pairs else to_chats)(read, where, skipped)
+    places = [before + number + 1 for number in range(len(read)) if number not in skipped]
+    table = Table("pairs" if is_pairs else "chats", rows, source, places=places)
     table.dropped = [
-        {"table": table.name, "place": number + 1, "step": "unusable", "reason": reason}
-        | mask_all(found.rows[number], [])
+        {"table": table.name, "place": before + number + 1, "step": "unusable", "reason": reason}
+        | mask_all(read[number], [])
         for number, reason in skipped.items()
     ]
     reasons = dict(Counter(skipped.values()))
-    table.steps = [{"step": "unusable", "before": len(found.rows), "after": len(rows), "reasons": reasons}]
+    table.steps = [{"step": "unusable", "before": len(read), "after": len(rows), "reasons": reasons}]
     return table
 
 

@@ -10,7 +10,7 @@
   python dataset_curation.py                               # 埋了两成毛病的小世界，约三分钟
   python dataset_curation.py --dataset 我的数据.jsonl --output_dir outputs/mine     # 自己的对话或偏好对，只清洗
   python dataset_curation.py --dataset 我的数据.jsonl --eval_files 评测.jsonl,ceval文件夹 --model 模型 --output_dir outputs/mine
-  比内存还大的文件，先用 big_files.py 去重。
+  python dataset_curation.py --dataset 很大.jsonl --stream true --output_dir outputs/big   # 比内存还大：一块一块地读
 
 应当看到（tiny，实测见本文件夹的 README.md）：看文字的几步几乎全查出来、不冤枉；答错的、标反的查出大半；
 清洗过的 preferred_rate 最高，随便丢同样多的没有用。结果文件夹里有审计页 audit.html、数据卡 dataset_card.md、
@@ -42,6 +42,7 @@ from curation_rows import (
     mask_personal,
     read_table,
 )
+from curation_stream import curate_file
 from data_bias import biased_annotators, coverage, length_bias, position_bias
 from label_errors import Doubt, answer_doubts, flipped_pairs, fold_of, pair_margins
 from nlp_common.base.arguments import COUNT, SHARE, Limits, option
@@ -90,6 +91,8 @@ class CurationSettings(LoopSettings):
     n_chats: int | None = option("小世界：几段对话", limits=Limits(at_least=100))
     n_pairs: int | None = option("小世界：几个偏好对", limits=Limits(at_least=100))
     max_eval_samples: int | None = option("小世界：量模型用几道题", limits=COUNT)
+    stream: bool = option("自己的数据放不进内存：一块一块地读，只做看文字的几步", False)
+    memory_mb: int = option("--stream 去重时最多用多少 MB 内存", 256, Limits(at_least=16))
     compare: bool = option("小世界：用原样的、清洗过的、随便丢同样多的各训练一遍", True)
 
     def check(self) -> None:
@@ -98,6 +101,8 @@ class CurationSettings(LoopSettings):
             raise UserError(
                 f"--languages 不认识 {unknown[0] or '空的一项'}，可以是 zh、zh-hant、en、ja、ko、ru，逗号隔开。"
             )
+        if self.stream and (not self.dataset or self.model):
+            raise UserError("--stream 要给 --dataset，不给 --model：一块一块地读，只做看文字的几步。")
         for file in (self.eval_files or "").split(",") if self.eval_files else ():
             check_path(file, "--eval_files")
 
@@ -107,6 +112,8 @@ class CurationSettings(LoopSettings):
 
 def curate(stage: Stage, start: str | None) -> dict:
     settings = stage.settings
+    if settings.stream:
+        return curate_file(stage, asked_in(settings))
     tables, asked = load(settings)
     for table in tables.values():
         clean_text(table, asked, settings)
@@ -147,8 +154,7 @@ def load(settings: CurationSettings) -> tuple[dict[str, Table], dict[str, str]]:
     """→ ({"chats"、"pairs": 数据}, {评测的题: 文字})。"""
     if settings.dataset:
         table = read_table(settings.dataset, settings.max_train_samples, settings.source)
-        asked = evaluation_texts(settings.eval_files.split(",")) if settings.eval_files else {}
-        return {table.name: table}, asked
+        return {table.name: table}, asked_in(settings)
     questions = world.heldout_questions(200, LEAKED_SEED)
     tables = {}
     for name, plant, n in (
@@ -161,6 +167,10 @@ def load(settings: CurationSettings) -> tuple[dict[str, Table], dict[str, str]]:
         )
     texts = {f"第 {number + 1} 题": asked_text(each) for number, each in enumerate(questions)}
     return tables, texts
+
+
+def asked_in(settings: CurationSettings) -> dict[str, str]:
+    return evaluation_texts(settings.eval_files.split(",")) if settings.eval_files else {}
 
 
 def asked_text(question: dict) -> str:

@@ -244,7 +244,9 @@ class WandB:
     def open(self, run: dict, number: str | None) -> tuple[str, str]:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or (
+            "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        )
         number = number or secrets.token_hex(4)  # 文件夹的名字里已有时间
         folder = tracking_folder().resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -254,7 +256,7 @@ class WandB:
             id=number,
             resume="allow",
             dir=str(folder),
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             config=run["settings"],
             settings=wandb.Settings(
                 silent=True, console="off", disable_git=True, init_timeout=20, x_disable_stats=True,
