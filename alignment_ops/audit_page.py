@@ -206,6 +206,11 @@ def draw(folder: Path, tables: dict[str, Table], metrics: dict) -> None:
 # ---------------------------------------------------------------- 数据卡
 
 
+def table_cell(text: str) -> str:
+    """Markdown 的一格：竖线、换行、标签都不许把表格撑破。"""
+    return escape(str(text)).replace("|", "\\|").replace("\n", " ")
+
+
 def card(tables: dict[str, Table], metrics: dict, settings) -> str:
     """dataset_card.md：数据从哪里来、怎样清洗的、还有什么问题。人要补的写"待填"，不替人编。"""
     lines = ["---", "language: zh", "license: 待填", "---", "", "# 数据卡", ""]
@@ -213,7 +218,7 @@ def card(tables: dict[str, Table], metrics: dict, settings) -> str:
     for name, table in tables.items():
         sha256 = table.source.get("sha256")
         lines.append(
-            f"- {TABLES[name]}：{table.source['name']}，{metrics[name]['rows']} 行，清洗后 {metrics[name]['kept']} 行"
+            f"- {TABLES[name]}：{Path(table.source['name']).name}，{metrics[name]['rows']} 行，清洗后 {metrics[name]['kept']} 行"
             + (f"；sha256 {sha256}" if sha256 else "")
         )
     lines += [
@@ -226,11 +231,7 @@ def card(tables: dict[str, Table], metrics: dict, settings) -> str:
     ]
     for name, table in tables.items():
         for step in table.steps:
-            reasons = (
-                "、".join(f"{reason} {n}" for reason, n in step["reasons"].items())
-                .replace("|", "\\|")
-                .replace("\n", " ")
-            )
+            reasons = table_cell("、".join(f"{reason} {n}" for reason, n in step["reasons"].items()))
             lines.append(
                 f"| {TABLES[name]} | {STEPS[step['step']][0]} | {step['before'] - step['after']} | {reasons} |"
             )
@@ -251,7 +252,7 @@ def card(tables: dict[str, Table], metrics: dict, settings) -> str:
     ]
     for name in tables:
         lines += [
-            f"| {TABLES[name]} | {row['kind']} | {row['before']} | {row['after']} |"
+            f"| {TABLES[name]} | {table_cell(row['kind'])} | {row['before']} | {row['after']} |"
             for row in metrics[name]["coverage"]
         ]
     lines += ["", "## 已知的问题", ""]

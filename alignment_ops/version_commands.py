@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from run_records import Run, faults, find_run, find_runs, lineage, show_lineage
 from tracking_places import upload
 
 HEADLINE = ("preferred_rate", "qa_accuracy", "test_accuracy", "heldout_loss", "accuracy")  # 列表里给看一个
+NO_WEIGHTS = hashlib.sha256(b"").hexdigest()[:16]
 
 
 @dataclass
@@ -71,9 +73,14 @@ def list_runs(words: list[str]) -> list[Run]:
                 else str(run.folder)
             )
         print(
-            f"{padded(run.record['stage'], 22)} {run.id[:8]}  {padded(parents, 32)} {padded(shown, 22)} {folder}"
+            f"{padded(run.record['stage'], 22)} {number_of(run)}  {padded(parents, 32)} {padded(shown, 22)} {folder}"
         )
     return runs
+
+
+def number_of(run: Run) -> str:
+    """编号的前八位；没有权重的一课（图、表）没有编号可言。"""
+    return "—".ljust(8) if run.id == NO_WEIGHTS else run.id[:8]
 
 
 def lineage_of(words: list[str]) -> list[str]:
