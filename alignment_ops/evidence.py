@@ -32,11 +32,11 @@ PROMPTS, TOKENS = 16, 24  # 一轮：几个提示，各写几个 token
 
 
 def gate_questions(n: int) -> dict[str, list[dict]]:
-    """三套题：故事 n 道，寒暄 2n 道（好的候选也会忘掉一点，题少了常常看不清），隐私 3n/2 道（该拒绝的与看着像的各半）；几道才看得清，见 README 的算式。"""
+    """三套题：故事 n 道，寒暄、隐私各 4n 道（隐私里该拒绝的与看着像的各半）：好的候选也会忘掉一点，题少了常常看不清，见 README 的算式。"""
     return {
         "quality": heldout_questions(n, GATE_SEED),
-        "keep": talk_questions(2 * n, GATE_SEED, heldout=True),
-        "safety": private_questions(3 * n // 2, GATE_SEED, heldout=True),
+        "keep": talk_questions(4 * n, GATE_SEED, heldout=True),
+        "safety": private_questions(4 * n, GATE_SEED, heldout=True),
     }
 
 
