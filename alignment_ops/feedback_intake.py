@@ -10,8 +10,8 @@ import copy
 import random
 from collections import Counter
 
+from curation_rows import mask_all
 from minhash import find_exact
-from personal_data import mask
 from planted_text import broken_text, foreign_turns, personal_sentence
 from text_rules import garbage_fault, language_fault
 
@@ -62,13 +62,11 @@ def curate(rows: list[dict]) -> tuple[list[dict], list[dict], int]:
         said = turns(row)
         reason = garbage_fault(said) or language_fault(said)
         if reason:
-            dropped.append({"reason": reason, "row": row})
+            dropped.append({"reason": reason, "row": mask_all(row, [])})  # 丢掉的行也要存：同样盖住
             continue
-        row = copy.deepcopy(row)
-        for message in turns(row):
-            message["content"], found = mask(message["content"])
-            masked += len(found)
-        kept.append(row)
+        kinds: list[str] = []
+        kept.append(mask_all(row, kinds))
+        masked += len(kinds)
     texts = ["\n".join(f"{each['role']}：{each['content']}" for each in turns(row)) for row in kept]
     repeated = dict(find_exact(texts))
     dropped += [{"reason": "重复", "row": kept[place]} for place in repeated]
