@@ -143,13 +143,17 @@ def train_and_measure(part: Stage, trial: Trial, start, tokenizer) -> dict:
     part.settings = replace(settings, learning_rate=trial.rate)
     trained = train_on_chats(part, trial.name, model, tokenizer, chats)
     learned = sum(p.numel() for p in trainable(model).values())
-    return {
+    metrics = {
         "score": score(model, tokenizer, trial.task, questions),
         "loss": trained.history[-1]["loss"] if trained.history else float("nan"),
         "trainable": learned,
         "trainable_share": learned / sum(p.numel() for p in start.parameters()),
         "seconds": trained.metrics["train_seconds"],
     }
+    if trial.task != OWN:  # 换了口气，故事里的题还答得对吗？
+        old = task_chats("qa", settings.n_questions, seed=0, heldout=True)
+        metrics["qa_accuracy"] = score(model, tokenizer, "qa", old)
+    return metrics
 
 
 def run_trial(stage: Stage, results: dict, trial: Trial, start, tokenizer) -> dict:
@@ -186,6 +190,8 @@ def learn(stage: Stage, path: str) -> dict:
         found = run(trial)
         metrics[f"{key}_{kind}"] = found["score"]
         metrics[f"trainable_{kind}"] = found["trainable"]
+        if "qa_accuracy" in found:
+            metrics[f"qa_accuracy_{kind}"] = found["qa_accuracy"]
     metrics["trainable_share"] = run(best["prefix"])["trainable_share"]
     # 照默认的来：初值 N(0, 1)，学习率 5e-5
     failing = Trial("prefix", m, DEFAULT_RATE, "random", task)
@@ -210,11 +216,12 @@ def learn(stage: Stage, path: str) -> dict:
 def show(metrics: dict, settings: PromptSettings) -> None:
     key, what = score_key(settings.task), score_name(settings.task).split("|")[0]
     print(f"\n{task_title(settings.task, settings)}（学之前 {metrics[f'{key}_before']:.3f}）")
-    print(f"                  参数      {what}")
+    print(f"                  参数      {what}" + ("    问答" if "qa_accuracy_prefix" in metrics else ""))
     for kind in (*KINDS, "lora"):
         title = NAMES[kind].split("|")[0]
         wide = 14 - sum(2 if ord(c) > 0x2E7F else 1 for c in title)
-        print(f"  {title}{' ' * wide}{metrics[f'trainable_{kind}']:7,d}{metrics[f'{key}_{kind}']:11.3f}")
+        qa = f"{metrics[f'qa_accuracy_{kind}']:8.3f}" if f"qa_accuracy_{kind}" in metrics else ""
+        print(f"  {title}{' ' * wide}{metrics[f'trainable_{kind}']:7,d}{metrics[f'{key}_{kind}']:11.3f}{qa}")
     print(
         f"前缀，初值 N(0, 1)：学习率 {DEFAULT_RATE:g} 是 {metrics[f'{key}_prefix_default']:.3f}，"
         f"{settings.learning_rate:g} 是 {metrics[f'{key}_prefix_random']:.3f}"

@@ -23,7 +23,9 @@ def small(tmp_path, chat_folder, monkeypatch):
 
 def test_the_lesson(small, tmp_path, model, capsys):
     metrics = pd.main(small)["metrics"]
-    assert {"accuracy_prefix", "accuracy_prompt", "accuracy_p_tuning", "trainable_share"} <= set(metrics)
+    for kind in ("prefix", "prompt", "p_tuning", "lora"):
+        assert {f"accuracy_{kind}", f"qa_accuracy_{kind}"} <= set(metrics)
+    assert "trainable_share" in metrics
     config = model.config
     assert metrics["trainable_prompt"] == 3 * config.hidden_size
     assert metrics["trainable_prefix"] == 3 * config.hidden_size * 2 * config.num_hidden_layers
