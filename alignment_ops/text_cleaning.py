@@ -48,7 +48,7 @@ def clean_documents(documents: list[Document]) -> list[Cleaned]:
 
 def clean_one(document: Document) -> Cleaned:
     """字符、标记、页码；标题（# …）与"名称：内容"的行留着，出题要用。"""
-    cleaned = Cleaned(document.id, "")
+    cleaned = Cleaned(document.id, "", [(line, "菜单") for line in document.menu])
     text = tidy_characters(document.text)
     if document.id.lower().endswith(".md"):
         text = without_markdown(text, cleaned.removed)

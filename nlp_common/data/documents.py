@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nlp_common.base.errors import UserError
 from nlp_common.data.encodings import BOM, raw_lines, what_is_wrong
@@ -33,16 +34,20 @@ BLOCKS += [
     "pre",
     "blockquote",
 ]
+MENU_ROLES = {"navigation", "menu", "menubar", "search"}  # 写成别的标签的菜单
+FURNITURE = ["header", "footer", "aside"]  # 页眉、页脚、边栏：在文章外面、没有整句的，也是菜单
+HEADINGS = ["h1", "h2", "h3", "h4", "h5", "h6"]
 INSTALL = '{path}：{what} 需要 {package}：pip install {package}（或 pip install -e ".[rag]"）。'
 
 
 @dataclass(frozen=True)
 class Document:
-    """一篇文档。id 在一个语料里只有一个；meta 里是别的栏。"""
+    """一篇文档。id 在一个语料里只有一个；meta 里是别的栏；menu 是网页里没有读的菜单，一行一个。"""
 
     id: str
     text: str
     meta: dict = field(default_factory=dict)
+    menu: tuple[str, ...] = ()
 
 
 def read_folder(folder: str | Path) -> tuple[list[Document], list[str]]:
@@ -59,7 +64,9 @@ def read_folder(folder: str | Path) -> tuple[list[Document], list[str]]:
         if path.is_dir() or any(part.startswith(".") for part in name.parts):
             continue
         try:
-            documents.append(Document(name.as_posix(), read_document(path)))
+            menu: list[str] = []
+            text = read_document(path, menu)
+            documents.append(Document(name.as_posix(), text, menu=tuple(menu)))
         except UserError as error:
             faults.append(str(error))
     if not documents:
@@ -68,8 +75,8 @@ def read_folder(folder: str | Path) -> tuple[list[Document], list[str]]:
     return documents, faults
 
 
-def read_document(path: str | Path) -> str:
-    """一个文件的文字。空的、坏的、不认识的、太大的是 UserError。"""
+def read_document(path: str | Path, menu: list[str] | None = None) -> str:
+    """一个文件的文字。空的、坏的、不认识的、太大的是 UserError。网页的菜单不读；给了 menu，就添进去。"""
     path = Path(path).expanduser()
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -80,7 +87,7 @@ def read_document(path: str | Path) -> str:
             raise UserError(f"{path} 是空文件（0 字节）。")
         if size > MOST_BYTES:
             raise UserError(f"{path} 有 {size >> 20} MB，超过 {MOST_BYTES >> 20} MB：先拆成几个小的。")
-        text = reader(path)
+        text = _read_html(path, menu) if reader is _read_html else reader(path)
     except OSError as error:
         raise UserError(f"读不了 {path}：{error.strerror or error}。") from error
     text = re.sub(r"[ \t\u3000\xa0]+\n", "\n", text.replace("\r\n", "\n").replace("\r", "\n"))
@@ -108,8 +115,8 @@ def _read_text(path: Path) -> str:
         raise
 
 
-def _read_html(path: Path) -> str:
-    """网页上看得见的字：脚本、样式、模板不要，块之间换行。"""
+def _read_html(path: Path, menu: list[str] | None = None) -> str:
+    """网页上看得见的字：脚本、样式、模板、菜单不要，块之间换行。除了菜单什么也没有的，菜单也算。"""
     try:
         from bs4 import BeautifulSoup
     except ImportError:
@@ -126,8 +133,36 @@ def _read_html(path: Path) -> str:
         node.append("\n")
     for node in page(["td", "th"]):
         node.append(" ")
-    lines = [" ".join(line.split()) for line in page.get_text().split("\n")]
-    return "\n".join(line for line in lines if line)
+    whole = _lines_of(page)
+    taken = _take_menus(page)
+    lines = _lines_of(page)
+    if not lines:
+        return "\n".join(whole)
+    if menu is not None:
+        menu += taken
+    return "\n".join(lines)
+
+
+def _take_menus(page: Any) -> list[str]:
+    """从网页里拿走菜单，返回拿走的各行。页眉里的标题留下。"""
+    taken: list[str] = []
+    for node in page(True):
+        if node.decomposed:
+            continue
+        is_menu = node.name == "nav" or str(node.get("role")).lower() in MENU_ROLES
+        outside = node.name in FURNITURE and not node.find_parent(["article", "main"])
+        if not is_menu and not (outside and not re.search("[。！？]", node.get_text())):
+            continue
+        for heading in [] if is_menu else node(HEADINGS):
+            node.insert_before(heading.extract())
+        taken += _lines_of(node)
+        node.decompose()
+    return taken
+
+
+def _lines_of(node: Any) -> list[str]:
+    lines = (" ".join(line.split()) for line in node.get_text().split("\n"))
+    return [line for line in lines if line]
 
 
 def _html_text(path: Path) -> str:

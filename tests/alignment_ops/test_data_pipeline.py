@@ -69,7 +69,7 @@ def test_every_format_is_read_and_cleaned(samples):
     assert score["whole"] == 1 and score["noise_left"] == 0 and score["whole_before"] < 0.9
     assert score["sentences"] == 25 * 6 and score["noise"] >= 25  # 每份都有脏东西
     whys = Counter(why for each in cleaned for _, why in each.removed)
-    assert set(whys) == {"标记", "分隔线", "各份都有", "页码"} and set(NOISE) == {
+    assert set(whys) == {"标记", "分隔线", "各份都有", "页码", "菜单"} and set(NOISE) == {
         "md",
         "txt",
         "html",

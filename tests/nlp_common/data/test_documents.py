@@ -54,10 +54,29 @@ def test_html_shows_only_what_a_reader_sees(tmp_path):
     assert read_document(write(tmp_path, "a.html", page)) == "馆规\n借书\n一次五本。\n期限 三十天"
     old = '<meta charset="gb2312"><p>借书朱镕基</p>'.encode("gb18030")  # 镕不在 gb2312 里，旧网页照样写
     assert read_document(write(tmp_path, "b.htm", old)) == "借书朱镕基"
-    menu = "<nav><a>首页</a> <a>办证</a></nav><h1>借书</h1>一次五本。<p>三十天。</p><footer>电话</footer>"
-    assert read_document(write(tmp_path, "d.html", menu)) == "首页 办证\n借书\n一次五本。\n三十天。\n电话"
     with pytest.raises(UserError, match="没有文字"):
         read_document(write(tmp_path, "c.html", "<script>1</script>"))
+
+
+@pytest.mark.parametrize(
+    "page, text, menu",
+    [
+        ("<nav><a>首页</a> <a>办证</a></nav><h1>借书</h1>一次五本。<footer>电话</footer>", "借书\n一次五本。", ["首页 办证", "电话"]),
+        ("<header><h1>借书</h1><nav>首页</nav>登录</header><main>一次五本。</main>", "借书\n一次五本。", ["登录", "首页"]),
+        ("<ul role=navigation><li>甲<li>乙</ul><p>一次五本。</p><aside>热门</aside>", "一次五本。", ["甲", "乙", "热门"]),
+        # 文章里面的页眉、边栏，和写着整句的，是正文
+        ("<article><header>作者王伯</header>一次五本。<aside>另见办证</aside></article>", "作者王伯\n一次五本。\n另见办证", []),
+        ("<p>一次五本。</p><footer>逾期要罚款。</footer>", "一次五本。\n逾期要罚款。", []),
+        ("<article><nav>目录</nav>一次五本。</article>", "一次五本。", ["目录"]),
+        ("<nav>借书 办证</nav><footer>电话</footer>", "借书 办证\n电话", []),  # 去掉就一个字也不剩了
+    ],
+)  # fmt: skip
+def test_menus_of_a_page_are_not_its_text(tmp_path, page, text, menu):
+    pytest.importorskip("bs4", reason="没有装 beautifulsoup4")
+    write(tmp_path, "a.html", page)
+    found, left_out = read_folder(tmp_path)[0][0], []
+    assert found.text == read_document(tmp_path / "a.html", left_out) == text
+    assert sorted(left_out) == sorted(menu) and list(found.menu) == left_out
 
 
 def test_pdf(tmp_path):
