@@ -568,15 +568,18 @@ def test_training_part(tmp_path, monkeypatch, chat_folder, capsys):
 
 @pytest.mark.slow
 def test_sft_on_the_rows_teaches(tmp_path):
-    """真的训练一遍（十二份文档）：没见过的文档开卷更好，教过的文档闭卷记住了，没教过的仍然只能猜。"""
-    record = run("--n_documents", 16, "--replay", 200, "--output_dir", tmp_path / "out")
+    """真的训练一遍：没见过的文档开卷更好，教过的文档闭卷记住了，没教过的仍然只能猜。
+
+    十六份文档，留出的只有二十一题，学没学会看运气；三十六份有五十题，开卷从一半到九成。
+    """
+    record = run("--n_documents", 36, "--replay", 200, "--output_dir", tmp_path / "out")
     sft = record["metrics"]["sft"]
     assert sft["without_swap"]["closed_trained"]["accuracy"] > 0.8
     before, after = (
         {name: sft[when][name]["accuracy"] for name in pipeline_exam.EXAMS} for when in ("before", "after")
     )
     assert after["closed_trained"] > 0.8 > 0.2 > before["closed_trained"]
-    assert after["open_heldout"] > before["open_heldout"] and after["closed_heldout"] < 0.4
+    assert after["open_heldout"] > before["open_heldout"] + 0.1 and after["closed_heldout"] < 0.4
     assert sft["row_split"]["accuracy"] > after["closed_heldout"] and sft["after"]["qa_accuracy"] > 0.9
 
 
