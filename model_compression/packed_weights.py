@@ -54,16 +54,16 @@ def restore(codes: Tensor, scales: Tensor, zeros: Tensor, group: int) -> Tensor:
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """(n,) 里 0 … 2^bits − 1 的整数 → ⌈n·bits/8⌉ 个字节：一位接一位，低位在前，3 位的也不空着。"""
-    places = torch.arange(bits)
-    stream = (codes.flatten().int()[:, None] >> places & 1).flatten()  # (n·bits,) 0 或 1
+    places = torch.arange(bits, dtype=torch.uint8)
+    stream = (codes.flatten().to(torch.uint8)[:, None] >> places & 1).flatten()  # (n·bits,) 0 或 1
     stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).view(-1, 8)
-    return (stream << torch.arange(8)).sum(1).to(torch.uint8)
+    return (stream << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
     """pack_bits 的反过来，取前 n 个，(n,) int32。"""
-    stream = (packed.int()[:, None] >> torch.arange(8) & 1).flatten()[: n * bits]
-    return (stream.view(n, bits) << torch.arange(bits)).sum(1).int()
+    stream = (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten()[: n * bits]
+    return (stream.view(n, bits) << torch.arange(bits, dtype=torch.uint8)).sum(1, dtype=torch.uint8).int()
 
 
 @dataclass

@@ -21,6 +21,16 @@ def hessian_of(x: Tensor) -> Tensor:
     return x.T @ x
 
 
+def hessians_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{层: X} → {层: H}；Q、K、V 收到的是同一份，gate、up 也是，只算一次。"""
+    found, before, h = {}, None, None
+    for name, x in inputs.items():
+        if before is None or not torch.equal(x, before):
+            before, h = x, hessian_of(x)
+        found[name] = h
+    return found
+
+
 def output_error(change: Tensor, hessian: Tensor) -> float:
     """‖ΔW X‖² = Σ_行 Δw H Δwᵀ；change (out, in)。"""
     change = change.double()
@@ -67,28 +77,33 @@ def gptq(
     grid   late：轮到一组才定它的格子，那时权重已经补过；early：一开始就照原来的权重定好。act 只能 early，组是打散的。
     keep   剪过的矩阵留下的位置 (out, in)：剪掉的总是 0，由此差的也让后面的补。
     """
-    w = weight.double().clone()  # (out, in)
-    n_in = w.shape[1]
-    columns = torch.arange(n_in, device=w.device)
+    n_in = weight.shape[1]
+    columns = torch.arange(n_in, device=weight.device)
     if order == "act":
         columns = hessian.diagonal().argsort(descending=True)
+    w = weight.double()[:, columns]  # (out, in)，从这里起，第几列就是第几个量化的
+    keep = torch.ones_like(w, dtype=torch.bool) if keep is None else keep[:, columns]
     damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(n_in).to(hessian)
     inverse = torch.linalg.inv(damped[columns][:, columns])
-    upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)  # (in, in)，行列都照 columns 排
+    upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)  # (in, in)
 
-    grids = [make_grid(part, bits) for part in w.split(group, dim=1)]
+    grids = [make_grid(part, bits) for part in weight.double().split(group, dim=1)]
     codes = torch.empty_like(w)
-    for place, column in enumerate(columns.tolist()):
-        which = column // group
-        if grid == "late" and order == "left" and column % group == 0:
-            grids[which] = make_grid(w[:, column : column + group], bits)
-        scale, zero = grids[which]
-        codes[:, column] = to_codes(w[:, column], scale, zero, bits)
-        if keep is not None:
-            codes[:, column] = codes[:, column].where(keep[:, column], zero)  # 编号是零点，还原正好是 0
-        error = (w[:, column] - scale * (codes[:, column] - zero)) / upper[place, place]  # (out,)
-        later = columns[place + 1 :]
-        w[:, later] -= error[:, None] * upper[place, place + 1 :]
+    which = (columns // group).tolist()  # 第几个量化的用第几组的格子
+    for start in range(0, n_in, group):
+        end = min(start + group, n_in)
+        if grid == "late" and order == "left":
+            grids[start // group] = make_grid(w[:, start:end], bits)
+        errors = torch.zeros_like(w[:, start:end])
+        for i in range(start, end):
+            scale, zero = grids[which[i]]
+            codes[:, i] = to_codes(w[:, i], scale, zero, bits)
+            codes[:, i] = codes[:, i].where(keep[:, i], zero)  # 剪掉的，编号是零点，还原正好是 0
+            error = (w[:, i] - scale * (codes[:, i] - zero)) / upper[i, i]  # (out,)
+            w[:, i:end] -= error[:, None] * upper[i, i:end]  # 这一组里的马上补
+            errors[:, i - start] = error
+        w[:, end:] -= errors @ upper[start:end, end:]  # 后面的组攒到一起补：一次矩阵乘法，快得多
+    codes[:, columns] = codes.clone()  # 放回原来的次序
     scales, zeros = (torch.stack([each[part] for each in grids], 1) for part in (0, 1))
     return Packed.of(codes, scales, zeros, bits, group)
 
