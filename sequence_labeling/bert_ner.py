@@ -39,6 +39,7 @@ from labeling import (
 )
 from long_sentences import MAX_CHARS, short_sentences, tag_long
 from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, Limits, option
+from nlp_common.base.console import padded
 from nlp_common.base.errors import UserError
 from nlp_common.hub.models import require_model
 from nlp_common.lm.losses import IGNORE
@@ -52,7 +53,6 @@ from span_metrics import (
     character_accuracy,
     draw_confusion,
     f1_standard_error,
-    pad_text,
     span_scores,
     spans_of,
 )
@@ -178,15 +178,15 @@ def show_alignment(tokenizer, sentence: Sentence) -> None:
     whole = tokenizer.tokenize(sentence.text)
     print(f"对齐：{sentence.text!r} 有 {len(sentence.chars)} 个字，整句过分词器是 {len(whole)} 个 token：")
     print(f"  {' '.join(whole)}")
-    titles = pad_text("token", 10, left=True) + pad_text("标签", 10, left=True)
-    print(f"{pad_text('字', 4)}  {titles}照次序贴")
+    titles = padded("token", 10) + padded("标签", 10)
+    print(f"{padded('字', 4, right=True)}  {titles}照次序贴")
     for char, token, right, other in zip(
         sentence.chars, tokenizer.convert_ids_to_tokens(ids), tags_of(sentence), wrong, strict=True
     ):
         if right != "O" or other != "O":
             mark = "" if right == other else "  ← 错位"
-            cells = pad_text(token, 10, left=True) + pad_text(right, 10, left=True)
-            print(f"{pad_text(char, 4)}  {cells}{other}{mark}")
+            cells = padded(token, 10) + padded(right, 10)
+            print(f"{padded(char, 4, right=True)}  {cells}{other}{mark}")
 
 
 # ---------------------------------------------------------------- 2. 模型：小 BERT，或读来的

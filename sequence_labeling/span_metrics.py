@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nlp_common.base.arguments import option
+from nlp_common.base.console import padded
 from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import bar_chart
 from nlp_common.train.lesson import run_lesson
@@ -183,11 +184,11 @@ def print_confusion(table: dict[str, Counter]) -> None:
     columns = [kind for kind in rows if kind != "多找的"]
     columns += sorted({kind for counts in table.values() for kind in counts} - set(columns))
     width = max(10, *(len(name) + 2 for name in columns))
-    print("标准答案＼预测".ljust(12) + "".join(pad_text(name, width) for name in columns))
+    print("标准答案＼预测".ljust(12) + "".join(padded(name, width, right=True) for name in columns))
     for kind in rows:
         print(
-            pad_text(kind, 18, left=True)
-            + "".join(pad_text(str(table[kind].get(c) or "·"), width) for c in columns)
+            padded(kind, 18)
+            + "".join(padded(str(table[kind].get(c) or "·"), width, right=True) for c in columns)
         )
 
 
@@ -221,12 +222,6 @@ def draw_confusion(path: Path, table: dict[str, Counter]) -> None:
 
     labels = ("标的是什么，认成了什么|Gold and predicted types", "认成|predicted", "标的是|gold")
     render(path, draw, [], labels, min_width=5.5 * len(columns))
-
-
-def pad_text(text: str, width: int, left: bool = False) -> str:
-    """汉字占两格，str.rjust 会排歪。"""
-    space = " " * max(0, width - sum(2 if ord(char) > 0x2E7F else 1 for char in text))
-    return text + space if left else space + text
 
 
 def longest_wrong(sentences: list[Sentence], predicted: list[list[Span]], count: int = 5) -> list[dict]:
@@ -333,7 +328,7 @@ def learn(stage: Stage) -> dict:
     for row in cases:
         strict = row["strict"] if isinstance(row["strict"], str) else f"{row['strict']:.2f}"
         print(
-            f"  {pad_text(row['case'], 20, left=True)} 我们 {row['ours']:.2f}   seqeval 默认 {row['default']:.2f}   严格 {strict}"
+            f"  {padded(row['case'], 20)} 我们 {row['ours']:.2f}   seqeval 默认 {row['default']:.2f}   严格 {strict}"
         )
         print(f"    标准 {row['gold']}   预测 {row['predicted']}")
 

@@ -30,6 +30,7 @@ from bilstm_crf import BiLSTMSettings, BiLSTMTagger, tag_sentences, train_tagger
 from labeling import all_tags, predict_text
 from long_sentences import MAX_CHARS, short_sentences
 from nlp_common.base.arguments import POSITIVE, option
+from nlp_common.base.console import padded
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import write_json
 from nlp_common.draw.plots import bar_chart
@@ -235,9 +236,7 @@ TITLES = {
 def show(rows: dict[str, dict], total: int) -> None:
     print(f"\n没见过的词占 {rows['words']['oov'] / total:.1%}      词 F1    没见过的词的召回率")
     for name, row in rows.items():
-        title = TITLES[name].split("|")[0]
-        space = " " * (20 - sum(2 if ord(c) > 0x2E7F else 1 for c in title))
-        print(f"  {title}{space}{row['word_f1']:8.4f}{row['oov_recall']:14.4f}")
+        print(f"  {padded(TITLES[name].split('|')[0], 20)}{row['word_f1']:8.4f}{row['oov_recall']:14.4f}")
     print(f"词与词性都对的 F1：{rows['joint']['joint_f1']:.4f}")
 
 
