@@ -9,9 +9,11 @@
 - peak_*_mb：各自进程用过的最大内存，grown_*_mb：其中训练开始以后长出来的。
 
 各跑一个进程，一个跑完再跑下一个，轮流几遍取中位数：两个 torch 程序同时算，会互相拖慢几十倍。
-小模型（宽 128）一步里多半是调用的开销；wide（宽 512、4 层）才看得出少算的那三分之一。
+小模型（宽 128）一步里多半是调用的开销；wide（宽 512、4 层）才看得出少算的那三分之一；smollm2 是真的模型
+（SmolLM2-135M，30 层，离线的权重，没有装就跳过），几步就够，只比 LoRA 与全参数。
 
-    python benchmarks/lora.py                    # 两种大小，约 8 分钟
+    python benchmarks/lora.py                    # 三种大小，约 12 分钟
+    python benchmarks/lora.py --sizes smollm2    # 只要真的模型，约 4 分钟
     python benchmarks/lora.py --sizes tiny --rows 160 --repeats 1     # 试一下
     python benchmarks/lora.py --record           # 记进 docs/measurements（名字 lora_finetune.speed.*）
 """
@@ -27,6 +29,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -39,16 +42,18 @@ import torch  # noqa: E402
 
 from lora_by_hand import ATTENTION, MLP, add_lora, trainable  # noqa: E402
 from nlp_common.base.device import peak_memory_mb  # noqa: E402
+from nlp_common.hub import smollm2  # noqa: E402
 from nlp_common.lm.loading import end_chat_turns, load_causal_lm  # noqa: E402
 from nlp_common.tiny import qwen, world  # noqa: E402
 from nlp_common.train.lesson import run_lesson  # noqa: E402
 from nlp_common.train.settings import LoopSettings, parse_settings  # noqa: E402
 from nlp_common.train.sft import train_on_chats  # noqa: E402
 from nlp_common.train.stage import Stage  # noqa: E402
+from styles import fact_questions, style_chats  # noqa: E402
 
 BATCH, R, ALPHA, RATE = 16, 8, 16, 1e-3
 SIDES = ("lora", "full", "trl_default", "trl_no_checkpointing")
-SIZES = {"tiny": 1.0, "wide": 1 / 8}  # 用 --rows 的几成：wide 一步要算几十倍
+SIZES = {"tiny": 1.0, "wide": 1 / 8, "smollm2": 1 / 16}  # 用 --rows 的几成：大模型一步要算几十、几百倍
 WIDE = {
     "hidden_size": 512,
     "intermediate_size": 1408,
@@ -64,15 +69,21 @@ WIDE = {
 
 
 def prepare(folder: Path, size: str, rows: int) -> None:
-    """没训练过的模型（速度与学没学过无关）和小世界的对话。"""
+    """模型与对话：没训练过的（速度与学没学过无关）和小世界的；smollm2 是真的权重和英文的常识题。"""
     folder.mkdir(parents=True)
-    qwen.save_tiny_base(folder / "model", seed=0)
+    if size == "smollm2":
+        smollm2.export(folder / "model")
+        facts = style_chats("courteous", fact_questions("en", heldout=False), "en")
+        chats = list(islice(cycle(facts), rows))  # 几十道常识题，轮着用
+    else:
+        qwen.save_tiny_base(folder / "model", seed=0)
+        chats = world.chats(rows, seed=0)
     if size == "wide":
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(folder / "model", **WIDE)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
-    lines = [json.dumps(row, ensure_ascii=False) for row in world.chats(rows, seed=0)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in chats]
     (folder / "chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -192,9 +203,10 @@ def run_side(side: str, folder: Path) -> dict:
 
 def compare(size: str, rows: int, repeats: int, folder: Path) -> dict:
     prepare(folder, size, rows)
-    found: dict[str, list[dict]] = {side: [] for side in SIDES}
+    sides = SIDES[:2] if size == "smollm2" else SIDES
+    found: dict[str, list[dict]] = {side: [] for side in sides}
     for _ in range(repeats):
-        for side in SIDES:
+        for side in sides:
             found[side].append(run_side(side, folder))
     row: dict = {"size": size, "rows": rows}
     for side, runs in found.items():
@@ -203,8 +215,9 @@ def compare(size: str, rows: int, repeats: int, folder: Path) -> dict:
         row[f"peak_{side}_mb"] = round(middle(runs, "peak_memory_mb"), 1)
         row[f"grown_{side}_mb"] = round(middle(runs, "grown_memory_mb"), 1)
         row[f"trainable_{side}"] = runs[0]["trainable"]
-    assert row["trainable_lora"] == row["trainable_trl_default"], "两边学的参数不一样多"
-    row["ratio"] = round(row["lora"] / max(row["trl_default"], row["trl_no_checkpointing"]), 2)
+    if "trl_default" in found:
+        assert row["trainable_lora"] == row["trainable_trl_default"], "两边学的参数不一样多"
+        row["ratio"] = round(row["lora"] / max(row["trl_default"], row["trl_no_checkpointing"]), 2)
     row["step_over_full"] = round(row["full"] / row["lora"], 3)
     return row
 
@@ -226,7 +239,9 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--rows", type=int, default=1280, help="多少段对话；wide 用它的八分之一")
+    parser.add_argument(
+        "--rows", type=int, default=1280, help="多少段对话；wide 用它的八分之一，smollm2 十六分之一"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="轮流跑几遍，取中位数")
     parser.add_argument("--record", action="store_true", help="记进 docs/measurements")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -246,8 +261,12 @@ def main(argv: list[str] | None = None) -> list[dict] | None:
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         for size in args.sizes:
+            if size == "smollm2" and not smollm2.packages_installed():
+                print(smollm2.INSTALL_HINT + "这一种跳过。", file=sys.stderr)
+                continue
             started = time.perf_counter()
-            row = compare(size, round(args.rows * SIZES[size]), args.repeats, Path(temporary) / size)
+            rows = max(BATCH, round(args.rows * SIZES[size]))
+            row = compare(size, rows, args.repeats, Path(temporary) / size)
             print(json.dumps(row), flush=True)
             print(f"{size}：{time.perf_counter() - started:.0f} 秒", file=sys.stderr)
             found.append(row)

@@ -40,6 +40,17 @@ def show_rows(rows: dict[str, dict], tasks: list[str]) -> None:
         )
 
 
+def show_scaled(rows: dict[str, dict], equal: float) -> None:
+    """缩放：W + s·ΔW 的几个 s 上，第二样学了多少、第一样还剩多少；学得一样多（equal）时忘了多少。"""
+    print("\n只用几成 s（第二样 / 第一样）")
+    for name, row in rows.items():
+        if "scaled" in row:
+            points = [f"{s}：{point['task2']:.3f}/{point['task1']:.3f}" for s, point in row["scaled"].items()]
+            lost = row[f"forgotten_at_{100 * equal:.0f}"]
+            told = f"学到 {equal:g} 时忘了 {lost:.3f}" if lost is not None else f"学不到 {equal:g}"
+            print(f"  {TITLES[name].split('|')[0]}  {'  '.join(points)}  {told}")
+
+
 def draw_learned_forgotten(folder: Path, rows: dict[str, dict], what: str) -> None:
     """what 是第二样的成绩叫什么。横轴是第二样学了多少，纵轴是第一样还剩多少：右上角最好。线是同一次训练只用几成。"""
 
@@ -48,8 +59,9 @@ def draw_learned_forgotten(folder: Path, rows: dict[str, dict], what: str) -> No
         for i, (name, row) in enumerate(rows.items()):
             color = COLORS[i % len(COLORS)]
             marker = "osD^vP*X"[i // len(COLORS)]
-            if "scales" in row:
-                points = [(0.0, row["task1_before"]), *((b, a) for _, a, b in row["scales"])]
+            if "scaled" in row:
+                points = [(0.0, row["task1_before"])]
+                points += [(point["task2"], point["task1"]) for point in row["scaled"].values()]
                 axes.plot(*zip(*points, strict=True), color=color, linewidth=1, alpha=0.6)
             x, y = row["task2_after"], row["task1_after"]
             axes.scatter([x], [y], s=50, marker=marker, color=color, label=text(TITLES[name]), zorder=3)

@@ -34,7 +34,7 @@ from forgetting import (
     own_replies,
     penalised_loss,
 )
-from forgetting_picture import draw_learned_forgotten, show_rows
+from forgetting_picture import draw_learned_forgotten, show_rows, show_scaled
 from lora_by_hand import add_lora, lora_layers, merge_lora, trainable
 from nlp_common.base.arguments import COUNT, NOT_NEGATIVE, POSITIVE, option
 from nlp_common.base.errors import UserError
@@ -58,6 +58,7 @@ SMALL = {"learning_rate": 1e-2, "full_learning_rate": 2e-3}  # 小世界的模�
 REAL = {"learning_rate": 2e-4, "full_learning_rate": 2e-5}  # 真的模型
 KNOWS = 0.9  # 给的模型第一样（问答）的正确率不到它，就先教
 SCALES = (0.25, 0.5, 0.75, 1.0)  # 学到的乘上几成
+EQUAL = 0.75  # 在第二样学到这么多的地方比忘了多少：几种都到得了
 
 
 @dataclass(frozen=True)
@@ -253,20 +254,20 @@ def moved(start, after: dict[str, torch.Tensor], scale: float):
     return model
 
 
-def scaled(start, after: dict, tokenizer, questions: dict, second: str) -> list[dict]:
-    """各个 s：第一样还剩多少，第二样学了多少。"""
-    points = []
+def scaled(start, after: dict, tokenizer, questions: dict, second: str) -> dict[str, dict]:
+    """s → 第一样还剩多少，第二样学了多少。"""
+    both = {task: questions[task] for task in ("qa", second)}
+    points = {}
     for scale in SCALES:
-        both = {task: questions[task] for task in ("qa", second)}
         found = measure(moved(start, after, scale), tokenizer, both)
-        points.append({"scale": scale, "task1": found["qa"], "task2": found[second]})
+        points[f"{scale:g}"] = {"task1": found["qa"], "task2": found[second]}
     return points
 
 
-def forgotten_at(points: list[dict], before: float, level: float = 0.9) -> float | None:
+def forgotten_at(points: dict[str, dict], before: float, level: float = EQUAL) -> float | None:
     """学到 level 时忘了多少：沿着 s 的折线，第一次够 level 的地方；到不了是 None。"""
     last = {"task1": before, "task2": 0.0}
-    for point in points:
+    for point in points.values():
         if point["task2"] >= level:
             share = (level - last["task2"]) / (point["task2"] - last["task2"])
             return before - (last["task1"] + share * (point["task1"] - last["task1"]))
@@ -336,8 +337,8 @@ def learn(stage: Stage, path: str, before_path: str | None) -> dict:
         rows[name], after = learn_in_turn(stage, name, start, before, tokenizer, questions, begin)
         if name == "full" or name.startswith("lora_"):
             points = scaled(start, after, tokenizer, questions, tasks[0])
-            rows[name]["scales"] = [[p["scale"], p["task1"], p["task2"]] for p in points]
-            rows[name]["forgotten_at_90"] = forgotten_at(points, rows[name]["task1_before"])
+            rows[name]["scaled"] = points
+            rows[name][f"forgotten_at_{100 * EQUAL:.0f}"] = forgotten_at(points, begin["qa"])
         if name == "lora_r16":
             rows |= separate(stage, start, after, tokenizer, questions, begin)
     what = score_name(tasks[0])
@@ -370,6 +371,7 @@ def main(argv: list[str] | None = None) -> dict:
     record = run_lesson("incremental_lora", HOME, settings, learn_it, start=start)
     tasks = names(settings.tasks)
     show_rows(record["metrics"], [task_title(task, settings) for task in ("qa", *tasks)])
+    show_scaled(record["metrics"], EQUAL)
     if any(task not in BUILT_IN for task in tasks):
         print("自己的对话没有程序判对错：表里是 exp(−留出损失)，每个 token 平均给对的几成概率。")
     return record

@@ -76,6 +76,29 @@ def test_the_row_is_made_of_medians(bench, tmp_path, monkeypatch):
     assert numbers <= set(bench.units())
 
 
+def test_the_real_model_runs_against_full_only(bench, tmp_path, monkeypatch):
+    """英文的常识题轮着用；一步也有一批；没有 TRL 的一边。"""
+    monkeypatch.setattr(bench.smollm2, "export", lambda folder: folder.mkdir())
+    asked = []
+
+    def run_side(side, folder):
+        asked.append(side)
+        speed = 3.0 if side == "lora" else 2.0
+        return {"rows_per_s": speed, "peak_memory_mb": 9.0, "grown_memory_mb": 5.0, "trainable": 10}
+
+    monkeypatch.setattr(bench, "run_side", run_side)
+    row = bench.compare("smollm2", 80, 1, tmp_path / "smollm2")
+    assert asked == ["lora", "full"] and row["step_over_full"] == 0.667 and "ratio" not in row
+    chats = bench.load_chats(tmp_path / "smollm2")
+    assert len(chats) == 80 and chats[0]["messages"][0]["content"].isascii()
+
+
+def test_a_missing_package_skips_the_real_model(bench, monkeypatch, capsys):
+    monkeypatch.setattr(bench.smollm2, "packages_installed", lambda: False)
+    assert bench.main(["--sizes", "smollm2"]) == []
+    assert "pip install" in capsys.readouterr().err
+
+
 def test_too_few_rows_is_said(bench, capsys):
     with pytest.raises(SystemExit):
         bench.main(["--rows", "16"])

@@ -28,13 +28,10 @@ def test_the_matrix_by_hand():
 
 
 def test_forgotten_at_equal_learning_by_hand():
-    """第二样从 0.8 到 1.0，0.9 在正中间；第一样从 0.7 到 0.3，那里是 0.5：忘了 1 − 0.5。"""
-    points = [
-        {"scale": 0.5, "task1": 0.7, "task2": 0.8},
-        {"scale": 1.0, "task1": 0.3, "task2": 1.0},
-    ]
+    """第二样从 0.6 到 0.9，0.75 在正中间；第一样从 0.7 到 0.3，那里是 0.5：忘了 1 − 0.5。"""
+    points = {"0.5": {"task1": 0.7, "task2": 0.6}, "1": {"task1": 0.3, "task2": 0.9}}
     assert il.forgotten_at(points, before=1.0) == pytest.approx(0.5)
-    assert il.forgotten_at(points[:1], before=1.0) is None
+    assert il.forgotten_at({"0.5": points["0.5"]}, before=1.0) is None
 
 
 @pytest.fixture
@@ -82,6 +79,8 @@ def test_every_method_and_the_second_run(tmp_path, chat_folder, capsys):
     for row in metrics.values():
         assert {"task1_before", "task1_after", "task2_after", "backward_transfer"} <= set(row)
     assert metrics["switch"]["task1_after"] == metrics["switch"]["task1_before"]
+    assert set(metrics["full"]["scaled"]) == {"0.25", "0.5", "0.75", "1"}
+    assert metrics["full"]["scaled"]["1"]["task2"] == metrics["full"]["task2_after"]
     assert metrics["full"]["trainable"] > metrics["lora_r16"]["trainable"] > 0
     assert (tmp_path / "out" / "learned_forgotten.svg").exists()
     capsys.readouterr()
