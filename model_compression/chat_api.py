@@ -79,6 +79,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server_version, sys_version = "chat", ""
     timeout = 30  # 秒：连上了不说话的、不收的，不占着线程
     disable_nagle_algorithm = True  # 一片文字一到手就送，不等凑成一大包
+    wbufsize = 1 << 16  # 写的先攒着，flush 才送：头几行合成一次系统调用，末几行也是
 
     @property
     def service(self) -> Service:
@@ -236,6 +237,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.look_at = now + LOOK
             if hung_up(self.connection):
                 raise ConnectionError("挂断了")
+        if job.events.empty():
+            self.wfile.flush()  # 要等了：攒着的先送出去
         while True:
             try:
                 return job.events.get(timeout=LOOK)
@@ -283,6 +286,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(content)
+        self.wfile.flush()
 
     def start_stream(self) -> None:
         self.service.metrics.answered(200)
@@ -300,6 +304,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def end_stream(self) -> None:
         self.wfile.write(b"0\r\n\r\n")
+        self.wfile.flush()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """http.server 自己的错（不会的方法、太长的头）：也用 OpenAI 的样子。"""

@@ -64,8 +64,10 @@ def ask_all(
     started = time.perf_counter()
 
     def client(mine: list[Call]) -> None:
+        connection = target.connect()  # 一个客户一个连接，一题接一题地用，与 openai 的客户端一样
         for call in mine:
-            (one or stream_call)(target, call, started, params)
+            (one or stream_call)(target, connection, call, started, params)
+        connection.close()
 
     threads = [
         threading.Thread(target=client, args=(calls[i::clients],), daemon=True) for i in range(clients)
@@ -77,18 +79,24 @@ def ask_all(
     return calls
 
 
-def stream_call(target: Target, call: Call, started: float, params: dict, at_most: int | None = None) -> None:
-    """流式地问一题，读到 [DONE]；at_most 是读到几片文字就挂断。"""
+def stream_call(
+    target: Target,
+    connection: http.client.HTTPConnection,
+    call: Call,
+    started: float,
+    params: dict,
+    at_most: int | None = None,
+) -> None:
+    """流式地问一题，读到 [DONE]；at_most 是读到几片文字就挂断。断了的连接，下一题自己重新连。"""
     body = {"model": target.model, "messages": call.question["messages"], "stream": True,
             "stream_options": {"include_usage": True}, **params}  # fmt: skip
-    connection = target.connect()
     call.sent = time.perf_counter() - started
     pieces = 0
     try:
         answer = target.send(connection, body)
         call.status = answer.status
         if answer.status != 200:
-            call.why = answer.read(500).decode("utf-8", "replace")
+            call.why = answer.read().decode("utf-8", "replace")[:500]  # 读完，这个连接才能接着用
             return
         for line in answer:
             if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
@@ -96,6 +104,7 @@ def stream_call(target: Target, call: Call, started: float, params: dict, at_mos
             event = json.loads(line[len(b"data: ") :])
             if "error" in event:
                 call.why = event["error"]["message"]
+                connection.close()
                 return
             call.number = event["id"]
             if event.get("usage"):
@@ -107,17 +116,20 @@ def stream_call(target: Target, call: Call, started: float, params: dict, at_mos
                     pieces += 1
                 call.finished = choice["finish_reason"] or call.finished
             if at_most is not None and pieces >= at_most:
+                connection.close()
                 return
     except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
         call.status, call.why = 0, f"{type(error).__name__}：{error}"
+        connection.close()
     finally:
         call.end = time.perf_counter() - started
-        connection.close()
 
 
-def hang_up_call(target: Target, call: Call, started: float, params: dict) -> None:
+def hang_up_call(
+    target: Target, connection: http.client.HTTPConnection, call: Call, started: float, params: dict
+) -> None:
     """读到第一片文字就挂断。"""
-    stream_call(target, call, started, params, at_most=1)
+    stream_call(target, connection, call, started, params, at_most=1)
 
 
 def summary(calls: Sequence[Call], expected: dict[int, str]) -> dict:

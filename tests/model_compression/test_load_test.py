@@ -1,5 +1,7 @@
 """load_test.py：每个请求都有下场，串的、丢的数得出；太忙是 429，断了不算答完；打谁、几个引擎写错了说清。"""
 
+import dataclasses
+import http.client
 import json
 import threading
 
@@ -48,6 +50,25 @@ def test_none_is_lost_or_mixed_up(tokenizer):
     assert (row["sent"], row["ok"], row["lost"], row["mixed"], row["same"]) == (40, 40, 0, 0, 1.0)
     assert row["right"] == 1.0 and row["repeated_ids"] == 0 and row["tokens_per_s"] > 0
     assert all(0 < call.sent <= call.first <= call.end for call in calls)
+
+
+def test_a_client_keeps_its_connection(tokenizer, monkeypatch):
+    """一题接一题用同一个连接；拒绝了的（没有这个模型），读完了也接着用；挂断了的下一题重新连。"""
+    opened = []
+    connect = http.client.HTTPConnection.connect
+    monkeypatch.setattr(
+        http.client.HTTPConnection, "connect", lambda self: (opened.append(1), connect(self))[1]
+    )
+    questions = [question(n) for n in range(6)]
+    with serving(echoing(tokenizer, questions, wait=0.001), tokenizer) as (server, _):
+        target = target_of(server)
+        assert all(call.finished for call in ask_all(target, questions, 2, temperature=0))
+        assert len(opened) == 2
+        refused = ask_all(dataclasses.replace(target, model="别的"), questions, 1)
+        assert [call.status for call in refused] == [404] * 6 and "没有 别的" in refused[5].why
+        assert len(opened) == 3
+        gone = ask_all(target, questions, 1, hang_up_call, temperature=0)
+        assert all(call.text and not call.finished for call in gone) and len(opened) == 9
 
 
 def test_too_many_are_told(tokenizer):
