@@ -318,6 +318,8 @@ def below_rtn(results: dict) -> dict[str, int]:
 
 def line(key: str, its: dict) -> str:
     right = f"  答对 {its['qa_accuracy']:.3f}" if "qa_accuracy" in its else ""
+    if "perplexity" in its:
+        right = f"  困惑度 {its['perplexity']:.2f}"
     error = f"  各层误差 {its['error']:.2%}" if "error" in its else ""
     return f"  {key:<20}{its['bytes']:>12,d} 字节{right}  留出损失 {its['heldout_loss']:.4f}{error}"
 
