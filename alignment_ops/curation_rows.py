@@ -18,7 +18,7 @@ from nlp_common.data.overlap import leaking_lines, strings_in
 from nlp_common.data.rows import read_rows
 from personal_data import NAMES, mask
 from planted_data import Planted, turns_of
-from text_rules import garbage_fault, language_fault
+from text_rules import garbage_fault, language_fault, other_languages
 
 SHORT = 40  # 一行不到这么多字的（寒暄、口令）本来就有许多一样的：只限份数，不当作近重复
 STEPS = {  # 步骤 → (名字, 它该查出哪几种毛病)
@@ -138,9 +138,15 @@ def drop_garbage(table: Table) -> None:
     table.drop("garbage", {number: fault for number, fault in faults.items() if fault})
 
 
-def drop_other_languages(table: Table, keep: tuple[str, ...]) -> None:
+def drop_other_languages(table: Table, keep: tuple[str, ...]) -> int:
+    """丢掉多半是别的语言的行；返回留下的行里，几行夹着一两句别的语言。"""
     faults = {number: language_fault(turns_of(table.rows[number]), keep) for number in table.alive}
     table.drop("language", {number: fault for number, fault in faults.items() if fault})
+    return sum(bool(other_languages(turns_of(table.rows[number]), keep)) for number in table.alive)
+
+
+def mixed_note(mixed: int) -> str:
+    return f"语言：另有 {mixed} 行夹着别的语言的句子，不到一半，没有丢。"
 
 
 def drop_duplicates(table: Table, threshold: float, short_copies: int) -> None:

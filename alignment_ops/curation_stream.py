@@ -23,6 +23,7 @@ from curation_rows import (
     drop_garbage,
     drop_other_languages,
     mask_personal,
+    mixed_note,
     table_of,
     text_of,
 )
@@ -60,7 +61,7 @@ def curate_file(stage: Stage, asked: dict[str, str]) -> dict:
 
 def first_pass(settings, asked: dict[str, str], passed: Path, dropped, counts) -> tuple[str, int, int]:
     """→ (chats 或 pairs, 一共几行, 盖住了几行)。"""
-    name, rows, masked = "", 0, 0
+    name, rows, masked, mixed = "", 0, 0, 0
     with passed.open("w", encoding="utf-8") as file:
         for block in blocks_of(settings.dataset):
             table = table_of(block, settings.dataset, {}, before=rows)
@@ -69,21 +70,25 @@ def first_pass(settings, asked: dict[str, str], passed: Path, dropped, counts) -
                     f"{settings.dataset} 里前面是{name}，第 {rows + 1} 条起是 {table.name}：分开来洗。"
                 )
             name, rows = table.name, rows + len(block)
-            clean_block(table, asked, settings)
+            mixed += clean_block(table, asked, settings)
             masked += len(table.masked)
             for step in table.steps:
                 counts[step["step"]].update(step["reasons"])
             write_lines(file, ({"place": table.places[i], "row": table.rows[i]} for i in table.alive))
             write_lines(dropped, table.dropped)
+    if mixed:
+        print(mixed_note(mixed))
     return name, rows, masked
 
 
-def clean_block(table: Table, asked: dict[str, str], settings) -> None:
+def clean_block(table: Table, asked: dict[str, str], settings) -> int:
+    """返回留下的行里，几行夹着一两句别的语言。"""
     mask_personal(table)
     drop_garbage(table)
-    drop_other_languages(table, tuple(settings.languages.split(",")))
+    mixed = drop_other_languages(table, tuple(settings.languages.split(",")))
     if asked:
         drop_contaminated(table, asked, n=13, at_least=settings.overlap)
+    return mixed
 
 
 def second_pass(settings, work: Path, name: str, dropped, counts) -> int:

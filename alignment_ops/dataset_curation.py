@@ -40,6 +40,7 @@ from curation_rows import (
     drop_other_languages,
     evaluation_texts,
     mask_personal,
+    mixed_note,
     read_table,
 )
 from curation_stream import curate_file
@@ -181,7 +182,9 @@ def clean_text(table: Table, asked: dict[str, str], settings: CurationSettings) 
     """看文字的几步；个人信息最先盖住。"""
     mask_personal(table)
     drop_garbage(table)
-    drop_other_languages(table, tuple(settings.languages.split(",")))
+    if mixed := drop_other_languages(table, tuple(settings.languages.split(","))):
+        table.notes.append(mixed_note(mixed))
+        print(table.notes[-1])
     drop_duplicates(table, settings.threshold, settings.short_copies)
     if asked:
         drop_contaminated(table, asked, n=13, at_least=settings.overlap)

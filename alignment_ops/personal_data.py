@@ -3,7 +3,7 @@
     find_personal(text) -> [Found(kind, start, end), …]      # 在原文的哪里
     mask(text)          -> (盖住了的文字, [Found, …])          # "我的电话是[电话]。"
 
-只看位数会冤枉订单号、时间戳。身份证号与银行卡号的最后一位是由前面的算出来的（校验位），编号、流水号碰巧对上的机会
+只看位数会冤枉订单号、时间戳。座机要有区号和分隔（021-6234 5678、+86 21 62345678），前面不是"订单号"。身份证号与银行卡号的最后一位是由前面的算出来的（校验位），编号、流水号碰巧对上的机会
 只有十一分之一、十分之一；身份证号里还有真的地区和生日。全角的、汉字写的、中间有空格或横线的，先换成半角数字再找：
 换的时候一个字换一个字，位置不变，盖住的就是原文。
 """
@@ -17,13 +17,23 @@ from typing import NamedTuple
 MASKS = {"phone": "[电话]", "email": "[邮箱]", "id_number": "[身份证号]", "bank_card": "[银行卡号]"}
 NAMES = {"phone": "电话", "email": "邮箱", "id_number": "身份证号", "bank_card": "银行卡号"}
 ALONE, ENDED = r"(?<![0-9A-Za-z.])", r"(?![0-9A-Za-z])(?!\.[0-9])"  # 前后不是数字、字母：不是更长的编号的一段
+MOBILE = r"(?<![0-9A-Za-z.+])(?:(?:\+|00)?86[ -]?)?1[3-9]\d[ -]?\d{4}[ -]?\d{4}" + ENDED
+AREA = r"(?:10|2[0-57-9]|[3-9]\d\d)"
+LANDLINE = (
+    r"(?<![0-9A-Za-z.+-])"
+    rf"(?:\(0{AREA}\)|0{AREA}(?=[ -])|(?:\+|00)86 ?-?(?: ?\(0\))? ?\(?0?{AREA}\)?)"  # (021)、021-、+86 21
+    r" ?-? ?"
+    r"([2-8]\d{6,7}|[2-8]\d{2,3}[ -]\d{4})"  # 七八位，可以从中间断开
+    r"(?:-\d{1,5})?(?![0-9A-Za-z-])"  # 分机
+)
+DATE = re.compile(r"20\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])")
+NUMBERED = re.compile(
+    r"(?:订单|快递|运单|编|单|流水|序列|合同|发票|货|型|工|学|批|案|版本)号(?:码)?[是为]?[：: ]*$|订单[：: ]*$"
+)
 PATTERNS = {
     "id_number": re.compile(ALONE + r"\d{6}[ -]?\d{8}[ -]?\d{3}[\dXx]" + ENDED),
     "bank_card": re.compile(ALONE + r"\d(?:[ -]?\d){14,18}" + ENDED),
-    "phone": re.compile(
-        r"(?<![0-9A-Za-z.+])(?:(?:\+|00)?86[ -]?)?1[3-9]\d[ -]?\d{4}[ -]?\d{4}" + ENDED
-        + r"|(?<![0-9A-Za-z.-])\(?0(?:10|2\d|[3-9]\d\d)(?:\) ?|[ -])[2-8]\d{6,7}(?![0-9A-Za-z-])"
-    ),
+    "phone": re.compile(f"{MOBILE}|{LANDLINE}"),
     "email": re.compile(r"[A-Za-z0-9_.%+-]+ ?@ ?[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}"),
 }  # fmt: skip
 FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
@@ -52,7 +62,7 @@ def find_personal(text: str) -> list[Found]:
     for readable in (text.translate(FULL_WIDTH), text.translate(CHINESE)):
         for kind, pattern in PATTERNS.items():
             for match in pattern.finditer(readable):
-                if not is_valid(kind, match[0]):
+                if not is_valid(kind, match[0]) or (match.lastindex and is_other_number(match)):
                     continue
                 if all(match.end() <= other.start or other.end <= match.start() for other in found):
                     found.append(Found(kind, match.start(), match.end()))
@@ -74,6 +84,19 @@ def is_valid(kind: str, written: str) -> bool:
     if kind == "bank_card":
         return bool(CARD_PREFIX.match(digits)) and passes_luhn(digits)
     return True
+
+
+def is_other_number(landline: re.Match) -> bool:
+    """样子像座机，其实是别的编号：前面写着"订单号"；号码断开的，正好是一个日期，或前后还有四位一组的（卡号）。"""
+    local, text = landline[landline.lastindex or 0], landline.string
+    before, after = text[: landline.start()], text[landline.end(landline.lastindex or 0) :]
+    if NUMBERED.search(before[-12:]):
+        return True
+    if local.isdigit():
+        return False
+    is_date = DATE.fullmatch(re.sub(r"[ -]", "", local))
+    in_fours = re.search(r"(?<!\d)\d{4} $", before[-6:]) or re.match(r"[ -]\d{4}(?!\d)", after)
+    return bool(is_date or in_fours)
 
 
 # ---------------------------------------------------------------- 校验位

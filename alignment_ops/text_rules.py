@@ -1,8 +1,9 @@
 """两样只看文字就知道的毛病：不是要的语言，垃圾（乱码、网页残渣、重复、乱打、广告）。
 
-    language_of(text)              -> "zh"、"zh-hant"、"en"、"ja"、"ko"、"ru"；看不出是 ""
-    language_fault(messages, keep) -> 毛病，没有是 ""
-    garbage_fault(messages)        -> 毛病，没有是 ""
+    language_of(text)               -> "zh"、"zh-hant"、"en"、"ja"、"ko"、"ru"；看不出是 ""
+    language_fault(messages, keep)  -> 毛病，没有是 ""：问的或答的一半以上是别的语言
+    other_languages(messages, keep) -> {第几句: 语言}：哪几句不是要的语言；没有毛病的对话里也可能有一两句
+    garbage_fault(messages)         -> 毛病，没有是 ""
 
 规则宁可窄些：丢错一行好的，没有人会发现；留下一行坏的，后面还有几步。题目自己要的（翻译成英文、写一段 HTML）不算。
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 
 LANGUAGES = {"zh": "简体中文", "zh-hant": "繁体中文", "en": "英文", "ja": "日文", "ko": "韩文", "ru": "俄文"}
 ASKS_FOREIGN = re.compile(
@@ -30,8 +32,14 @@ KANA, HANGUL, CYRILLIC = (
     re.compile(r"[\u0400-\u04ff]"),
 )
 LATIN_WORD = re.compile(r"[A-Za-z][A-Za-z'’-]*")
+UNIT = re.compile(r"[A-Za-z]+|[\u0400-\u04ff]+|[^\W\d_]")  # 有多长：英文、俄文数词，别的数字
+PLAIN_WORD = re.compile(
+    r"(?<![^\s\"'“‘])[A-Za-z][A-Za-z'’-]+(?=[\s.,!?;:\"'”’]|$)"
+)  # 前后没有括号、运算符的词
 FOREIGN_WORD = re.compile(r"[A-Za-z]{4}")  # 题目里有外文词：用这个词造句、改写这一句
 LEAST_HAN, LEAST_WORDS = 8, 5  # 太短的看不出
+LEAST_PLAIN_WORDS = 2  # 一整段没有一个汉字，又有这么多英文词：每句都短，合起来也看得出
+RARE = 0.3  # 汉字里几成是生僻的，就是乱字：正常的文章里不到百分之五，随便抽的六成以上
 TRADITIONAL = 0.1  # 汉字里几成是 GB2312 没有的，就是繁体：简体文章里不到百分之一
 
 HTML = re.compile(
@@ -68,33 +76,52 @@ def language_of(text: str) -> str:
 def share_outside(text: str, *encodings: str) -> float:
     """汉字里，这几种编码都没有的占多少。"""
     characters = HAN.findall(text)
-    return sum(not any(_fits(each, encoding) for encoding in encodings) for each in characters) / max(
-        len(characters), 1
-    )
-
-
-def _fits(character: str, encoding: str) -> bool:
-    try:
-        character.encode(encoding)
-    except UnicodeEncodeError:
-        return False
-    return True
+    known = ["".join(characters).encode(each, errors="ignore").decode(each) for each in encodings]
+    return sum(not any(each in those for those in known) for each in characters) / max(len(characters), 1)
 
 
 def language_fault(messages: list[dict], keep: tuple[str, ...] = ("zh",)) -> str:
-    """哪一句不是要的语言。回答用外文、题目正是要它的，不算；题目自己是外文的，算。"""
-    asked = ""
-    for message in messages:
+    """这一段对话是不是别的语言。问的、答的分开看，一半以上的字在别的语言的句子里才算：夹着一句繁体的，别的句还用得上。"""
+    others = other_languages(messages, keep)
+    for role in ("user", "assistant"):
+        wanted, found = 0, Counter[str]()
+        for place, message in enumerate(messages):
+            length = len(UNIT.findall(message["content"]))
+            if message["role"] != role or not language_of(message["content"]):
+                continue
+            if place in others:
+                found[others[place]] += length
+            else:
+                wanted += length
+        if found and found.total() >= wanted:
+            return LANGUAGES[found.most_common(1)[0][0]]
+    return "" if "en" in keep or not is_short_english(messages) else LANGUAGES["en"]
+
+
+def other_languages(messages: list[dict], keep: tuple[str, ...] = ("zh",)) -> dict[int, str]:
+    """{第几句: 它的语言}，只有不是要的语言的。回答用外文、题目正是要它的，不算；题目自己是外文的，算。系统提示、工具的结果不看。"""
+    asked, others = "", {}
+    for place, message in enumerate(messages):
+        if message["role"] not in ("user", "assistant"):
+            continue
         language = language_of(message["content"])
-        if message["role"] != "assistant":
+        if message["role"] == "user":
             asked = message["content"]
         wanted = bool(ASKS_FOREIGN.search(asked) or FOREIGN_WORD.search(asked)) and language_of(asked) in (
             "",
             *keep,
         )
         if language and language not in keep and not (wanted and message["role"] == "assistant"):
-            return LANGUAGES[language]
-    return ""
+            others[place] = language
+    return others
+
+
+def is_short_english(messages: list[dict]) -> bool:
+    """一问一答都太短，分开看不出语言，合起来一个汉字也没有：Good morning! → Hi there."""
+    said = "\n".join(
+        CODE.sub(" ", each["content"]) for each in messages if each["role"] in ("user", "assistant")
+    )
+    return not HAN.search(said) and len(PLAIN_WORD.findall(said)) >= LEAST_PLAIN_WORDS
 
 
 # ---------------------------------------------------------------- 垃圾
@@ -124,8 +151,9 @@ def _text_fault(text: str, about_code: bool) -> str:
     if "�" in text or any(unicodedata.category(c) in ("Cc", "Co", "Cn") and c not in "\n\t\r" for c in text):
         return "控制字符"
     plain = CODE.sub(" ", text)
-    if len(HAN.findall(plain)) >= LEAST_HAN and share_outside(plain, "gb2312", "big5") > 0.15:
-        return "乱字"  # 简体、繁体的常用字表里都没有的字，一篇正常的文章里很少
+    rare = share_rare(plain) > RARE and share_outside(plain, "gb2312", "big5") > 0.05  # 一串元素的名字不算
+    if len(HAN.findall(plain)) >= LEAST_HAN and rare:
+        return "乱字"
     if not about_code and HTML.search(plain):
         return "网页残渣"
     if any(len(match[0]) >= 16 and re.search(r"[^\W\d_]", match[1]) for match in REPEATED.finditer(plain)):
@@ -133,6 +161,18 @@ def _text_fault(text: str, about_code: bool) -> str:
     if any(_is_typed_at_random(word) for word in re.findall(r"[a-z;]{12,}", plain)):
         return "乱打的字母"
     return "广告" if ADVERT.search(plain) else ""
+
+
+def share_rare(text: str) -> float:
+    """汉字里生僻的占多少：简体的一级字（GB2312 第 16 到 55 区，3755 个）、繁体的常用字（Big5 A440 到 C67E，5401 个）里都没有。"""
+    characters = HAN.findall(text)
+    return sum(not _is_common(each) for each in characters) / max(len(characters), 1)
+
+
+def _is_common(character: str) -> bool:
+    simplified = character.encode("gb2312", errors="ignore")
+    traditional = character.encode("big5", errors="ignore")
+    return b"\xb0" <= simplified < b"\xd8" or b"\xa4\x40" <= traditional <= b"\xc6\x7e"
 
 
 def is_mojibake(text: str) -> bool:

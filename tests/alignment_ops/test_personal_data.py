@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from personal_data import MASKS, find_personal, id_check_digit, is_id_number, mask, passes_luhn
-from planted_text import made_card, made_id_number, personal_sentence
+from planted_text import full_width, made_card, made_id_number, personal_sentence
 
 
 def texts_of(text: str) -> list[tuple[str, str]]:
@@ -57,6 +57,15 @@ def test_one_wrong_digit_is_always_seen(seed, place, more):
         ("我是一三八一二三四五六七八", "phone", "一三八一二三四五六七八"),
         ("座机010-62345678", "phone", "010-62345678"),
         ("座机(0755) 26345678", "phone", "(0755) 26345678"),
+        ("座机021-6234 5678", "phone", "021-6234 5678"),
+        ("电话 021 6234 5678，谢谢", "phone", "021 6234 5678"),
+        ("（０２１）６２３４－５６７８", "phone", "（０２１）６２３４－５６７８"),
+        ("+86 (0)21 6234 5678", "phone", "+86 (0)21 6234 5678"),
+        ("拨0086-755-2634 5678", "phone", "0086-755-2634 5678"),
+        ("+862162345678。", "phone", "+862162345678"),
+        ("零二一-六二三四 五六七八", "phone", "零二一-六二三四 五六七八"),
+        ("0755-2634567-801转张三", "phone", "0755-2634567-801"),
+        ("电话号码：021-62345678 2026年起", "phone", "021-62345678"),
         ("li.lei+a@mail.example.com.cn，谢谢", "email", "li.lei+a@mail.example.com.cn"),
         ("发到li＠example.com", "email", "li＠example.com"),
         ("身份证11010519491231002x", "id_number", "11010519491231002x"),
@@ -78,12 +87,65 @@ def test_written_in_many_ways(text, kind, found):
         "圆周率3.14159265358979323846",
         "@所有人 明天交",
         "版本1.13812345678",
+        "订单号021-62345678",
+        "编号：0512-3456-7890",
+        "020-2026-1128",
+        "010 2026 1128",
+        "卡6222 0213 2345 6789 123",
+        "0512 3456 7890 1234",
+        "ISBN 978-7-020-23456789",
+        "021-62345678-20261128",
+        "026-62345678",  # 没有这个区号
+        "021-12345678",  # 号码没有 1 开头的
+        "比分021-23",
         "一共两千三百四十五个字，分成一二三四五六七节",
     ],
 )  # fmt: skip
 def test_lookalikes_are_left_alone(text):
     assert find_personal(text) == []
     assert mask(text) == (text, [])
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=300, deadline=None)
+def test_a_landline_is_found_however_it_is_written(seed):
+    rng = random.Random(seed)
+    area, length = rng.choice([("10", 8), ("21", 8), ("28", 8), ("755", 8), ("512", 7), ("931", 7)])
+    local = rng.choice("345678") + "".join(rng.choice("0123456789") for _ in range(length - 1))
+    local = rng.choice([local, f"{local[:-4]} {local[-4:]}", f"{local[:-4]}-{local[-4:]}"])
+    front = rng.choice(
+        ["0{}-", "0{} ", "0{} - ", "(0{})", "(0{}) ", "+86 {} ", "+86-{}-", "0086 {} ", "+86({})", "+86{}"]
+    )
+    written = front.format(area) + local
+    written = rng.choice([written, full_width(written)])
+    assert texts_of(f"座机{written}，请打") == [("phone", written)]
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=300, deadline=None)
+def test_order_numbers_dates_and_scores_are_no_landlines(seed):
+    rng = random.Random(seed)
+
+    def digits(n: int) -> str:
+        return "".join(rng.choice("0123456789") for _ in range(n))
+
+    date = f"20{rng.randint(10, 39)}{rng.choice(['-', '/', '.', ' '])}{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}"
+    number = rng.choice(
+        [
+            f"{digits(4)}-{digits(4)}-{digits(4)}-{digits(4)}",
+            f"DD{digits(3)}-{digits(8)}",
+            f"{digits(8)}-{digits(3)}-{digits(8)}",
+            f"订单号：0{digits(2)}-{digits(8)}",
+            f"0{digits(3)} {digits(4)} {digits(4)} {digits(4)}",
+            f"{date} {digits(2)}:{digits(2)}",
+            f"{date} 至 {date}",
+            f"0{digits(2)}-{date.replace('/', '-').replace('.', '-').replace(' ', '-')}",
+            f"{digits(2)}-{digits(2)}，{digits(3)} {digits(3)}",
+            f"0{digits(2)}{digits(8)}",
+        ]
+    )
+    landlines = [found for found in find_personal(f"看{number}。") if found.kind == "phone"]
+    assert not [each for each in landlines if number[each.start - 1 : each.end - 1].startswith(("0", "+"))]
 
 
 def test_a_card_is_found_and_an_id_number_comes_first():

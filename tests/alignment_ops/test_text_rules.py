@@ -1,11 +1,21 @@
 """text_rules.py：每条规则一个有毛病的、一个像而不是的；题目自己要外文的不算。"""
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nlp_common.tiny import world
-from text_rules import garbage_fault, is_mojibake, language_fault, language_of, share_outside
+from text_rules import (
+    garbage_fault,
+    is_mojibake,
+    language_fault,
+    language_of,
+    other_languages,
+    share_outside,
+    share_rare,
+)
 
 STORY = "那天傍晚，小刚去了花园。一只黑色的松鼠跑了过来。"
 
@@ -41,6 +51,40 @@ def test_an_answer_in_english_is_right_when_it_is_asked_for():
     assert language_fault(chat("Where did Tom go? Please tell me now.", english), ("zh", "en")) == ""
 
 
+HANT = "那天傍晚，小剛來到花園，忽然跑來一隻烏龜。"
+
+
+def test_one_traditional_turn_does_not_drop_a_conversation():
+    """三问三答，一句繁体的留下；问的全是繁体，或答的一半以上是繁体的，才丢。"""
+    three = [*chat(STORY, STORY), *chat(STORY, STORY), *chat(STORY, HANT)]
+    assert language_fault(three) == "" and other_languages(three) == {5: "zh-hant"}
+    assert language_fault([*chat(STORY, HANT), *chat(STORY, HANT), *chat(STORY, STORY)]) == "繁体中文"
+    assert language_fault(chat(HANT, STORY)) == language_fault(chat(STORY, HANT)) == "繁体中文"
+    assert language_fault(three[4:] + chat("好", "嗯")) == "繁体中文"  # 太短的看不出，不当作简体
+    assert language_fault([*chat(STORY, HANT), *chat(STORY, HANT)], ("zh", "zh-hant")) == ""
+    english = [{"role": "system", "content": "You are a very helpful assistant."}, *chat(STORY, STORY)]
+    assert language_fault(english) == "" and other_languages(english) == {}
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer", "fault"),
+    [
+        ("Hello!", "Hi, how are you?", "英文"),
+        ("Good morning", "Morning", "英文"),
+        ("Hello", "你好！", ""),
+        ("apple pie", "苹果派", ""),
+        ("2x + 3y = 7", "x = 2, y = 1", ""),
+        ("sin(x)^2 + cos(x)^2 = ?", "1", ""),
+        ("`git status`", "`git log`", ""),
+        ("GDP", "3.5%", ""),
+        ("OK", "", ""),
+    ],
+)
+def test_short_rows_are_judged_as_a_whole(asked, answer, fault):
+    assert language_fault(chat(asked, answer)) == fault
+    assert language_fault(chat(asked, answer), ("zh", "en")) == ""
+
+
 @pytest.mark.parametrize(
     ("answer", "fault"),
     [
@@ -70,10 +114,18 @@ def test_garbage(answer, fault):
         ("圆周率的前二十位", "3.1415926535897932384"),
         ("讲讲互联网", "internationalization 是一个很长的词。"),
         ("用一句话说", "café、naïve 都是外来词。"),
+        ("镧系元素有哪些？", "镧铈镨钕钷钐铕钆铽镝钬铒铥镱镥"),
     ],
 )
 def test_lookalikes(asked, answer):
     assert garbage_fault(chat(asked, answer)) == ""
+
+
+@given(st.integers(0, 10**6))
+def test_random_characters_are_garbage(seed):
+    rng = random.Random(seed)
+    text = "".join(chr(rng.randrange(0x4E00, 0x9FA0)) for _ in range(40))
+    assert garbage_fault(chat("小刚去了哪里？", text)) == "乱字"
 
 
 def test_copied_question():
@@ -98,4 +150,5 @@ def test_clean_rows_have_no_fault(seed):
 def test_share_outside():
     assert share_outside("小刚小剛", "gb2312") == 0.25
     assert share_outside("小刚小剛", "gb2312", "big5") == 0.0
+    assert share_rare("小刚小剛") == 0.0 and share_rare("小刚龘靐") == 0.5
     assert share_outside("abc", "gb2312") == 0.0
