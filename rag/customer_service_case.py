@@ -38,6 +38,7 @@ from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from rag_common.chunking import Chunk, make_chunks
 from rag_common.embed import Embedder, load_embedder
+from rag_common.fill import fill
 from rag_common.generate import Generator, load_generator
 from rag_common.store import Hit, Store, open_store
 from rag_common.tokenizers import characters_and_bigrams
@@ -116,14 +117,8 @@ def open_desk(settings: ServiceSettings, work: Path) -> tuple["Desk", list[Chunk
     chunks = shop_chunks(products, settings.seed)
     embedder = load_embedder(settings.embedder)
     store = open_store(settings.store or f"faiss://{work / 'store'}", embedder.fingerprint, embedder.dim)
-    known = {chunk.id for chunk in store.get(store.ids())}
-    new = [chunk for chunk in chunks if chunk.id not in known]
-    print(
-        f"\n{len(TENANTS)} 家店，{len(chunks)} 段资料（其中 {len(new)} 段要编码，{embedder.name}）…",
-        flush=True,
-    )
-    store.delete(known - {chunk.id for chunk in chunks})
-    store.upsert(new, embedder.passages([chunk.text for chunk in new]))
+    print(f"\n{len(TENANTS)} 家店，{len(chunks)} 段资料，向量模型 {embedder.name}", flush=True)
+    fill(store, embedder, chunks, {"tenant": TENANTS})  # 断在注入之后的，塞进来的几段也在这里清掉
     asks = make_asks(products, settings.asks, settings.seed)
     return Desk(store, embedder, generator, Router([ask for ask in asks[::2]]), rarity(chunks)), chunks, asks
 

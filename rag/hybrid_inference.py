@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from circuit_breaker import CircuitBreaker, Clock
-from hybrid_services import LABELS, RUBBISH, WINDOWS, Down, Services, Table, make_tables
+from hybrid_services import LABELS, RUBBISH, WINDOWS, Down, Services, Table, prepare
 from nlp_common.base.arguments import COUNT, POSITIVE, Limits, option
 from nlp_common.base.console import print_table
 from nlp_common.draw.plots import bar_chart
@@ -102,7 +102,7 @@ class Served:
 def learn(stage: Stage, found: dict) -> dict:
     settings = stage.settings
     generator = FromModel(found["path"], 32)
-    tables, texts = make_tables(settings.stories, settings.questions, settings.seed, generator)
+    tables, texts = prepare(stage, generator)
     calibration, test = tables[::2], tables[1::2]
     gates = set_gates(calibration, texts)
     print(

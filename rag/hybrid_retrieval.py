@@ -27,8 +27,6 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nlp_common.base.arguments import COUNT, SHARE, option
 from nlp_common.base.console import padded, print_table
 from nlp_common.base.errors import UserError
@@ -36,13 +34,14 @@ from nlp_common.draw.plots import bar_chart, line_chart
 from nlp_common.lm.loading import load_causal_lm
 from nlp_common.lm.replies import reply_to
 from nlp_common.train.chain import chain_model
-from nlp_common.train.lesson import run_lesson
+from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from rag_common.bm25 import BM25
-from rag_common.chunking import make_chunks
+from rag_common.chunking import Chunk, make_chunks
 from rag_common.corpus import Corpus, best_recall, data_of, load_corpus, tiny_world_corpus
 from rag_common.embed import Embedder, choose_embedder, load_embedder
+from rag_common.fill import fill
 from rag_common.fuse import reciprocal_rank, weighted
 from rag_common.metrics import paired_bootstrap, recall_at, retrieval_row
 from rag_common.noise import to_simplified, to_traditional, typos
@@ -127,10 +126,9 @@ def learn(stage: Stage, generator: dict | None) -> dict:
     for name, part in make_slices(corpus, settings).items():
         ours = name in ("tiny_world", "synonyms")  # 链上的小模型只读过小世界
         writer = generator if generator and (ours or settings.generator) else None
-        ranked, weights[name] = retrieve(part, embedder, store, settings.weight, writer)
-        gold = [question.gold for question in part.questions]
-        slices[name] = {method: retrieval_row(lists, gold) for method, lists in ranked.items()}
-        gains[name] = gain_over_best_single(ranked, gold, settings.seed)
+        work = partial(measure, corpus=part, embedder=embedder, store=store, generator=writer)
+        found = run_part(stage, name, work)
+        slices[name], gains[name], weights[name] = found["rows"], found["gain"], found["weights"]
         if ours:
             bounds[name] = {known: best_recall(part.questions, 1, known) for known in ("matches", "literal")}
         print_slice(name, slices[name], bounds.get(name))
@@ -165,6 +163,16 @@ def make_slices(corpus: Corpus, settings: HybridSettings) -> dict[str, Corpus]:
 # ---------------------------------------------------------------- 2. 一片上的各种检索
 
 
+def measure(
+    part: Stage, corpus: Corpus, embedder: Embedder, store: Store, generator: dict | None
+) -> dict[str, dict]:
+    """一片：每种检索一行指标，加权比单独的好多少，各种权重的 R@1。"""
+    ranked, weights = retrieve(corpus, embedder, store, part.settings.weight, generator)
+    gold = [question.gold for question in corpus.questions]
+    rows = {method: retrieval_row(lists, gold) for method, lists in ranked.items()}
+    return {"rows": rows, "gain": gain_over_best_single(ranked, gold, part.settings.seed), "weights": weights}
+
+
 def retrieve(
     corpus: Corpus, embedder: Embedder, store: Store, weight: float, generator: dict | None
 ) -> tuple[dict[str, list[list[str]]], dict[str, float]]:
@@ -174,7 +182,7 @@ def retrieve(
     index.add(
         [document.id for document in corpus.documents], [document.text for document in corpus.documents]
     )
-    fill(store, corpus, embedder)
+    fill(store, embedder, chunks_of(corpus), {"corpus": corpus.name})
 
     sparse = [index.search(text, DEPTH) for text in texts]  # 每题 [(id, 分), …]
     dense = search_dense(store, corpus.name, embedder.queries(texts))
@@ -198,20 +206,12 @@ def retrieve(
     return found, sweep
 
 
-def fill(store: Store, corpus: Corpus, embedder: Embedder, batch: int = 64) -> None:
-    """知识库里缺的段算出向量存进去，多出来的删掉。一批一批地存：中断了，存好的不必重算。"""
+def chunks_of(corpus: Corpus) -> list[Chunk]:
+    """一篇一块，整篇在里面。"""
     chunks = []
     for document in corpus.documents:
         chunks += make_chunks(document.id, document.text, [(0, len(document.text))], corpus=corpus.name)
-    present = set(store.ids({"corpus": corpus.name}))
-    store.delete(present - {chunk.id for chunk in chunks})
-    missing = [chunk for chunk in chunks if chunk.id not in present]
-    bar = tqdm(total=len(missing), desc=f"{corpus.name}：算向量", unit="段", leave=False, disable=None)
-    for start in range(0, len(missing), batch):
-        part = missing[start : start + batch]
-        store.upsert(part, embedder.passages([chunk.text for chunk in part]))
-        bar.update(len(part))
-    bar.close()
+    return chunks
 
 
 def search_dense(store: Store, corpus: str, vectors) -> list[list[tuple[str, float]]]:

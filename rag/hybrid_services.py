@@ -15,6 +15,8 @@ from nlp_common.lm.chatml import prompt_ids
 from nlp_common.lm.losses import IGNORE, token_logps
 from nlp_common.lm.replies import reply_to
 from nlp_common.tiny.world import small_talk_questions
+from nlp_common.train.lesson import once
+from nlp_common.train.stage import Stage
 from rag_benches import ANCHORS, can_ask, with_reading
 from rag_common.bm25 import BM25
 from rag_common.corpus import Corpus, Question, tiny_world_corpus
@@ -103,8 +105,16 @@ class Services:
 # ---------------------------------------------------------------- 题，与事先算好的回答
 
 
-def make_tables(stories: int, n: int, seed: int, generator: FromModel) -> tuple[list[Table], list[str]]:
-    """三种问题混在一起，每题的检索结果、照着各段的回答、模型自己的回答都先算好。"""
+def prepare(stage: Stage, generator: FromModel) -> tuple[list[Table], list[str]]:
+    """→ (各题，资料的各段)。模型的回答算好就存下，中断了不必再答一遍。"""
+    settings = stage.settings
+    tables, texts = make_tables(settings.stories, settings.questions, settings.seed)
+    write_replies(tables, once(stage, "replies", read_all, tables, generator))
+    return tables, texts
+
+
+def make_tables(stories: int, n: int, seed: int) -> tuple[list[Table], list[str]]:
+    """三种问题混在一起，每题的检索结果先算好；回答还没有（read_all、write_replies）。"""
     corpus = tiny_world_corpus(stories, 2 * n, ANCHORS, seed)
     other = tiny_world_corpus(stories, 2 * n, ANCHORS, seed + 5000)  # 没有收进资料的故事
     asked = [(each, "inside") for each in readable(corpus) if each.meta["matches"] == 1][:n]
@@ -116,9 +126,7 @@ def make_tables(stories: int, n: int, seed: int, generator: FromModel) -> tuple[
     rng = random.Random(f"hybrid-{seed}")
     rng.shuffle(asked)
     texts = [each.text for each in corpus.documents]
-    tables = look_up(asked, texts, rng)
-    read_all(tables, generator)
-    return tables, texts
+    return look_up(asked, texts, rng), texts
 
 
 def readable(corpus: Corpus) -> list[Question]:
@@ -147,18 +155,26 @@ def look_up(asked: list[tuple[Question, str]], texts: list[str], rng: random.Ran
     return tables
 
 
-def read_all(tables: list[Table], generator: FromModel) -> None:
-    """模型照着各段答一遍，再什么也不看答一遍，连同把握。"""
-    pairs = [
-        (row, text) for row in tables for text in dict.fromkeys((row.found, row.wrong, row.local)) if text
-    ]
-    said = generator.answer([row.question.meta["read"] for row, _ in pairs], [[text] for _, text in pairs])
-    for (row, text), answer in zip(pairs, said, strict=True):
-        row.replies[text] = answer.text
-    asks = [{"messages": [{"role": "user", "content": row.question.meta["read"]}]} for row in tables]
+def read_all(tables: list[Table], generator: FromModel) -> list[list]:
+    """模型照着各段答一遍，再什么也不看答一遍，连同把握 → 每题 [{段: 照着它的回答}, 自己的回答, 把握]。"""
+    pairs = []  # [(第几题, 一段)]
+    for number, row in enumerate(tables):
+        pairs += [(number, text) for text in dict.fromkeys((row.found, row.wrong, row.local)) if text]
+    questions = [row.question.meta["read"] for row in tables]
+    said = generator.answer([questions[number] for number, _ in pairs], [[text] for _, text in pairs])
+    found: list[list] = [[{}, "", 0.0] for _ in tables]
+    for (number, text), answer in zip(pairs, said, strict=True):
+        found[number][0][text] = answer.text
+    asks = [{"messages": [{"role": "user", "content": question}]} for question in questions]
     replies = reply_to(generator.model, generator.tokenizer, asks, generator.max_new_tokens)
-    for row, ask, reply in zip(tables, asks, replies, strict=True):
-        row.own, row.sure = reply["text"], how_sure(generator, ask["messages"], reply["ids"])
+    for each, ask, reply in zip(found, asks, replies, strict=True):
+        each[1:] = reply["text"], how_sure(generator, ask["messages"], reply["ids"])
+    return found
+
+
+def write_replies(tables: list[Table], found: list[list]) -> None:
+    for row, (replies, own, sure) in zip(tables, found, strict=True):
+        row.replies, row.own, row.sure = replies, own, sure
 
 
 @torch.inference_mode()

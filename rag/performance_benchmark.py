@@ -23,6 +23,7 @@ from nlp_common.base.cli import run_main
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from load_generator import Ask, allowed, arrivals, closed_loop, draw_asks, open_loop, summary
@@ -32,7 +33,7 @@ from nlp_common.base.errors import UserError
 from nlp_common.base.load import check_target
 from nlp_common.base.runs import write_json
 from nlp_common.draw.plots import line_chart
-from nlp_common.train.lesson import run_lesson
+from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from rag_benches import ANCHORS, can_ask, with_reading
@@ -40,6 +41,7 @@ from rag_common.bm25 import BM25
 from rag_common.chunking import make_chunks
 from rag_common.corpus import tiny_world_corpus
 from rag_common.embed import load_embedder, torch_threads
+from rag_common.fill import fill
 from rag_common.generate import load_generator
 from rag_common.rerank import TokenAligner
 from rag_common.store import open_store
@@ -103,22 +105,27 @@ class LoadSettings(LessonSettings):
 def learn(stage: Stage) -> dict:
     settings = stage.settings
     work = stage.folder.work / "stores"
-    shutil.rmtree(work, ignore_errors=True)
     with torch_threads(settings.threads):
         parts, asks = build(settings, work)
-        expected, alone = ask_alone(parts, asks, settings)
+        with serving(Service(parts, threads=settings.threads)) as url:
+            closed_loop(url, asks[:3], 1)  # 热身：接着上次的，也要
+        quiet = run_part(stage, "quiet", partial(without_pressure, parts=parts, asks=asks))
+        alone, capacity = quiet["alone"], quiet["capacity"]
+        expected = dict(zip(asks, quiet["answers"], strict=True))
         slo = settings.slo_ms or KNEE * alone["p50"]
-        capacity = fastest(parts, asks, expected, settings)
         rates = settings.given_rates() or rates_for(capacity, settings.seconds)
         print(
             f"单独问一题 {alone['p50']:.0f} 毫秒；一直有人排队，每秒答 {capacity:.1f} 个；到达率试 {'、'.join(f'{rate:g}' for rate in rates)}；"
             f"要求 p95 在 {slo:.0f} 毫秒以内"
         )
+        given = {"parts": parts, "asks": asks, "expected": expected}
         configs = {}
         for name in CONFIGS:
-            configs[name] = try_config(name, parts, asks, expected, rates, slo, settings)
+            configs[name] = run_part(
+                stage, name, partial(try_config, name=name, rates=rates, slo=slo, **given)
+            )
             print_config(name, configs[name])
-        omission = coordinated_omission(parts, asks, expected, capacity / 2, settings)
+        omission = run_part(stage, "omission", partial(coordinated_omission, rate=capacity / 2, **given))
         print_omission(omission)
     parts.store.close()
     rows = [row for config in configs.values() for row in config["rates"].values()]
@@ -158,9 +165,9 @@ def build(settings: LoadSettings, work: Path) -> tuple[Parts, list[Ask]]:
         for document in corpus.documents
         for chunk in make_chunks(document.id, document.text, [(0, len(document.text))])
     ]
-    print(f"\n{len(chunks)} 篇故事，算向量（{embedder.name}）…", flush=True)
+    print(f"\n{len(chunks)} 篇故事，向量模型 {embedder.name}", flush=True)
     store = open_store(f"faiss://{work}", embedder.fingerprint, embedder.dim)
-    store.upsert(chunks, embedder.passages([chunk.text for chunk in chunks]))
+    fill(store, embedder, chunks)
     index = BM25()
     index.add([chunk.id for chunk in chunks], [chunk.text for chunk in chunks])
     reranker = TokenAligner(seed=settings.seed)  # 没有训练过，只数一样的字：这里量的是快慢
@@ -168,24 +175,25 @@ def build(settings: LoadSettings, work: Path) -> tuple[Parts, list[Ask]]:
     return Parts(embedder, store, index, reranker, generator), asks[: settings.questions]
 
 
-def ask_alone(parts: Parts, asks: list[Ask], settings: LoadSettings) -> tuple[dict[Ask, str], dict]:
-    """每道题单独问一遍 → (答案, 几毫秒)：压力下的答案要与它一字不差，不然就是串了。"""
-    with serving(Service(parts, threads=settings.threads)) as url:
-        closed_loop(url, asks[:3], 1)  # 热身
+def without_pressure(part: Stage, parts: Parts, asks: list[Ask]) -> dict:
+    """没有压力的时候：一题一题单独问，各答什么、几毫秒（压力下的答案要与它一字不差，不然就是串了）；每秒最多答几个。"""
+    threads = part.settings.threads
+    with serving(Service(parts, threads=threads)) as url:
         results = closed_loop(url, asks, 1)
     bad = [each for each in results if each.status != "ok"]
     if bad:
         raise UserError(f"单独问也有 {len(bad)} 题没有答完：{bad[0].why}")
-    return {each.ask: each.line["answer"] for each in results}, summary(results)["whole"]
+    answers = [each.line["answer"] for each in results]
+    capacity = fastest(parts, asks, part.settings)
+    return {"answers": answers, "alone": summary(results)["whole"], "capacity": capacity}
 
 
-def fastest(parts: Parts, asks: list[Ask], expected: dict, settings: LoadSettings) -> float:
+def fastest(parts: Parts, asks: list[Ask], settings: LoadSettings) -> float:
     """一个一个算、一直有人排着队，每秒答几个；试三次取最快的，别的进程正忙的那一次不算。"""
     drawn, best = draw_asks(asks, min(len(asks), 50), settings.seed), 0.0
     with serving(Service(parts, threads=settings.threads)) as url:
         for _ in range(3):
-            row = summary(closed_loop(url, drawn, CLIENTS), expected)
-            best = max(best, row["answers_per_second"])
+            best = max(best, summary(closed_loop(url, drawn, CLIENTS))["answers_per_second"])
     return best
 
 
@@ -198,11 +206,10 @@ def rates_for(capacity: float, seconds: float) -> list[float]:
 
 
 def try_config(
-    name: str, parts: Parts, asks: list[Ask], expected: dict, rates: list[float], slo: float,
-    settings: LoadSettings,
-) -> dict:  # fmt: skip
+    part: Stage, name: str, rates: list[float], slo: float, parts: Parts, asks: list[Ask], expected: dict
+) -> dict:
     """每个到达率都从新的服务、空的缓存开始。"""
-    batch, cache = CONFIGS[name]
+    settings, (batch, cache) = part.settings, CONFIGS[name]
     rows = {}
     for rate in rates:
         due = arrivals(rate, settings.seconds, settings.seed)
@@ -240,10 +247,9 @@ def in_short(config: dict) -> dict:
 # ---------------------------------------------------------------- 3. 协同遗漏
 
 
-def coordinated_omission(
-    parts: Parts, asks: list[Ask], expected: dict, rate: float, settings: LoadSettings
-) -> dict:
+def coordinated_omission(part: Stage, rate: float, parts: Parts, asks: list[Ask], expected: dict) -> dict:
     """同样的服务，半途卡 STALL_S 秒。闭环一个客户，开环照 rate 来，题数差不多：看各自量到的 p95。"""
+    settings = part.settings
     seconds = max(2 * STALL_S, 2 * settings.seconds)
     due = arrivals(allowed(rate, seconds), seconds, settings.seed)
     drawn = draw_asks(asks, len(due), settings.seed)

@@ -39,7 +39,7 @@ from nlp_common.base.console import print_table
 from nlp_common.draw.plots import bar_chart, line_chart
 from nlp_common.tiny.world import WORLD
 from nlp_common.train.chain import chain_model
-from nlp_common.train.lesson import run_lesson, run_part
+from nlp_common.train.lesson import once, run_lesson, run_part
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
 from rag_benches import Bench, make_news, make_world, search_dense
@@ -112,20 +112,24 @@ def learn(stage: Stage) -> dict:
     reranker = load_reranker(settings.reranker, settings.layers, settings.seed)
     world, world_train, spare = make_world(settings)
     news, news_train = make_news(settings)
-    dense = Bench(news.corpus, search_dense(news.corpus, settings))
+    dense = Bench(news.corpus, once(stage, "dense", search_dense, news.corpus, settings))
 
     print(f"重排：{reranker.name}；训练 {settings.steps} 步，反例是 BM25 找错的", flush=True)
     examples = [hard_examples(world_train), hard_examples(news_train)]
     with torch_threads(settings.threads):
         train = partial(train_reranker, model=reranker, examples=examples, settings=settings)
         trained = run_part(stage, "reranker", train, reranker.learned())
-        right, first = four_ways(world, reranker, generator)
-        identity = check_identity(right, first, world.corpus.questions, reading(generator, spare))
-        benches = {"tiny_world": world, "news": news}
-        real = {"bm25": four_ways(news, reranker, reader)[0]}
-        real["dense"] = real["bm25"] | four_ways(dense, reranker, reader, ("retrieve", "rerank"))[0]
-        costs = {name: compare_rerankers(bench, reranker, settings) for name, bench in benches.items()}
-        citations = check_citations(news, reader, settings.seed)
+        right, first = once(stage, "tiny_world", four_ways, world, reranker, generator)
+        skill = once(stage, "reading", reading, generator, spare)
+        identity = check_identity(right, first, world.corpus.questions, skill)
+        real = {"bm25": once(stage, "news_bm25", four_ways, news, reranker, reader)[0]}
+        again = once(stage, "news_dense", four_ways, dense, reranker, reader, ("retrieve", "rerank"))[0]
+        real["dense"] = real["bm25"] | again
+        costs = {
+            name: once(stage, f"costs_{name}", compare_rerankers, bench, reranker, settings)
+            for name, bench in {"tiny_world": world, "news": news}.items()
+        }
+        citations = once(stage, "citations", check_citations, news, reader, settings.seed)
         show_one(world, reranker, generator)
         show_one(news, reranker, reader)
 
@@ -383,14 +387,8 @@ def main(argv: list[str] | None = None) -> dict:
     rate, tiny, full = RECIPES["aligner" if settings.reranker == "aligner" else "encoder"]
     settings.learning_rate = settings.learning_rate or rate
     settings.steps = settings.steps or (full if settings.preset == "full" else tiny)
-    chain = chain_model("sft") if settings.generator == "chain" else None
-    return run_lesson(
-        "rag_architecture_demo",
-        HOME,
-        settings,
-        learn,
-        generator_id=chain["id"] if chain else settings.generator,
-    )
+    model = chain_model("sft")["id"] if settings.generator == "chain" else settings.generator
+    return run_lesson("rag_architecture_demo", HOME, settings, learn, generator_id=model)
 
 
 if __name__ == "__main__":

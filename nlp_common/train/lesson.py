@@ -88,3 +88,8 @@ def run_part(
         assert part.record is not None
         seed_everything(stage.settings.seed)  # 后面的部分，不论这一部分是刚做的还是读回的，随机数都一样
         return part.record["metrics"]
+
+
+def once(stage: Stage, name: str, work: Callable[..., Any], *given: Any) -> Any:
+    """work(*given) 的结果也存成一个部分：中断以前做完了的，读回那时的。结果要能写成 JSON，元组读回来是列表。"""
+    return run_part(stage, name, lambda part: {"found": work(*given)})["found"]

@@ -16,6 +16,7 @@ store.py        open_store(网址, embedder.fingerprint, embedder.dim) → Store
                 Hit(id, score, text, document, meta)；where = {"tenant": "甲", "page": [1, 2], "document": "…"}
                 faiss://文件夹（默认；?index=numpy 不用 faiss）、qdrant://、milvus://、pgvector://、elasticsearch://、opensearch://；
                 返回了就落了盘；别的 embedder 建的库拒绝打开；SqliteStore 另有 .vectors(ids)
+fill.py         fill(store, embedder, chunks, where=None) → 写了几段：让库里合 where 的正好是 chunks，只算缺的
 fuse.py         reciprocal_rank(几列 id, k=60)、weighted(几列 (id, 分), 权重) → [(id, 分)]
 metrics.py      一题的：recall_at(ranked, gold, k)、reciprocal_rank_of(ranked, gold)、ndcg_at(ranked, gold, k)，
                 exact_match(答, 标准)、f1(答, 标准)；一批的：retrieval_row(各题的 ranked, 各题的 gold) → 一行指标；
@@ -28,7 +29,8 @@ corpus.py       people_daily_corpus、tiny_world_corpus、folder_corpus、cmrc_c
 documents.py    read_document(文件) → 文字；read_folder(文件夹) → ([Document], [毛病])：txt md html pdf docx csv；
                 空的、扫描的 PDF，别的编码，压缩炸弹，都说清是哪个文件，别的文件照读
 noise.py        typos(问题, rng)、to_traditional(文字)、to_simplified(文字)
-rerank.py       load_reranker(…)、CrossEncoder（e5 的前几层）、TokenAligner（不要权重）：.scores(问题, 段落们)；rank(…)
+rerank.py       load_reranker(…)、CrossEncoder（e5 的前几层）、TokenAligner（不要权重）：model(问题们, 段落们) → (N,) 分；
+                rank(model, 问题, 段落们) → 位置，分高的在前
 generate.py     load_generator("extract" | "chain" | "smollm2" | hub 名或文件夹 | "网址 模型名")
                 .answer(问题们, 各题查到的几段文字) → [Answer(text, cited, .found)]
 audit.py        AuditLog(文件).append(事件) ；.verify() 找出被改过的一行；每行带着前一行的散列

@@ -102,7 +102,8 @@ def made():
     patch.setattr(hs, "how_sure", lambda generator, messages, ids: 0.99 if ids == [1] else 0.2)
     reader = Reader(tiny_world_corpus(60, 160, ANCHORS, 0))
     reader.model = reader.tokenizer = None
-    tables, texts = hs.make_tables(60, 80, 0, reader)
+    tables, texts = hs.make_tables(60, 80, 0)
+    hs.write_replies(tables, hs.read_all(tables, reader))
     patch.undo()
     gates = hi.set_gates(tables[::2], texts)
     return tables, gates
@@ -243,7 +244,9 @@ def test_script(tmp_path, capsys):
         )
     out = ["--preset", "tiny", "--stories", "60", "--questions", "40", "--requests", "340", "--output_dir", str(tmp_path / "out")]  # fmt: skip
     record = hi.main(out)
-    assert record["metrics"]["availability"] >= 0.999 and record["metrics"]["wrong_sourced"] == 0
+    metrics = record["metrics"]
+    assert metrics["availability"] >= 0.999 > metrics["availability_bare"]
+    assert metrics["wrong_sourced"] < 0.1 * metrics["wrong_sourced_bare"]  # 链的模型好一点差一点都算
     assert "断路器" in capsys.readouterr().out
     assert hi.main(out) == json.loads((tmp_path / "out" / "run.json").read_text("utf-8"))
 

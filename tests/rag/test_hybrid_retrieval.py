@@ -76,28 +76,47 @@ class Counting(HashedEmbedder):
 
 
 def test_only_missing_passages_are_embedded(tmp_path, capsys):
-    """中断之后只补没存的；文字变了的重算，不在了的删掉；别的语料的不动。"""
+    """中断之后只补没存的，说出来；文字变了的重算，不在了的删掉；别的语料的不动。"""
     embedder, corpus = Counting(), small()
-    store = open_store(f"faiss://{tmp_path}/s", embedder.fingerprint, embedder.dim)
-    hr.fill(store, Corpus("别的", [Document("甲", "不相干")], []), embedder)
-    hr.fill(store, Corpus("小", corpus.documents[:2], []), embedder, batch=1)
+    store, here = open_store(f"faiss://{tmp_path}/s", embedder.fingerprint, embedder.dim), {"corpus": "小"}
+    hr.fill(store, embedder, hr.chunks_of(Corpus("别的", [Document("甲", "不相干")], [])), {"corpus": "别的"})
+    hr.fill(store, embedder, hr.chunks_of(corpus)[:2], here, batch=1)
+    assert "库里已经有" not in capsys.readouterr().out
     embedder.embedded.clear()
-    hr.fill(store, corpus, embedder)
-    assert embedder.embedded == ["王伯也来了"]
-    corpus.documents[1] = Document("乙", "松鼠吃了面包")
-    hr.fill(store, corpus, embedder)
+    assert hr.fill(store, embedder, hr.chunks_of(corpus), here) == 1
     assert (
-        embedder.embedded[1:] == ["松鼠吃了面包"]
-        and store.count({"corpus": "小"}) == 3
-        and store.count() == 4
+        embedder.embedded == ["王伯也来了"] and "库里已经有 2 段，接着写缺的 1 段" in capsys.readouterr().out
     )
+    corpus.documents[1] = Document("乙", "松鼠吃了面包")
+    hr.fill(store, embedder, hr.chunks_of(corpus), here)
+    assert embedder.embedded[1:] == ["松鼠吃了面包"]
+    assert store.count(here) == 3 and store.count() == 4
     found = hr.search_dense(store, "小", embedder.queries(["小刚去了花园"]))[0]
-    assert found[0] == ("甲", pytest.approx(1.0, abs=1e-5)) and {name for name, _ in found} == {
-        "甲",
-        "乙",
-        "丙",
-    }
+    assert found[0] == ("甲", pytest.approx(1.0, abs=1e-5))
+    assert {name for name, _ in found} == {"甲", "乙", "丙"}
     store.close()
+
+
+def test_finished_slices_are_not_measured_again(finished, tmp_path, monkeypatch, capsys):
+    """断在第三片：前两片直接用，结果与一口气做完的相同。"""
+    arguments = [*finished[1][:-1], str(tmp_path / "r")]
+    measured, whole = [], hr.retrieve
+
+    def breaks_at_the_third(corpus, *rest):
+        measured.append(corpus.name)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return whole(corpus, *rest)
+
+    monkeypatch.setattr(hr, "retrieve", breaks_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        hr.main(arguments)
+    assert not (tmp_path / "r").exists()
+    again = hr.main(arguments)
+    assert len(measured) == 2 + 1 + 3  # 两片，断了的，再来的三片
+    said = capsys.readouterr().out
+    assert "plain：上次中断以前做完了" in said and "traditional：上次" not in said
+    assert again["metrics"] == finished[0]["metrics"]
 
 
 def test_methods_are_what_they_say(tmp_path):
