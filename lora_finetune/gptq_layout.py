@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import file_sha256
 from nlp_common.lm.checks import readable_errors
+from nlp_common.lm.compact import check_file, model_from_state, read_note
 
 WEIGHTS, SUMS = "model.safetensors", "sha256.json"
 AGAIN = "请重新复制，或重新运行 save_quantized.py --retrain"
@@ -113,7 +114,7 @@ def save_gptq(folder: Path, model, tokenizer, group: int) -> dict[str, float]:
 
 def load_gptq(folder: Path):
     """核对 sha256，读回来，还原成普通的 float32 模型：没有装 GPTQ 的内核也能用，只是不省内存。"""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     check_sums(folder)
     saved = load_file(folder / WEIGHTS)
@@ -128,12 +129,7 @@ def load_gptq(folder: Path):
     with readable_errors(str(folder)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     del config.quantization_config  # 已经还原成普通的权重了
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    model.tie_weights()
-    if unexpected or [name for name in missing if name != "lm_head.weight"]:
-        raise UserError(f"{folder} 的权重与 config.json 对不上（{[*missing, *unexpected][0]}）；{AGAIN}。")
-    return model.eval()
+    return model_from_state(folder, config, state, AGAIN).eval()
 
 
 def write_sums(folder: Path) -> dict[str, str]:
@@ -146,19 +142,8 @@ def write_sums(folder: Path) -> dict[str, str]:
 
 def check_sums(folder: Path) -> None:
     """没有写完、少了文件、内容变了，都是 UserError。"""
-    if not folder.is_dir():
-        raise UserError(f"没有文件夹 {folder}：先运行 python save_quantized.py。")
-    if not (folder / SUMS).is_file():
-        raise UserError(f"{folder} 没有 {SUMS}：没有写完，或不是 save_quantized.py 写的；{AGAIN}。")
-    try:
-        sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
-        pairs = list(sums.items())
-    except (ValueError, AttributeError):
-        raise UserError(f"{folder / SUMS} 坏了，读不出来；{AGAIN}。") from None
-    for name, wanted in pairs:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} 少了 {name}：没有写完，或没有复制完；{AGAIN}。")
-        if (found := file_sha256(folder / name)) != wanted:
-            raise UserError(
-                f"{folder / name} 坏了或被改过：sha256 是 {found[:12]}…，写的时候是 {wanted[:12]}…；{AGAIN}。"
-            )
+    sums = read_note(folder, SUMS, "save_quantized.py", AGAIN)
+    if not isinstance(sums, dict):
+        raise UserError(f"{folder / SUMS} 坏了，读不出来；{AGAIN}。")
+    for name, wanted in sums.items():
+        check_file(folder / name, str(wanted), AGAIN)

@@ -69,22 +69,16 @@ class Closed(Exception):
     """服务正在关。"""
 
 
-class Batcher:
-    """转圈的线程。finished(job) 在每个请求离座时调用（记数用）。"""
+class Line:
+    """队伍与座位的数；谁来算，看子类。finished(job) 在每个请求离座时调用（记数用）。"""
 
-    def __init__(
-        self, model: SlotModel, static: bool = False, most_waiting: int = 64,
-        finished: Callable[[Job], None] = lambda job: None, threads: int = 1,
-    ):  # fmt: skip
-        self.model, self.static, self.most_waiting, self.finished = model, static, most_waiting, finished
-        self.threads, self.slots = threads, model.slots
+    def __init__(self, slots: int, most_waiting: int, finished: Callable[[Job], None]):
+        self.slots, self.most_waiting, self.finished = slots, most_waiting, finished
         self.waiting: deque[Job] = deque()
-        self.seated: list[Job] = []  # 第 i 个坐在第 i 行
+        self.seated: list[Job] = []
         self.changed = threading.Condition()  # 队伍变了，或要关了
         self.closed = False
         self.steps, self.step_rows = 0, 0  # 转了几圈；每圈几个人，加起来
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
 
     def submit(self, job: Job) -> None:
         """排队。队伍满了是 Full：说一声忙，比让人没完没了地等好。"""
@@ -94,7 +88,26 @@ class Batcher:
             if len(self.waiting) >= self.most_waiting:
                 raise Full
             self.waiting.append(job)
-            self.changed.notify()
+            self.changed.notify_all()
+
+    def stop_all(self) -> None:
+        """在座的、在等的就此打住。self.changed 在手里的时候用。"""
+        for job in [*self.seated, *self.waiting]:
+            job.finish("shutdown")
+            job.left = True
+
+
+class Batcher(Line):
+    """转圈的线程。第 i 个在座的坐在第 i 行。"""
+
+    def __init__(
+        self, model: SlotModel, static: bool = False, most_waiting: int = 64,
+        finished: Callable[[Job], None] = lambda job: None, threads: int = 1,
+    ):  # fmt: skip
+        super().__init__(model.slots, most_waiting, finished)
+        self.model, self.static, self.threads = model, static, threads
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
 
     # ------------------------------------------------------------ 那个圈
 
@@ -180,9 +193,7 @@ class Batcher:
             self.changed.notify()
         self.thread.join(grace)
         with self.changed:
-            for job in [*self.seated, *self.waiting]:
-                job.finish("shutdown")
-                job.left = True
+            self.stop_all()
         self.thread.join()
 
 

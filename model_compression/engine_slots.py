@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from batching import Closed, Full, Job
+from batching import Job, Line
 from nlp_common.lm.generation import pad_left, padded_positions
 from slot_model import SlotCache
 
@@ -65,26 +65,17 @@ class EngineSlots:
         self.cache.drop(row)
 
 
-class LlamaBatcher:
-    """llama.cpp 里面有自己的圈：一个请求一个线程交给它，这里只管队伍与座位的数。与 batching.Batcher 一样地用。"""
+class LlamaBatcher(Line):
+    """llama.cpp 里面有自己的圈：一个请求一个线程交给它，这里只管队伍与座位的数（圈数数不到）。与 batching.Batcher 一样地用。"""
 
     def __init__(
         self, engine, slots: int, most_waiting: int = 64, finished: Callable[[Job], None] = lambda job: None
     ):
-        self.engine, self.slots, self.most_waiting, self.finished = engine, slots, most_waiting, finished
-        self.waiting: list[Job] = []
-        self.seated: list[Job] = []
-        self.changed = threading.Condition()
-        self.closed = False
-        self.steps = self.step_rows = 0  # 圈在它里面，数不到
+        super().__init__(slots, most_waiting, finished)
+        self.engine = engine
 
     def submit(self, job: Job) -> None:
-        with self.changed:
-            if self.closed:
-                raise Closed
-            if len(self.waiting) >= self.most_waiting:
-                raise Full
-            self.waiting.append(job)
+        super().submit(job)
         threading.Thread(target=self._answer, args=(job,), daemon=True).start()
 
     def _answer(self, job: Job) -> None:
@@ -125,8 +116,6 @@ class LlamaBatcher:
         with self.changed:
             self.closed = True
             self.changed.wait_for(lambda: not self.seated and not self.waiting, grace)
-            for job in [*self.seated, *self.waiting]:
-                job.finish("shutdown")
-                job.left = True
+            self.stop_all()
             self.changed.notify_all()
             self.changed.wait_for(lambda: not self.seated and not self.waiting, 10.0)

@@ -183,20 +183,12 @@ class TorchEngine(Engine):
         if precision == "int8":
             self.model = dynamic_int8(self.model)
         self.bytes_read = linear_bytes(self.model)
+        self.one_step = files.Step(self.model)  # 导出成 ONNX 的也是它
 
     @torch.no_grad()
     def step(self, input_ids, attention_mask, position_ids, past):
-        cache = files.DynamicCache(list(zip(past[::2], past[1::2], strict=True))) if past else None
-        out = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        layers = out.past_key_values.layers
-        return out.logits[:, -1], [part for layer in layers for part in (layer.keys, layer.values)]
+        logits, *past = self.one_step(input_ids, attention_mask, position_ids, *(past or []))
+        return logits, past
 
 
 def dynamic_int8(model: nn.Module) -> nn.Module:
@@ -295,19 +287,11 @@ class LlamaEngine(Engine):
     """xllamacpp：几个提示一次交给它，它自己管 K、V，自己排成一批（continuous batching）。几个线程可以同时用。"""
 
     def __init__(self, folder: Path, tokenizer, precision: str, cache, context, slots):
-        import xllamacpp
-
         super().__init__(tokenizer, read_config(folder), context)
         source = files.prepare(folder, "llama", precision, cache)
         self.bytes_read = files.noted(source)["bytes_read"]
-        params = xllamacpp.CommonParams()
-        params.model.path = str(source / "model.gguf")
-        params.n_ctx, params.n_parallel = self.context * slots, slots
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.verbosity, params.warmup = 0, False
         with readable(source):
-            self.server = xllamacpp.Server(params)
+            self.server = llama_engine.open_server(source / "model.gguf", self.context, slots)
         self.slots, self.letter = slots, encode_text(tokenizer, "a")[0]
 
     def logits(self, prompts: list[list[int]]) -> Tensor:

@@ -23,7 +23,10 @@ def greedy_replies(
     path: Path, chats: list[list[dict]], max_new_tokens: int, context: int
 ) -> tuple[list[dict], float]:
     """每段对话（以用户的话结尾）的贪心回答 → ([{"text", "ended"}], 每秒几个 token)。"""
-    ask = _xllamacpp(path, context) if engine() == "xllamacpp" else _llama_cpp(path, context)
+    if engine() == "xllamacpp":
+        ask = open_server(path, context).handle_chat_completions
+    else:
+        ask = _llama_cpp(path, context)
     replies, tokens, started = [], 0, time.perf_counter()
     for messages in chats:
         answer = ask({"messages": messages, "max_tokens": max_new_tokens, "temperature": 0.0, "top_k": 1})
@@ -34,17 +37,18 @@ def greedy_replies(
     return replies, tokens / (time.perf_counter() - started)
 
 
-def _xllamacpp(path: Path, context: int):
+def open_server(path: Path, context: int, slots: int = 1):
+    """xllamacpp 的服务，在这个进程里；一次最多一起写 slots 个，各有 context 个 token 的地方。"""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
-    params.n_ctx, params.n_parallel = context, 1
+    params.n_ctx, params.n_parallel = context * slots, slots
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     # 缓存也用 float32：默认是 float16，与 PyTorch 的差就不只是权重的
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.verbosity, params.warmup = 0, False
-    return xllamacpp.Server(params).handle_chat_completions
+    return xllamacpp.Server(params)
 
 
 def _llama_cpp(path: Path, context: int):
