@@ -1,4 +1,4 @@
-"""剪枝用的数据：校准的行、恢复时学的行、留出的行，与怎样量一个模型。
+"""剪枝与量化共用的：哪些设置，校准的行、恢复时学的行、留出的行，与怎样量一个模型。
 
 三种来处：小世界的对话（程序知道答案，量答对几成）；读者自己的对话；python_docs，Python 自带的英文语言手册
 （标准库的 pydoc_data，装了 Python 就有），给只懂英文的 SmolLM2 用，量困惑度。
@@ -9,18 +9,48 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from calibration import calibration_rows
 from measuring import measure
+from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.errors import UserError
 from nlp_common.data.chats import to_chats
 from nlp_common.lm.chat_rows import chat_length, chat_row, heldout_loss
 from nlp_common.tiny import world
+from nlp_common.train.settings import LessonSettings
 from nlp_common.train.splits import drop_long, load_train_and_eval
 
 DOCS_LENGTH = 128  # python_docs 一行几个 token
 N_HELDOUT = 16  # python_docs 留出几行
+
+
+@dataclass
+class CalibratedSettings(LessonSettings):
+    """压哪个模型，校准与量用什么数据。"""
+
+    # 没给的：False 是别的模型；True 是 smollm2（只懂英文，CPU 上慢，所以少试几样）
+    DEFAULTS: ClassVar[dict[bool, dict]] = {
+        False: {"dataset": "tiny_world"},
+        True: {"dataset": "python_docs"},
+    }
+
+    model: str | None = option("压哪个模型：文件夹、hub 名或 smollm2；默认是 Qwen 链 tiny 预设的 SFT 模型")
+    source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
+    dataset: str | None = option(
+        "校准与量的数据：tiny_world、python_docs（Python 自带的英文手册，smollm2 的默认），或自己的对话，写法同 SFT"
+    )
+    eval_dataset: str | None = option("自己的留出对话；没给就从 --dataset 里分出来")
+    n_calibration: int | None = option("校准用几段对话", limits=COUNT)
+    max_train_samples: int = option("自己的数据最多读几段；剪枝以后恢复，也学这么多段", 2000)
+    max_eval_samples: int | None = option("用几道留出的题（自己的数据：几段留出的对话）量", limits=COUNT)
+    max_length: int = option("自己的对话最多几个 token，更长的不用", 512)
+
+    def check(self) -> None:
+        for defaults in (self.DEFAULTS, CalibratedSettings.DEFAULTS):
+            for name, value in defaults[self.model == "smollm2"].items():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
 
 
 @dataclass

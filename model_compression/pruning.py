@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,9 +35,9 @@ from nlp_common.base.errors import UserError
 from nlp_common.lm.loading import load_chat_lm
 from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson, run_part
-from nlp_common.train.settings import LessonSettings, parse_settings
+from nlp_common.train.settings import parse_settings
 from nlp_common.train.stage import Stage
-from prune_data import PruneData, load_data
+from prune_data import CalibratedSettings, PruneData, load_data
 from prune_report import draw, share_key, show
 from sparse_speed import sparse_speed
 from sparse_weights import save_sparse, total_bytes
@@ -55,31 +55,17 @@ PRESETS = {
     "tiny": {"batch_size": 16, "max_eval_samples": 512},
     "full": {"batch_size": 8, "max_eval_samples": 512},
 }
-DEFAULTS = {  # 没给的：别的模型；smollm2（只懂英文，CPU 上慢，所以少试几样）
-    False: {
-        "dataset": "tiny_world",
-        "shares": "0.3,0.4,0.5,0.6,0.7,0.8,2:4",
-        "n_calibration": 128,
-        "recover_steps": 200,
-    },
-    True: {"dataset": "python_docs", "shares": "0.5,2:4", "n_calibration": 24, "recover_steps": 0},
-}
 
 
 @dataclass
-class PruneSettings(LessonSettings):
-    model: str | None = option("剪哪个模型：文件夹、hub 名或 smollm2；默认是 Qwen 链 tiny 预设的 SFT 模型")
-    source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
-    dataset: str | None = option(
-        "校准、恢复、量的数据：tiny_world、python_docs（Python 自带的英文手册，smollm2 的默认），或自己的对话，写法同 SFT"
-    )
-    eval_dataset: str | None = option("自己的留出对话；没给就从 --dataset 里分出来")
+class PruneSettings(CalibratedSettings):
+    DEFAULTS: ClassVar[dict[bool, dict]] = {
+        False: {"shares": "0.3,0.4,0.5,0.6,0.7,0.8,2:4", "n_calibration": 128, "recover_steps": 200},
+        True: {"shares": "0.5,2:4", "n_calibration": 24, "recover_steps": 0},
+    }
+
     methods: str = option(f"试哪几种，逗号隔开：{'、'.join(METHODS + VARIANTS)}", ",".join(METHODS))
     shares: str | None = option("剪几成，逗号隔开：0 到 1 之间的小数，或 2:4")
-    n_calibration: int | None = option("校准用几段对话", limits=COUNT)
-    max_train_samples: int = option("恢复时学几段对话（自己的数据：校准的也在里面）", 2000)
-    max_eval_samples: int | None = option("留出几道题（或几段对话）", limits=COUNT)
-    max_length: int = option("自己的对话最多几个 token，更长的不用", 512)
     recover_share: str = option("剪几成以后试着恢复", "0.7")
     recover_steps: int | None = option("恢复学几步；0 是不试", limits=NOT_NEGATIVE)
     batch_size: int | None = option("恢复时一步几段对话", limits=COUNT)
@@ -88,9 +74,7 @@ class PruneSettings(LessonSettings):
     save: str = option("存下哪一种，写成 办法-几成；load_sparse 读得回来", "sparsegpt-0.5")
 
     def check(self) -> None:
-        for name, value in DEFAULTS[self.model == "smollm2"].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        super().check()
         for name in self.methods.split(","):
             if name not in METHODS + VARIANTS:
                 known = "、".join(METHODS + VARIANTS)

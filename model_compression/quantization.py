@@ -22,23 +22,23 @@ import copy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar
 
 import torch
 
 from activation_outliers import int8_lesson, plant_outlier, smollm2_outliers
 from calibration import linear_blocks, walk_blocks
 from measuring import model_bytes
-from nlp_common.base.arguments import COUNT, option
+from nlp_common.base.arguments import option
 from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import bar_chart, line_chart
 from nlp_common.lm.loading import load_chat_lm
 from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson, run_part
-from nlp_common.train.settings import LessonSettings, parse_settings
+from nlp_common.train.settings import parse_settings
 from nlp_common.train.stage import Stage
 from packed_weights import Packed, packed_bytes, rest_of, save_packed
-from prune_data import load_data
+from prune_data import CalibratedSettings, load_data
 from quantizers import awq_scale, gptq, hessians_of, output_error, rtn
 
 HOME = Path(__file__).resolve().parent
@@ -53,33 +53,22 @@ PRESETS = {
     "tiny": {"max_eval_samples": 512},
     "full": {"max_eval_samples": 512, "bits": "4,3", "groups": "128"},
 }
-DEFAULTS = {  # 没给的：别的模型；smollm2（只懂英文，CPU 上慢，所以少试几样）
-    False: {"dataset": "tiny_world", "n_calibration": 128, "bits": "8,4,3,2", "groups": "32,64,128"},
-    True: {"dataset": "python_docs", "n_calibration": 32, "bits": "4,3", "groups": "64"},
-}
 
 
 @dataclass
-class QuantSettings(LessonSettings):
-    model: str | None = option("量化哪个模型：文件夹、hub 名或 smollm2；默认是 Qwen 链 tiny 预设的 SFT 模型")
-    source: Literal["hf", "modelscope"] = option("hub 名从哪里下载", "hf")
-    dataset: str | None = option(
-        "校准与量的数据：tiny_world、python_docs（Python 自带的英文手册，smollm2 的默认），或自己的对话，写法同 SFT"
-    )
-    eval_dataset: str | None = option("自己的留出对话；没给就从 --dataset 里分出来")
-    max_train_samples: int = option("自己的数据最多读几段", 2000)
-    max_length: int = option("自己的对话最多几个 token，更长的不用", 512)
-    max_eval_samples: int | None = option("用几道留出的题（自己的数据：几段留出的对话）量")
-    n_calibration: int | None = option("校准用几段对话", limits=COUNT)
+class QuantSettings(CalibratedSettings):
+    DEFAULTS: ClassVar[dict[bool, dict]] = {
+        False: {"n_calibration": 128, "bits": "8,4,3,2", "groups": "32,64,128"},
+        True: {"n_calibration": 32, "bits": "4,3", "groups": "64"},
+    }
+
     methods: str = option(f"试哪几种，逗号隔开：{'、'.join(METHODS)}", ",".join(METHODS))
     bits: str | None = option("几位，逗号隔开：2 到 8")
     groups: str | None = option("几个数共用一个刻度，逗号隔开")
     save: str = option("存下哪一种，写成 办法-位数-组；load_packed 读得回来", "gptq-4-64")
 
     def check(self) -> None:
-        for name, value in DEFAULTS[self.model == "smollm2"].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        super().check()
         for name in self.methods.split(","):
             if name not in METHODS:
                 raise UserError(
