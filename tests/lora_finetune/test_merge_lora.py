@@ -314,7 +314,8 @@ def test_bad_arguments(folders, tmp_path):
     assert "--adapter 与 --export 要一起给" in says("--adapter", one)
     assert "两个适配器都叫 one" in says("--adapter", one, "--adapter", one, "--export", out)
     assert "要一样多" in says("--adapter", one, "--adapter", two, "--weights", "1", "--export", out)
-    assert "逗号隔开的数" in says("--adapter", one, "--weights", "多", "--export", out)
+    for weights in ("多", "nan"):
+        assert "逗号隔开的数" in says("--adapter", one, "--weights", weights, "--export", out)
     assert "里已经有东西" in says("--adapter", one, "--export", one)
     assert "没有适配器文件夹" in says("--adapter", str(tmp_path / "no"), "--export", out)
 

@@ -55,6 +55,19 @@ def test_a_folder_without_linears_is_said(tmp_path):
         script.linear_weights(tmp_path, 2)
 
 
+def test_a_quantised_model_is_said(tmp_path, base_folder):
+    """压好的整数不是权重，再量化一次没有意义。"""
+    config = json.loads((base_folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((base_folder / name).read_bytes())
+    argv = [*SMALL, "--model", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="量化过"):
+        script.main(argv)
+
+
 def test_without_smollm2_the_real_weights_are_skipped(monkeypatch, capsys):
     monkeypatch.setattr(script.smollm2, "packages_installed", lambda: False)
     settings = script.parse_settings(script.TheorySettings, script.PRESETS, SMALL)

@@ -150,6 +150,21 @@ def test_half_written(chat_folder, broken, tmp_path):
     assert "不完整" in message and "lora_B" in message
 
 
+def test_a_missing_layer_and_a_broken_mark(chat_folder, broken):
+    """一层的 A、B 都不在了，留下的一对一对都齐，也看得出来；base.json 写了一半。"""
+    model = load_causal_lm(str(chat_folder))[1]
+
+    def lose_a_layer(folder):
+        file = folder / "adapter_model.safetensors"
+        tensors = load_file(file)
+        name = next(iter(tensors)).partition(".lora_")[0]
+        save_file({k: v for k, v in tensors.items() if not k.startswith(name)}, file)
+
+    assert "不完整" in error_of(check_base, broken(lose_a_layer, "layer"), model, str(chat_folder))
+    half = broken(lambda f: (f / "base.json").write_text('{"model"', encoding="utf-8"), "mark")
+    assert "base.json 读不出来" in error_of(check_base, half, model, str(chat_folder))
+
+
 def test_what_is_no_adapter(chat_folder, adapter, broken, tmp_path):
     assert "没有适配器文件夹" in error_of(read_adapter, tmp_path / "no")
     assert f"请用 --model {chat_folder}" in error_of(read_adapter, chat_folder)
@@ -166,6 +181,8 @@ def test_what_is_no_adapter(chat_folder, adapter, broken, tmp_path):
     nameless = broken(change(base_model_name_or_path=None), "nameless")
     assert "没有写它接在哪个模型上" in error_of(base_of, nameless)
     assert base_of(adapter) == str(chat_folder)
+    moved = broken(change(base_model_name_or_path=str(tmp_path / "elsewhere")), "moved")
+    assert "不在了" in error_of(base_of, moved) and "--model" in error_of(base_of, moved)
 
     def pickled(folder):
         (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
