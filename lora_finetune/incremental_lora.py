@@ -4,7 +4,7 @@
 旧数据混进一成就够了；分开存、用的时候切换，忘记恰好是 0；EWC 与 O-LoRA 的罚是怎样写的，护得住什么。
 
 运行：
-    python incremental_lora.py                                    # SFT 的问答 → 抽取 → 回顾，全部方法，约三分钟
+    python incremental_lora.py                                    # SFT 的问答 → 抽取 → 回顾，全部方法，约两分钟
     python incremental_lora.py --methods full,lora_r4,replay_5    # 只要几种
     python incremental_lora.py --tasks recap,extract              # 换个次序
     python incremental_lora.py --dataset 甲.jsonl --third_dataset 乙.jsonl --output_dir outputs/mine   # 接着学自己的

@@ -4,7 +4,7 @@
 照库的默认值来就什么也学不会；让模型换一种口气（本来就会的）几个虚拟 token 就够，教没见过的一样，加到 32 个也不行，LoRA 行。
 
 运行：
-    python ptuning_v2_demo.py                                  # 学习率 × 几个虚拟 token × 从哪里开始，约三分钟
+    python ptuning_v2_demo.py                                  # 学习率 × 几个虚拟 token × 从哪里开始，约两分钟
     python ptuning_v2_demo.py --virtual_tokens 16
     python ptuning_v2_demo.py --dataset 我的对话.jsonl --output_dir outputs/mine   # 换口气换成学自己的对话，看留出损失
     python ptuning_v2_demo.py --gradient_checkpointing true    # 重算激活：PEFT 的前缀会丢，这里的不会
