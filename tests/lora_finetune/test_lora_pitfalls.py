@@ -1,4 +1,4 @@
-"""别处常出的错：fp16 的适配器、全零的起点、α/r 藏着学习率、够不着的专家、合并存盘后学到的行还在。"""
+"""别处常出的错：fp16 的适配器、全零的起点、α/r 藏着学习率、够不着的专家、变了名字的 state_dict、合并存盘后学到的行还在。"""
 
 import copy
 
@@ -85,6 +85,22 @@ def test_fused_experts_are_not_reached_and_it_is_said(capsys):
     names = lora.add_lora(net, "all", r=2, alpha=4)
     assert len(names) == 4 and all("self_attn" in name for name in names)
     assert "专家" in capsys.readouterr().out
+
+
+def test_a_peft_state_dict_loaded_loosely_is_the_untrained_model(model, batch):
+    """名字都变了：strict=False 载回去不报错，模型还是没有学过的；合并以后名字才对得上。"""
+    peft = pytest.importorskip("peft", reason="要 peft 才有它的名字")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    judged = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        untrained, learned = (answer_loss(net, batch)[0] for net in (judged, wrapped))
+        assert judged.load_state_dict(wrapped.state_dict(), strict=False).unexpected_keys
+        assert torch.equal(answer_loss(judged, batch)[0], untrained) and not torch.equal(learned, untrained)
+        # get_peft_model 改的就是原来的模型：在它身上量到的是学过的
+        assert torch.equal(answer_loss(wrapped.get_base_model(), batch)[0], learned)
+        judged.load_state_dict(wrapped.merge_and_unload().state_dict())
+        torch.testing.assert_close(answer_loss(judged, batch)[0], learned, rtol=1e-4, atol=1e-4)
 
 
 def test_learned_rows_survive_merging_saving_and_loading(model, batch, tmp_path):
