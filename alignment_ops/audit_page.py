@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from html import escape
 from pathlib import Path
-from string import Template
 
 from curation_report import ARM_NAMES, FAULTS
 from curation_rows import STEPS, TABLES, Table
 from nlp_common.base.console import printable
+from nlp_common.draw.pages import fill_page
 from nlp_common.draw.plots import bar_chart, histogram
 
 TEMPLATE = Path(__file__).with_name("audit_page.html")
@@ -35,9 +35,7 @@ def page(tables: dict[str, Table], metrics: dict) -> str:
         f"{TABLES[name]}：{metrics[name]['rows']} 行，留下 {metrics[name]['kept']} 行，盖住个人信息的 {metrics[name]['masked']} 行"
         for name in tables
     )
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        summary=escape(summary), sections="\n".join(sections)
-    )
+    return fill_page(TEMPLATE, {"summary": escape(summary), "sections": "\n".join(sections)})
 
 
 def html_table(head: list[str], rows: list[list[str]], numbers: set[int] = frozenset()) -> str:

@@ -6,12 +6,11 @@ from collections import defaultdict
 
 import numpy as np
 
-from curation_rows import STEPS, TABLES, Table
+from curation_rows import STEPS, TABLES, Table, turns_of
 from label_errors import average_precision
 from nlp_common.base.console import print_table
 from nlp_common.base.intervals import mean_interval, paired_difference
 from personal_data import find_personal
-from planted_data import turns_of
 
 FAULTS = {
     "duplicate": "一样的",

@@ -9,7 +9,7 @@ import copy
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minhash import find_duplicates, find_exact
 from nlp_common.base.errors import UserError
@@ -17,8 +17,10 @@ from nlp_common.data.chats import to_chats, to_pairs, to_questions
 from nlp_common.data.overlap import leaking_lines, strings_in
 from nlp_common.data.rows import read_rows
 from personal_data import NAMES, mask
-from planted_data import Planted, turns_of
 from text_rules import garbage_fault, language_fault, other_languages
+
+if TYPE_CHECKING:
+    from planted_data import Planted
 
 SHORT = 40  # 一行不到这么多字的（寒暄、口令）本来就有许多一样的：只限份数，不当作近重复
 STEPS = {  # 步骤 → (名字, 它该查出哪几种毛病)
@@ -104,6 +106,11 @@ def table_of(read: list[dict], where: str, source: dict, before: int = 0) -> Tab
     return table
 
 
+def turns_of(row: dict) -> list[dict]:
+    """一行里全部的消息，依次；是 row 里的那几个，改了就改了。"""
+    return row["messages"] if "messages" in row else row["prompt"] + row["chosen"] + row["rejected"]
+
+
 # ---------------------------------------------------------------- 看文字就能做的几步
 
 
@@ -150,7 +157,13 @@ def mixed_note(mixed: int) -> str:
 
 
 def drop_duplicates(table: Table, threshold: float, short_copies: int) -> None:
-    """先是一样的（只差标点、空白），再是近重复。短的行一样的留 short_copies 份。"""
+    """先是一样的，再是近重复。"""
+    drop_exact(table, short_copies)
+    drop_near(table, threshold)
+
+
+def drop_exact(table: Table, short_copies: int) -> None:
+    """一样的（只差标点、空白）留第一份；短的行留 short_copies 份。"""
     texts = {number: text_of(table.rows[number]) for number in table.alive}
     numbers = list(texts)
     copies, same, reasons = Counter(), {}, {}
@@ -161,6 +174,11 @@ def drop_duplicates(table: Table, threshold: float, short_copies: int) -> None:
             same[number] = numbers[kept]
             reasons[number] = f"一样：与第 {table.places[numbers[kept]]} 条"
     table.drop("duplicate", reasons, same)
+
+
+def drop_near(table: Table, threshold: float) -> None:
+    """近重复；短的行不看。"""
+    texts = {number: text_of(table.rows[number]) for number in table.alive}
     numbers = [number for number in table.alive if len(texts[number]) >= SHORT]
     same, reasons = {}, {}
     for duplicate in find_duplicates([texts[number] for number in numbers], threshold):

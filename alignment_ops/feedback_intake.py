@@ -10,10 +10,15 @@ import copy
 import random
 from collections import Counter
 
-from curation_rows import mask_all
-from minhash import find_exact
+from curation_rows import (
+    Table,
+    drop_exact,
+    drop_garbage,
+    drop_other_languages,
+    mask_personal,
+    turns_of,
+)
 from planted_text import broken_text, foreign_turns, personal_sentence
-from text_rules import garbage_fault, language_fault
 
 DIRT = 0.04  # 每样脏东西占几成
 
@@ -25,13 +30,13 @@ def with_dirt(rows: list[dict], seed: int) -> list[dict]:
     dirty = [copy.deepcopy(row) for row in rows]
     for row in rng.sample(dirty, n):
         _, _, sentence = personal_sentence(rng)
-        asked = turns(row)[0]
+        asked = turns_of(row)[0]
         asked["content"] = sentence + asked["content"]
     added = [copy.deepcopy(row) for row in rng.sample(rows, n)]  # 抄了一份
     for row in rng.sample(rows, n):
         row = copy.deepcopy(row)
-        answer = turns(row)[-1]
-        _, answer["content"] = broken_text(rng, answer["content"], turns(row)[0]["content"])
+        answer = turns_of(row)[-1]
+        _, answer["content"] = broken_text(rng, answer["content"], turns_of(row)[0]["content"])
         added.append(row)
     for row in rng.sample(rows, n):
         _, said = foreign_turns(rng)
@@ -50,28 +55,16 @@ def _foreign(row: dict, said: list[str]) -> dict:
     return row | {"prompt": [asked], "chosen": [told], "rejected": [rejected]}
 
 
-def turns(row: dict) -> list[dict]:
-    """一行里的全部消息，依次；是 row 里的那几个，改了就改了。"""
-    return [message for name in ("messages", "prompt", "chosen", "rejected") for message in row.get(name, [])]
-
-
 def curate(rows: list[dict]) -> tuple[list[dict], list[dict], int]:
-    """→ (留下的, 丢掉的 ``{"reason", "row"}``, 抹去了几处个人信息)。不改 rows。"""
-    kept, dropped, masked = [], [], 0
-    for row in rows:
-        said = turns(row)
-        reason = garbage_fault(said) or language_fault(said)
-        if reason:
-            dropped.append({"reason": reason, "row": mask_all(row, [])})  # 丢掉的行也要存：同样盖住
-            continue
-        kinds: list[str] = []
-        kept.append(mask_all(row, kinds))
-        masked += len(kinds)
-    texts = ["\n".join(f"{each['role']}：{each['content']}" for each in turns(row)) for row in kept]
-    repeated = dict(find_exact(texts))
-    dropped += [{"reason": "重复", "row": kept[place]} for place in repeated]
-    return [row for place, row in enumerate(kept) if place not in repeated], dropped, masked
+    """→ (留下的, 丢掉的行与原因, 留下的里盖住了几处个人信息)。不改 rows。步骤就是 dataset_curation.py 看文字的那几步。"""
+    table = Table("pairs" if rows and "chosen" in rows[0] else "chats", rows, {})
+    mask_personal(table)
+    drop_garbage(table)
+    drop_other_languages(table, ("zh",))
+    masked = sum(len(table.masked.get(number, [])) for number in table.alive)
+    drop_exact(table, short_copies=1)
+    return table.curated(), table.dropped, masked
 
 
 def reasons(dropped: list[dict]) -> dict[str, int]:
-    return dict(Counter(each["reason"] for each in dropped).most_common())
+    return dict(Counter(each["reason"].partition("：")[0] for each in dropped).most_common())

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from html import escape
 from pathlib import Path
-from string import Template
 
+from nlp_common.base.runs import write_text
+from nlp_common.draw.pages import fill_page
 from nlp_common.draw.plots import bar_chart
 from pipeline_exam import EXAMS
 from row_checks import REASONS
@@ -42,7 +43,7 @@ def write_page(
         "lengths": lengths_table(rows),
         "samples": samples_table(rows),
     }
-    path.write_text(Template(TEMPLATE.read_text(encoding="utf-8")).substitute(parts), encoding="utf-8")
+    write_text(path, fill_page(TEMPLATE, parts))
 
 
 def steps(metrics: dict, rows: dict[str, list[dict]]) -> str:
@@ -54,7 +55,7 @@ def steps(metrics: dict, rows: dict[str, list[dict]]) -> str:
         "行训练": len(rows["train"]),
         "行留出": len(rows["heldout"]),
     }
-    return "".join(f'<div class="step"><b>{count:,}</b>{name}</div>' for name, count in counts.items())
+    return "".join(f'<div class="card"><b>{count:,}</b>{name}</div>' for name, count in counts.items())
 
 
 def files_table(documents: list, cleaned: list, faults: list[str]) -> str:

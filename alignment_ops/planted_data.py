@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from curation_rows import turns_of
 from nlp_common.tiny import world
 from planted_text import broken_text, foreign_turns, lookalike_turns, personal_sentence, reworded
 
@@ -185,11 +186,6 @@ def _annotate(rng: random.Random, row: dict) -> bool:
 
 
 # ---------------------------------------------------------------- 小零件
-
-
-def turns_of(row: dict) -> list[dict]:
-    """一行里全部的消息。"""
-    return row["messages"] if "messages" in row else row["prompt"] + row["chosen"] + row["rejected"]
 
 
 def copied(row: dict) -> dict:

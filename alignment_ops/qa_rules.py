@@ -6,26 +6,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from text_cleaning import ENDS, PAIR, Cleaned
 
-PRONOUN = re.compile(r"它们?|他们?|她们?|该馆|本馆|本公司|其")
+PRONOUN = r"它们?|他们?|她们?|该馆|本馆|本公司|其"
 TIMES = "清晨|早上|上午|正午|中午|下午|傍晚|晚上|深夜|拂晓|日落|周末"
 TIME = rf"(?:每?(?:周|星期)[一二三四五六日天](?:至(?:周|星期)?[一二三四五六日天])?|\d{{4}}年(?:\d+月)?(?:\d+日)?|\d+月\d+日|{TIMES})"
+DIGIT = r"[\d.,零一二两三四五六七八九十百千万半]"
 NUMBER = r"(?:\d[\d.,]*|[零一二两三四五六七八九十百千万半]+)"
 UNIT = "天|本|元|角|次|人|岁|年|个月|小时|分钟|公里|米|页|册|间|层|倍|%"
 CARE = "照看|照顾|负责|管理|保管|主持|写|发明|创办"  # 由人来做的事
 EAT = "吃|喝|种|养|卖"
-CONDITION = re.compile(r"满$|之后|以后|到期|如果|超过|[^，]*时$")  # 说的是条件，不是一件事
+CONDITION = r"满$|之后|以后|到期|如果|超过|[^，]*时$"  # 说的是条件，不是一件事
 CLAUSE = r"[^，。！？；：\s]"
 # 接着上一句说的，或带着条件：单独拿出来成了问题，意思就变了
 LINKED = re.compile(
     r"^(?:因为|由于|但|如果|虽然|即使|当|而|并|且|所以|因此|其中|后来|于是|此后|之后|到了|后)"
 )
-ADVERB = re.compile(r"(?:通常|一般|都|也|均|主要|曾|曾经|已|已经|正|将|则|就|才|又|还|再)$")
-YEARS = re.compile(r"(?:期|共|约|达|长|要|需|为|了)$")  # "有效期三年"的年是多少，"顺治七年"的不是
+ADVERB = r"(?:通常|一般|都|也|均|主要|曾|曾经|已|已经|正|将|则|就|才|又|还|再)$"
+# 数字后面是"年"的：只认"有效期三年"这样的，不认"顺治七年"、"1990年"
+NOT_A_YEAR = rf"(?:(?<=[期共约达长要需为了])(?!{DIGIT}{{3,}}年)|(?!{NUMBER}年))"
 
 
 @dataclass(frozen=True)
@@ -111,120 +112,94 @@ def pairs_of(passage: Passage) -> list[Pair]:
         told = with_subject(plain, passage.subject)
         if LINKED.match(told):
             continue
-        for rule, make in RULES.items():
-            made = make(told, passage.subject)
-            if made is None:
-                continue
-            questions, answer, said = made
-            pair = Pair(
-                passage.document, passage.text, passage.subject, rule, tuple(questions), answer, said, plain
-            )
-            found.setdefault(pair.questions[0], pair)
-            break  # 前面的规则认得更准，一句只用一条
+        for name, rule in RULES.items():
+            if made := ask(rule, told, passage.subject):
+                questions, answer, said = made
+                pair = Pair(
+                    passage.document, passage.text, passage.subject, name, questions, answer, said, plain
+                )
+                found.setdefault(questions[0], pair)
+                break  # 前面的规则认得更准，一句只用一条
     return list(found.values())
 
 
 def with_subject(sentence: str, subject: str) -> str:
     """句里第一个代词换成标题：问题离开了这一段，"它"就不知道是谁了。"""
-    return PRONOUN.sub(subject, sentence, count=1) if subject else sentence
+    return re.sub(PRONOUN, lambda _: subject, sentence, count=1) if subject else sentence
 
 
-Made = tuple[list[str], str, str]  # (几种问法, 答案, 完整的一句回答)
+@dataclass(frozen=True)
+class Rule:
+    """一种句式。patterns 里的 {s} 是标题，组 answer 是答案；各组填进 asks（三种问法，最后一种留着考）与 said。
+
+    refused：{哪一组: 像这样就不认}。
+    """
+
+    patterns: tuple[str, ...]
+    asks: tuple[str, str, str]
+    said: str
+    refused: dict[str, str] = field(default_factory=dict)
 
 
-def _key_value(sentence: str, subject: str) -> Made | None:
-    found = PAIR.match(sentence)
-    if not found or not subject:
+def ask(rule: Rule, sentence: str, subject: str) -> tuple[tuple[str, ...], str, str] | None:
+    """→ (几种问法, 答案, 完整的一句回答)；不是这种句式是 None。要标题的，没有标题就不认。"""
+    if not subject and any("{s}" in text for text in (*rule.patterns, rule.said)):
         return None
-    name, value = found[1].strip(), found[2].strip()
-    asks = [f"{subject}的{name}是什么？", f"{subject}是什么{name}？", f"说出{subject}的{name}。"]
-    return asks, value, f"{subject}的{name}是{value}。"
-
-
-def _attribute(sentence: str, subject: str) -> Made | None:
-    """甲的乙是丙。"""
-    found = re.match(rf"({re.escape(subject)})的({CLAUSE}{{1,8}})[是为]({CLAUSE}{{1,16}})[，。]", sentence)
-    if not found or not subject:
+    tries = (re.match(pattern.replace("{s}", re.escape(subject)), sentence) for pattern in rule.patterns)
+    if (found := next((each for each in tries if each), None)) is None:
         return None
-    return _key_value(f"{found[2]}：{found[3]}", subject)
-
-
-def _place(sentence: str, subject: str) -> Made | None:
-    found = re.match(rf"({CLAUSE}+?)(住在|位于|坐落在|设在|放在)({CLAUSE}{{1,16}})[，。]", sentence)
-    if not found or re.search(r"[是有在]", found[1]) or ADVERB.search(found[1]):
+    parts = {name: text.strip() for name, text in found.groupdict().items()} | {"s": subject}
+    if any(re.search(pattern, parts[name]) for name, pattern in rule.refused.items()):
         return None
-    who, verb, place = found.groups()
-    asks = [f"{who}{verb}哪里？", f"{who}{verb}什么地方？", f"要找{who}，去哪里？"]
-    return asks, place, f"{who}{verb}{place}。"
+    return tuple(each.format(**parts) for each in rule.asks), parts["answer"], rule.said.format(**parts)
 
 
-def _carer(sentence: str, subject: str) -> Made | None:
-    """照看甲的是乙；甲由乙照看。"""
-    found = re.match(rf"({CARE})({CLAUSE}+?)的是({CLAUSE}{{1,8}})[，。]", sentence)
-    if found:
-        verb, what, who = found.groups()
-    else:
-        found = re.match(rf"({CLAUSE}+?)由({CLAUSE}{{1,8}}?)({CARE})[，。]", sentence)
-        if not found:
-            return None
-        what, who, verb = found.groups()
-    if ADVERB.search(what):
-        return None
-    asks = [f"{verb}{what}的是谁？", f"谁{verb}{what}？", f"{what}由谁{verb}？"]
-    return asks, who, f"{verb}{what}的是{who}。"
-
-
-def _time(sentence: str, subject: str) -> Made | None:
-    found = re.match(rf"({CLAUSE}+?)(?:在|于|每天|是在)({TIME})({CLAUSE}{{1,12}})[，。]", sentence)
-    if not found:
-        return None
-    who, when, does = found.groups()
-    if re.match(r"[及和与、至到或~～\-代时\d]", does) or re.search(r"[时前后起间]$", does):
-        return None  # "1980年代"、"2002年时"、"2014年之前"：说的不是做这件事的那一刻
-    if ADVERB.search(who) or who.startswith("在"):
-        return None
-    asks = [f"{who}什么时候{does}？", f"{who}是什么时候{does}的？", f"什么时候{who}{does}？"]
-    return asks, when, f"{who}{when}{does}。"
-
-
-def _object(sentence: str, subject: str) -> Made | None:
-    """甲爱吃乙。"""
-    found = re.match(rf"({CLAUSE}+?)((?:每天|爱|只|常|最爱)(?:{EAT}))({CLAUSE}{{1,12}})[，。]", sentence)
-    if not found:
-        return None
-    who, verb, what = found.groups()
-    asks = [f"{who}{verb}什么？", f"{who}{verb}的是什么？", f"{who}{verb}的东西是什么？"]
-    return asks, what, f"{who}{verb}{what}。"
-
-
-def _number(sentence: str, subject: str) -> Made | None:
-    """普通图书借期三十天 → 普通图书借期多少天？说的是什么，取数字前面的一小句；太短就接上标题。"""
-    found = re.match(rf"({CLAUSE}{{2,20}}?)({NUMBER})({UNIT})(?=[，。；])", sentence)
-    if not found or PRONOUN.search(found[1]) or re.search(r"[第每各等独\d]$", found[1]):
-        return None
-    what, amount, unit = found.groups()
-    if CONDITION.search(what) or (unit == "年" and (len(amount) > 2 or not YEARS.search(what))):
-        return None
-    asks = [f"{what}多少{unit}？", f"{what}几{unit}？", f"想知道{what}多少{unit}。"]
-    return asks, amount + unit, f"{what}{amount}{unit}。"
-
-
-def _definition(sentence: str, subject: str) -> Made | None:
-    """甲是乙。只认以标题开头的：别的"是"，多半不是在下定义。"""
-    found = re.match(rf"({re.escape(subject)})(?:是指|是|指)([^。！？]{{4,40}})。", sentence)
-    if not found or not subject:
-        return None
-    what, meaning = found.groups()
-    return [f"{what}是什么？", f"什么是{what}？", f"{what}指什么？"], meaning, f"{what}是{meaning}。"
-
-
-RULES: dict[str, Callable[[str, str], Made | None]] = {
-    "key_value": _key_value,
-    "attribute": _attribute,
-    "place": _place,
-    "carer": _carer,
-    "time": _time,
-    "number": _number,
-    "object": _object,
-    "definition": _definition,
+KEY_VALUE = Rule(
+    (PAIR.pattern,),
+    ("{s}的{name}是什么？", "{s}是什么{name}？", "说出{s}的{name}。"),
+    "{s}的{name}是{answer}。",
+)
+RULES = {
+    "key_value": KEY_VALUE,
+    "attribute": replace(  # 甲的乙是丙
+        KEY_VALUE, patterns=(rf"{{s}}的(?P<name>{CLAUSE}{{1,8}})[是为](?P<answer>{CLAUSE}{{1,16}})[，。]",)
+    ),
+    "place": Rule(
+        (rf"(?P<who>{CLAUSE}+?)(?P<verb>住在|位于|坐落在|设在|放在)(?P<answer>{CLAUSE}{{1,16}})[，。]",),
+        ("{who}{verb}哪里？", "{who}{verb}什么地方？", "要找{who}，去哪里？"),
+        "{who}{verb}{answer}。",
+        {"who": rf"[是有在]|{ADVERB}"},
+    ),
+    "carer": Rule(  # 照看甲的是乙；甲由乙照看
+        (
+            rf"(?P<verb>{CARE})(?P<what>{CLAUSE}+?)的是(?P<answer>{CLAUSE}{{1,8}})[，。]",
+            rf"(?P<what>{CLAUSE}+?)由(?P<answer>{CLAUSE}{{1,8}}?)(?P<verb>{CARE})[，。]",
+        ),
+        ("{verb}{what}的是谁？", "谁{verb}{what}？", "{what}由谁{verb}？"),
+        "{verb}{what}的是{answer}。",
+        {"what": ADVERB},
+    ),
+    "time": Rule(
+        (rf"(?P<who>{CLAUSE}+?)(?:在|于|每天|是在)(?P<answer>{TIME})(?P<does>{CLAUSE}{{1,12}})[，。]",),
+        ("{who}什么时候{does}？", "{who}是什么时候{does}的？", "什么时候{who}{does}？"),
+        "{who}{answer}{does}。",
+        # "1980年代"、"2002年时"、"2014年之前"：说的不是做这件事的那一刻
+        {"who": rf"^在|{ADVERB}", "does": r"^[及和与、至到或~～\-代时\d]|[时前后起间]$"},
+    ),
+    "number": Rule(  # 普通图书借期三十天：说的是什么，取数字前面的一小句
+        (rf"(?P<what>{CLAUSE}{{2,20}}?){NOT_A_YEAR}(?P<answer>{NUMBER}(?P<unit>{UNIT}))(?=[，。；])",),
+        ("{what}多少{unit}？", "{what}几{unit}？", "想知道{what}多少{unit}。"),
+        "{what}{answer}。",
+        {"what": rf"{PRONOUN}|[第每各等独\d]$|{CONDITION}"},
+    ),
+    "object": Rule(  # 甲爱吃乙
+        (rf"(?P<who>{CLAUSE}+?)(?P<verb>(?:每天|爱|只|常|最爱)(?:{EAT}))(?P<answer>{CLAUSE}{{1,12}})[，。]",),
+        ("{who}{verb}什么？", "{who}{verb}的是什么？", "{who}{verb}的东西是什么？"),
+        "{who}{verb}{answer}。",
+    ),
+    "definition": Rule(  # 甲是乙：只认以标题开头的，别的"是"多半不是在下定义
+        (r"{s}(?:是指|是|指)(?P<answer>[^。！？]{4,40})。",),
+        ("{s}是什么？", "什么是{s}？", "{s}指什么？"),
+        "{s}是{answer}。",
+    ),
 }

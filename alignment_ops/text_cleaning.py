@@ -16,7 +16,9 @@ PUNCTUATION = "，。！？；：、（）《》“”"
 ENDS = tuple("。！？；：…”）")  # 一行以这些结尾，就是说完了
 BOILERPLATE_SHARE, BOILERPLATE_LEAST = 0.3, 3  # 同一种文件里，三成以上、至少三份都有的行
 PAIR_SHARE, PAIR_LEAST = 0.9, 5  # "名称：内容"的行本来就会重样：几乎份份都有才算
-PAIR = re.compile(r"^\s*(?:[-*·•]\s*)?([^：:|，。？！]{1,12})\s*[：:]\s*([^：:|。？！]{1,40})$")  # 名称：内容
+PAIR = re.compile(  # 名称：内容
+    r"^\s*(?:[-*·•]\s*)?(?P<name>[^：:|，。？！]{1,12})\s*[：:]\s*(?P<answer>[^：:|。？！]{1,40})$"
+)
 TWO_CELLS = re.compile(r"^([^：:|，。？！]{1,12}) \| ([^：:|。？！]{1,40})$")  # 表格里的一行，两格
 INVISIBLE = re.compile(r"[\u200b-\u200f\u2060\ufeff\u00ad\x00-\x08\x0b\x0c\x0e-\x1f]")
 FULL_WIDTH = {

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 
 from customer_service import watched
 from nlp_common.base.console import printable
 from nlp_common.base.runs import write_text
+from nlp_common.draw.pages import fill_page
 from nlp_common.draw.plots import line_chart
 from poisoned_week import DEFENCES
 
@@ -34,7 +34,7 @@ def write_page(
         "handover": handover_table(metrics["handover"]),
         "poison": poison_section(metrics["poison"]) if "poison" in metrics else "",
     }
-    write_text(path, Template(TEMPLATE.read_text(encoding="utf-8")).substitute(parts))
+    write_text(path, fill_page(TEMPLATE, parts))
 
 
 def weeks_chart(path: Path | None, metrics: dict, titles: dict[str, str]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from html import escape
 from pathlib import Path
-from string import Template
 
+from nlp_common.draw.pages import fill_page
 from nlp_common.draw.plots import COLORS
 from results import lower_is_better, shown
 
@@ -28,7 +28,7 @@ def page(
         "samples": "".join(sample_table(name, rows) for name, rows in samples.items()),
         "sources": sources_table(results),
     }
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(parts)
+    return fill_page(TEMPLATE, parts)
 
 
 def in_order(results: list[dict], baseline: str) -> list[str]:

@@ -13,11 +13,11 @@ import pytest
 
 import dataset_curation as script
 from curation_report import FAULTS, precision_recall
-from curation_rows import Table, drop_duplicates, mask_personal, read_table, text_of
+from curation_rows import Table, drop_duplicates, mask_personal, read_table, text_of, turns_of
 from nlp_common.base.errors import UserError
 from nlp_common.tiny import world
 from nlp_common.train.settings import parse_settings
-from planted_data import ANNOTATORS, copied, kind_of, planted_chats, planted_pairs, slot_of, turns_of
+from planted_data import ANNOTATORS, copied, kind_of, planted_chats, planted_pairs, slot_of
 
 ASKED = world.heldout_questions(60, script.LEAKED_SEED)
 
