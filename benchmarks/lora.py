@@ -218,7 +218,7 @@ def compare(size: str, rows: int, repeats: int, folder: Path) -> dict:
     if "trl_default" in found:
         assert row["trainable_lora"] == row["trainable_trl_default"], "两边学的参数不一样多"
         row["ratio"] = round(row["lora"] / max(row["trl_default"], row["trl_no_checkpointing"]), 2)
-    row["step_over_full"] = round(row["full"] / row["lora"], 3)
+    row["step_over_full"] = round(row["step_lora_ms"] / row["step_full_ms"], 3)
     return row
 
 
