@@ -75,10 +75,7 @@ HELP = """  switch 名字   换一个模型接着聊（base、sft、dpo、ppo、
   save 文件     把这次的对话存下来（保存）：.jsonl 是 messages 格式，可以当 --dataset 用；其余是文本
   quit          退出（退出、exit、Ctrl-D）；回答时按 Ctrl-C 只停下这个回答"""
 
-TINY_NOTE = (
-    "小世界的模型只会读一个小故事、回答里面的事。寒暄（你好、你是谁？）是 SFT 教的；"
-    "PPO 的题里没有寒暄，学完会忘掉一些。"
-)
+TINY_NOTE = "小世界的模型只会读一个小故事、回答里面的事，和几句寒暄（你好、你是谁？）；别的话它没有学过，也会答，答的不算数。"
 
 
 @dataclass

@@ -138,7 +138,9 @@ def open_result(
     """
     with open_run(path.expanduser().resolve()) as folder:
         stage = Stage(name, settings, folder, wanted, parents or {})
-        stage.record = on_main(lambda: _find_record(folder, wanted, settings.retrain, reuse))
+        # --show_batch 只看数据：有没有训练过都一样
+        anew = settings.retrain or getattr(settings, "show_batch", False)
+        stage.record = on_main(lambda: _find_record(folder, wanted, anew, reuse))
         if stage.record is None:
             on_main(lambda: folder.start(wanted))
             stage.started_with = how_started(name, settings)

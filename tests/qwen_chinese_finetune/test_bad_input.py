@@ -231,12 +231,17 @@ def test_two_runs_in_one_folder(base, tmp_path, main_of):
 
 
 def test_show_batch_prints_what_is_learned(base, tmp_path, main_of, capsys):
+    """只看数据：早已训练过的也给看，那份结果不动。"""
+    done = tmp_path / "s" / "run.json"
+    done.parent.mkdir()
+    done.write_text('{"stage": "sft", "fingerprint": {}, "metrics": {}}', encoding="utf-8")
+    before = done.read_bytes()
     main_of("sft_chinese_qwen.py")(
         ["--preset", "tiny", "--model", base, "--output_dir", str(tmp_path / "s"), "--show_batch"]
     )
     shown = capsys.readouterr().out
     assert "<|im_end|>" in shown and "算损失" in shown
-    assert not (tmp_path / "s").exists()
+    assert list(done.parent.iterdir()) == [done] and done.read_bytes() == before
 
 
 # ---- 读者真有的文件与文件夹（issue 19） ----
