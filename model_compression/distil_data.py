@@ -18,6 +18,7 @@ class Data:
     """学的对话，与怎样量：小世界答对几成；自己的对话没有程序判对错，量留出的 e^−L（每个 token 平均给对的几成概率）。"""
 
     train: list[dict]
+    rows: list[dict]  # train 分好词的：几种学法都用，只分一次
     heldout: list[dict]
     source: dict
     tiny: bool
@@ -25,8 +26,9 @@ class Data:
     def score(self, model, tokenizer, quick: bool = False) -> float:
         """quick：训练途中看看，用另一份题，最后的成绩不用它挑。"""
         if not self.tiny:
-            rows = [chat_row(tokenizer, chat["messages"]) for chat in self.heldout]
-            return math.exp(-heldout_loss(model, rows, tokenizer.pad_token_id, 8))
+            return math.exp(
+                -heldout_loss(model, chat_rows(tokenizer, self.heldout), tokenizer.pad_token_id, 8)
+            )
         n = len(self.heldout)
         questions = world.heldout_questions(min(n, 128), seed=1) if quick else self.heldout
         return qa_accuracy(model, tokenizer, questions)
@@ -42,9 +44,8 @@ def load_data(settings: Any, tokenizer) -> Data:
     if settings.dataset == "tiny_world":
         train = world.chats(settings.max_train_samples, settings.seed)
         heldout = world.heldout_questions(settings.max_eval_samples, seed=0)
-        return Data(
-            train, heldout, {"train": {"name": "tiny_world", "kind": "builtin", "rows": len(train)}}, True
-        )
+        source = {"train": {"name": "tiny_world", "kind": "builtin", "rows": len(train)}}
+        return Data(train, chat_rows(tokenizer, train), heldout, source, True)
     train, heldout, source = load_train_and_eval(settings, "chats", to_chats)
     train, heldout = (
         drop_long(
@@ -52,4 +53,8 @@ def load_data(settings: Any, tokenizer) -> Data:
         )
         for rows in (train, heldout)
     )
-    return Data(train, heldout, source, False)
+    return Data(train, chat_rows(tokenizer, train), heldout, source, False)
+
+
+def chat_rows(tokenizer, chats: list[dict]) -> list[dict]:
+    return [chat_row(tokenizer, chat["messages"]) for chat in chats]

@@ -31,7 +31,7 @@ from typing import Literal
 import torch
 from transformers import get_scheduler
 
-from distil_data import Data, load_data
+from distil_data import Data, chat_rows, load_data
 from distil_losses import divergence
 from distil_student import pretrain, small_student
 from nlp_common.base.arguments import COUNT, SHARE, option
@@ -39,7 +39,7 @@ from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import bar_chart, line_chart
 from nlp_common.fast.columns import labelled_logits
 from nlp_common.hub.models import require_model
-from nlp_common.lm.chat_rows import answer_loss, chat_row, collate
+from nlp_common.lm.chat_rows import answer_loss, collate
 from nlp_common.lm.chatml import prompt_ids
 from nlp_common.lm.loading import load_chat_lm
 from nlp_common.lm.losses import IGNORE, count_labels
@@ -142,21 +142,21 @@ def distil(part: Stage, method: Method, student, teacher, tokenizer, data: Data)
     settings, device = part.settings, part.device
     rng, generator = random.Random(settings.seed), torch.Generator(device).manual_seed(settings.seed)
     seconds = -clock(device)
-    rows = rows_of(method, teacher, tokenizer, data.train, settings)
+    chats, rows = lessons_of(method, teacher, tokenizer, data, settings)
     seconds += clock(device)
     curve, recent, prepared = [], [], seconds
     n_steps = max(8, round(settings.max_steps * method.share))
     optimizer = make_optimizer(student, settings)
     schedule = get_scheduler("linear", optimizer, math.ceil(0.05 * n_steps), n_steps)
-    batches = batches_of(rows, settings.per_device_train_batch_size, settings.seed)
+    batches = batches_of(chats, settings.per_device_train_batch_size, settings.seed)
     student.train()
     for step in range(1, n_steps + 1):
         seconds -= clock(device)
-        chosen = [rows[index] for index in next(batches)]
+        chosen = next(batches)
         if method.answers == "student" and rng.random() < settings.on_policy_share:
-            batch = student_answers(student, tokenizer, chosen, rng, generator)
+            batch = student_answers(student, tokenizer, [chats[index] for index in chosen], rng, generator)
         else:
-            batch = collate([chat_row(tokenizer, row["messages"]) for row in chosen], tokenizer.pad_token_id)
+            batch = collate([rows[index] for index in chosen], tokenizer.pad_token_id)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         n = count_labels(batch)
         if method.beta is None:
@@ -189,15 +189,15 @@ def teacher_loss(student, teacher, batch: dict, method: Method) -> torch.Tensor:
     return divergence(logits, wanted, method.beta, method.temperature)
 
 
-def student_answers(student, tokenizer, rows: list[dict], rng: random.Random, generator) -> dict:
+def student_answers(student, tokenizer, chats: list[dict], rng: random.Random, generator) -> dict:
     """on-policy：每段对话抽一问，学生自己答（温度 1）；学的就是它自己会走到的那些前文。
 
     它答错了，老师在错的前文之后给的概率，教它怎样收场；数据里的答案从来没有这样的前文。
     """
     prompts = []
-    for row in rows:
-        turns = [place for place, message in enumerate(row["messages"]) if message["role"] == "assistant"]
-        prompts.append(prompt_ids(tokenizer, row["messages"][: rng.choice(turns)]))
+    for chat in chats:
+        turns = [place for place, message in enumerate(chat["messages"]) if message["role"] == "assistant"]
+        prompts.append(prompt_ids(tokenizer, chat["messages"][: rng.choice(turns)]))
     rollout = roll_out(student, prompts, tokenizer, MAX_REPLY, 1.0, generator)
     student.train()
     return {
@@ -208,12 +208,14 @@ def student_answers(student, tokenizer, rows: list[dict], rng: random.Random, ge
     }
 
 
-def rows_of(method: Method, teacher, tokenizer, chats: list[dict], settings) -> list[dict]:
-    """学的对话：数据里的，或老师重新答过的。"""
+def lessons_of(method: Method, teacher, tokenizer, data: Data, settings) -> tuple[list[dict], list[dict]]:
+    """学的对话，与它们分好词的行：数据里的，或老师重新答过的。"""
     if method.answers not in ("greedy", "sampled"):
-        return chats
+        return data.train, data.rows
     temperature = 0.0 if method.answers == "greedy" else 1.0
-    return teacher_answers(teacher, tokenizer, chats[: settings.n_answers], temperature, settings.seed)
+    asked = data.train[: settings.n_answers]
+    chats = teacher_answers(teacher, tokenizer, asked, temperature, settings.seed)
+    return chats, chat_rows(tokenizer, chats)
 
 
 def teacher_answers(teacher, tokenizer, chats: list[dict], temperature: float, seed: int) -> list[dict]:

@@ -235,7 +235,7 @@ def test_own_chats(base_folder, tmp_path):
 
 def test_score_of_own_chats_is_the_token_probability(tiny):
     tokenizer, teacher = tiny
-    data = Data([], [{"messages": world.chats(1, seed=0)[0]["messages"]}], {}, tiny=False)
+    data = Data([], [], [{"messages": world.chats(1, seed=0)[0]["messages"]}], {}, tiny=False)
     assert 0 < data.score(teacher, tokenizer) < 1
 
 
