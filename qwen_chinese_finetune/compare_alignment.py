@@ -108,7 +108,8 @@ def measure(name: str, path: str, helpers: dict, questions: list[dict], settings
     metrics, replies = ask(model, tokenizer, questions, settings)
     if "reward" in helpers:
         scores = score_replies(helpers["reward"], tokenizer, questions, replies)
-        metrics |= {"reward_mean": scores.mean().item(), "reward_std": scores.std().item()}
+        metrics["reward_mean"] = scores.mean().item()
+        metrics["reward_std"] = scores.std().item() if len(scores) > 1 else 0.0  # 只有一题
         for reply, score in zip(replies, scores.tolist(), strict=True):
             reply["reward"] = round(score, 4)
     if path == helpers.get("sft_path"):

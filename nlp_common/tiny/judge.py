@@ -130,6 +130,6 @@ def measure_aligned(
         if reward_model is not None:
             scores = score_replies(reward_model, tokenizer, questions, replies)
             metrics[f"reward_mean{suffix}"] = scores.mean().item()
-            metrics[f"reward_std{suffix}"] = scores.std().item()
+            metrics[f"reward_std{suffix}"] = scores.std().item() if len(scores) > 1 else 0.0  # 只有一题
     metrics["kl_to_sft"] = token_kl(policy, reference, tokenizer, questions, replies)
     return metrics
