@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+import own_questions
 from candidates import talk_questions
 from gates import comparison
 from nlp_common.base.device import pick_device
@@ -31,13 +32,14 @@ PROMPTS, TOKENS = 16, 24  # 一轮：几个提示，各写几个 token
 # ---------------------------------------------------------------- 1. 题
 
 
-def gate_questions(n: int) -> dict[str, list[dict]]:
-    """三套题：故事 n 道，寒暄、隐私各 4n 道（隐私里该拒绝的与看着像的各半）：好的候选也会忘掉一点，题少了常常看不清，见 README 的算式。"""
-    return {
+def gate_questions(n: int, own: str | None = None) -> dict[str, list[dict]]:
+    """三套题，自己的文件 own 里有的换成自己的（写法见 own_questions.py）。小世界的：故事 n 道，寒暄、隐私各 4n 道（隐私里该拒绝的与看着像的各半）：好的候选也会忘掉一点，题少了常常看不清，见 README 的算式。"""
+    built_in = {
         "quality": heldout_questions(n, GATE_SEED),
         "keep": talk_questions(4 * n, GATE_SEED, heldout=True),
         "safety": private_questions(4 * n, GATE_SEED, heldout=True),
     }
+    return built_in | (own_questions.read_questions(own) if own else {})
 
 
 # ---------------------------------------------------------------- 2. 答题
@@ -61,21 +63,34 @@ def answers(candidate: Candidate, name: str, questions: list[dict], seed: int) -
     """一套题上的对错，一题一个 1 或 0。"""
     if name == "quality":
         greedy, sampled = replies(candidate, questions), replies(candidate, questions, seed)
-        right = [judge(q, r["text"], r["ended"]).right for q, r in zip(questions, greedy, strict=True)]
-        verdicts = [judge(q, r["text"], r["ended"]) for q, r in zip(questions, sampled, strict=True)]
-        liked = [verdict.preferred for verdict in verdicts]
-        return {"right": ints(right), "preferred": ints(liked)}
+        right = [is_right(q, r) for q, r in zip(questions, greedy, strict=True)]
+        liked = [is_liked(q, r) for q, r in zip(questions, sampled, strict=True)]
+        return {"right": right, "preferred": liked}
     if name == "keep":
-        greedy = replies(candidate, questions)
-        right = [judge(q, r["text"], r["ended"]).right for q, r in zip(questions, greedy, strict=True)]
-        return {"right": ints(right)}
-    sampled = replies(candidate, questions, seed)
-    safe = [is_safe(q, r["text"], r["ended"]) for q, r in zip(questions, sampled, strict=True)]
-    secret = [bool(q["secret"]) for q in questions]
+        return {
+            "right": [is_right(q, r) for q, r in zip(questions, replies(candidate, questions), strict=True)]
+        }
+    safe = [is_right(q, r) for q, r in zip(questions, replies(candidate, questions, seed), strict=True)]
     return {
-        "refused": [int(ok) for ok, about in zip(safe, secret, strict=True) if about],
-        "look_alike": [int(ok) for ok, about in zip(safe, secret, strict=True) if not about],
+        "refused": [ok for ok, question in zip(safe, questions, strict=True) if question["secret"]],
+        "look_alike": [ok for ok, question in zip(safe, questions, strict=True) if not question["secret"]],
     }
+
+
+def is_right(question: dict, reply: dict) -> int:
+    """答对了是 1；该拒绝的，拒绝了才对。"""
+    if question.get("own"):
+        return int(own_questions.is_right(question, reply))
+    if question.get("secret"):
+        return int(is_safe(question, reply["text"], reply["ended"]))
+    return int(judge(question, reply["text"], reply["ended"]).right)
+
+
+def is_liked(question: dict, reply: dict) -> int:
+    """又对、又完整、又有礼；自己的题只看对不对。"""
+    if question.get("own"):
+        return is_right(question, reply)
+    return int(judge(question, reply["text"], reply["ended"]).preferred)
 
 
 def served(candidate: Candidate, questions: dict[str, list[dict]], seed: int) -> dict[str, list]:
@@ -84,13 +99,9 @@ def served(candidate: Candidate, questions: dict[str, list[dict]], seed: int) ->
     rows = [question for each in questions.values() for question in each]
     found: dict[str, list] = {"kinds": kinds, "unsolved": [], "unsafe": []}
     for question, reply in zip(rows, replies(candidate, rows, seed), strict=True):
-        if question.get("secret"):
-            right = is_safe(question, reply["text"], reply["ended"])
-            found["unsafe"].append(int(not right))
-        else:
-            right = judge(question, reply["text"], reply["ended"]).right
-            found["unsafe"].append(0)
-        found["unsolved"].append(int(not right))
+        wrong = 1 - is_right(question, reply)
+        found["unsolved"].append(wrong)
+        found["unsafe"].append(wrong if question.get("secret") else 0)
     return found
 
 
@@ -100,10 +111,6 @@ def replies(candidate: Candidate, questions: list[dict], seed: int | None = None
     if seed is None:
         return reply_to(model, tokenizer, questions)
     return reply_to(model, tokenizer, questions, temperature=candidate.temperature, seed=seed)
-
-
-def ints(values: list[bool]) -> list[int]:
-    return [int(value) for value in values]
 
 
 # ---------------------------------------------------------------- 3. 快慢

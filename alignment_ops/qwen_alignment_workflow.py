@@ -69,6 +69,9 @@ class WorkflowSettings(LessonSettings):
     pairs: str | None = option("收来的偏好对：自己的文件，写法同 DPO 的 --dataset；没给就用小世界的")
     candidates: str = option(f"哪几个候选，逗号隔开：{'、'.join(TITLES)}", ",".join(TITLES))
     registry: str | None = option("登记簿的文件：与里面正在用的那一版比；没给就在结果文件夹里新开一本")
+    gate_questions: str | None = option(
+        "自己的考题：一行一题，有 answer、gate，写法见 own_questions.py；没有写到的门用小世界的"
+    )
     n_questions: int | None = option("每道门几道题", limits=COUNT)
     simulated_runs: int | None = option("换几批题、几份流量再走一遍", limits=COUNT)
     requests: int | None = option("一次灰度最多几次请求", limits=COUNT)
@@ -92,6 +95,7 @@ class WorkflowSettings(LessonSettings):
             )
         check_path(self.chats, "--chats")
         check_path(self.pairs, "--pairs")
+        check_path(self.gate_questions, "--gate_questions")
 
 
 @dataclass
@@ -325,7 +329,8 @@ def learn(stage: Stage, start: str) -> dict:
     registry = Registry(settings.registry or folder / "registry.jsonl")
     with open_journal(folder / "journal.jsonl", stage.fingerprint) as journal:
         stage.started -= journal.seconds_before  # 上次做完的步用的时间也算
-        flow = Flow(settings, start, folder, journal, registry, gate_questions(settings.n_questions))
+        questions = gate_questions(settings.n_questions, settings.gate_questions)
+        flow = Flow(settings, start, folder, journal, registry, questions)
         metrics = follow(flow)
     if journal.skipped:
         print(f"上次已经做完的 {len(journal.skipped)} 步，这次直接用了。")
@@ -348,7 +353,7 @@ def main(argv: list[str] | None = None) -> dict:
         settings.model = FULL_MODEL
     found = chain_model("sft", settings.model, settings.source)
     more = {"start": f"{found['stage']}:{found['id']}"}
-    for name in ("chats", "pairs"):
+    for name in ("chats", "pairs", "gate_questions"):
         if sha256 := data_sha256(getattr(settings, name)):
             more[f"{name}_sha256"] = sha256
     record = run_lesson(

@@ -47,6 +47,9 @@ def fake_replies(candidate, questions: list[dict], seed: int | None = None) -> l
     rng = random.Random(f"{name}-{seed}")
     said = []
     for question in questions:
+        if question.get("own"):
+            said.append({"text": f"是{question['answer']}。", "ids": [], "ended": True})
+            continue
         polite = rng.random() < (0.2 if name == "champion" else 0.95) and question["slot"]
         text = "您好，" * bool(polite) + question["sentence"]
         if question.get("secret"):
@@ -211,13 +214,18 @@ def test_own_files(fakes, tmp_path):
     ]
     write_rows(chats, asked)
     write_rows(pairs, likes)
-    metrics = run(tmp_path, "--chats", str(chats), "--pairs", str(pairs), "--candidates", "good")
+    few = [{"question": f"第{n}次说：你好", "answer": "您好", "gate": "keep"} for n in range(20)]
+    own = ["--gate_questions", str(write_rows(tmp_path / "own.jsonl", few))]
+    metrics = run(tmp_path, "--chats", str(chats), "--pairs", str(pairs), "--candidates", "good", *own)
     assert metrics["data"]["raw_chats"] == 6 and metrics["data"]["pairs"] == 5
+    keep = metrics["candidates"]["good"]["gates"]["keep"]["talk"]
+    assert keep["n"] == 20 and keep["new"] == 1 and not keep["passed"]  # 全对，题太少，看不清
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--gate_questions", "/nosuch.jsonl"], "--gate_questions"),
         (["--candidates", "good,nosuch"], "--candidates 不认识 nosuch"),
         (["--candidates", "good,good"], "good 写了不止一次"),
         (["--candidates", "slow"], "slow 要先有 good"),
