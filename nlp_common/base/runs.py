@@ -224,6 +224,16 @@ def open_run(path: Path) -> Iterator[RunFolder]:
         raise
 
 
+def check_writable(path: Path) -> None:
+    """结果放不到 path 就是 UserError：在准备上一阶段的模型之前就说。只看不建；建的时候（open_run）还会再看。"""
+    if path.is_file():
+        raise UserError(f"{path} 是一个文件，结果要写成文件夹：请用 --output_dir 换一个位置。")
+    above = next(each for each in path.absolute().parents if os.path.exists(each))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        why = "建不了文件" if above.is_dir() else "不是文件夹"
+        raise UserError(NOT_HERE.format(where=above, why=why))
+
+
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,12 +14,14 @@ import dataclasses
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from nlp_common.base.arguments import option, parse_arguments
 from nlp_common.base.errors import UserError
 from nlp_common.base.measurements import split_prefix
 from nlp_common.base.processes import num_processes, on_main
+from nlp_common.base.runs import check_writable
 from nlp_common.data.rows import check_path, data_sha256
 from nlp_common.hub.preset import announce, choose_preset
 from nlp_common.train.tracking import PLACES, check_installed
@@ -201,6 +203,8 @@ def parse_settings(
     check_installed(getattr(settings, "report_to", "none"))
     if settings.record:
         split_prefix(settings.record)  # 写错了就说
+    if settings.output_dir:
+        check_writable(Path(settings.output_dir).expanduser())
     check_path(getattr(settings, "dataset", None), "--dataset")  # 路径写错了，不必等上一阶段训练完才知道
     return settings
 

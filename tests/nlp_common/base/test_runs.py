@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from nlp_common.base.errors import UserError
-from nlp_common.base.runs import CHECKPOINT_DONE, load_run, open_run
+from nlp_common.base.runs import CHECKPOINT_DONE, check_writable, load_run, open_run
 
 HOLD = """
 import sys, time
@@ -147,6 +147,18 @@ def test_a_file_in_the_way(tmp_path):
     for out in (tmp_path / "outputs" / "sft", tmp_path / "outputs" / "tiny" / "sft"):
         with pytest.raises(UserError, match=r"路径不是文件夹.*--output_dir"), open_run(out):
             pytest.fail("写进去了")
+
+
+def test_a_place_that_takes_nothing_is_said_before_anything_is_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("我是文件", encoding="utf-8")
+    check_writable(tmp_path / "new" / "sft")
+    assert not (tmp_path / "new").exists()
+    for place in ("file", "file/sft", "file/tiny/sft"):
+        with pytest.raises(UserError, match="--output_dir"):
+            check_writable(tmp_path / place)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UserError, match=r"没有写入权限.*--output_dir"):
+        check_writable(tmp_path / "new" / "sft")
 
 
 def test_the_reader_sees_one_line(tmp_path, capsys):
