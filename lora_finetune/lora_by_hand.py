@@ -120,21 +120,10 @@ class LoRALinear(nn.Module):
 def add_lora(
     model: nn.Module, target: str = "all", r: int = 8, alpha: float = 16, dropout: float = 0.0
 ) -> list[str]:
-    """冻住 model，把名字合 target 的每个 Linear 换成 LoRALinear，返回换了哪些。
-
-    target：attention、mlp、all（除输出层外的全部），或逗号隔开的名字（q_proj,v_proj）。一个也不合、r 太大是 UserError。
-    """
+    """冻住 model，把名字合 target 的每个 Linear 换成 LoRALinear，返回换了哪些。r 太大是 UserError。"""
     model.requires_grad_(False)
-    wanted = TARGETS.get(target) or tuple(name.strip() for name in target.split(","))
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    chosen = [name for name in linears if name.rsplit(".", 1)[-1] in wanted]
-    if not chosen:
-        there = sorted({name.rsplit(".", 1)[-1] for name in linears})
-        raise UserError(
-            f"--target {target} 一个线性层也不合；模型里有 {'、'.join(there)}，或写 attention、mlp、all。"
-        )
-    for name in chosen:
-        linear = linears[name]
+    chosen = matching_linears(model, target)
+    for name, linear in chosen.items():
         limit = min(linear.in_features, linear.out_features)
         if r > limit:
             raise UserError(
@@ -146,7 +135,23 @@ def add_lora(
     fused = [name for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name]
     if fused:
         print(f"（{fused[0]} 是叠在一起的专家，三维的参数，不是线性层：--target 够不着，它们不学。）")
-    return chosen
+    return list(chosen)
+
+
+def matching_linears(model: nn.Module, target: str) -> dict[str, nn.Linear]:
+    """名字合 target 的 Linear。target：attention、mlp、all（除输出层外的全部），或逗号隔开的名字（q_proj,v_proj）。
+
+    给的名字有一个在模型里找不到，是 UserError：写错一个字，就少学了几层。
+    """
+    wanted = TARGETS.get(target) or names(target)
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    there = {name.rsplit(".", 1)[-1] for name in linears}
+    lost = [name for name in wanted if name not in there]
+    if lost and (target not in TARGETS or len(lost) == len(wanted)):
+        raise UserError(
+            f"--target 里的 {'、'.join(lost)} 一个线性层也不合；模型里有 {'、'.join(sorted(there))}，或写 attention、mlp、all。"
+        )
+    return {name: linear for name, linear in linears.items() if name.rsplit(".", 1)[-1] in wanted}
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from adapter_files import base_name, export, load_adapter, merge_into
-from lora_by_hand import TARGETS, trainable
+from lora_by_hand import matching_linears, trainable
 from nlp_common.base.arguments import COUNT, POSITIVE, option
 from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import line_chart
@@ -138,19 +138,13 @@ def measure(settings, model, tokenizer, heldout: list[dict]) -> dict[str, float]
 def with_adapters(model, names: list[str], settings):
     """get_peft_model 冻住原来的权重，各层旁边装上 A、B；每个名字一套。"""
     peft = require_peft()
-    wanted = TARGETS.get(settings.target) or tuple(name.strip() for name in settings.target.split(","))
-    there = {name.rsplit(".", 1)[-1]: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    chosen = [name for name in wanted if name in there]
-    if not chosen:
-        known = "、".join(sorted(there))
-        raise UserError(
-            f"--target {settings.target} 一个线性层也不合；模型里有 {known}，或写 attention、mlp、all。"
-        )
-    limit = min(min(there[name].weight.shape) for name in chosen)
+    linears = matching_linears(model, settings.target)
+    limit = min(min(linear.weight.shape) for linear in linears.values())
     if settings.r > limit:
         raise UserError(f"--r {settings.r} 比矩阵的秩还大：接的层里最小的一边是 {limit}。")
     if fused := [name for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name]:
         print(f"（{fused[0]} 是三维的参数：transformers 5 把各专家叠在一起，--target 够不着，这些层不学。）")
+    chosen = sorted({name.rsplit(".", 1)[-1] for name in linears})
     config = peft.LoraConfig(
         r=settings.r, lora_alpha=settings.alpha, target_modules=chosen, task_type="CAUSAL_LM"
     )

@@ -114,6 +114,11 @@ def test_token_rows_are_the_only_rows_that_move(fresh, batch, chat_tokenizer):
 def test_a_target_that_matches_nothing_lists_what_there_is(fresh):
     with pytest.raises(UserError, match=r"c_attn 一个线性层也不合.*q_proj"):
         lora.add_lora(fresh, "c_attn", r=4, alpha=8)
+    with pytest.raises(UserError, match=r"--target 里的 v_porj 一个线性层也不合"):
+        lora.add_lora(fresh, "q_proj，v_porj", r=4, alpha=8)
+    assert {name.rsplit(".", 1)[-1] for name in lora.matching_linears(fresh, "q_proj， v_proj")} == {
+        "q_proj", "v_proj",
+    }  # fmt: skip
 
 
 def test_a_rank_above_the_matrix_is_refused(fresh):
