@@ -188,9 +188,8 @@ def serve(service: Service, settings: ServeSettings) -> dict:
         for each, handler in before.items():
             signal.signal(each, handler)
     answered = dict(sorted(service.metrics.statuses.items()))
-    print(
-        f"关了。回了 {answered or '0 个请求'}（HTTP 状态: 个数），写了 {service.metrics.completion_tokens} 个 token。"
-    )
+    said = "，".join(f"{status} 的 {n} 个" for status, n in answered.items()) or "0 个请求"
+    print(f"关了。回了 {said}，写了 {service.metrics.completion_tokens} 个 token。")
     return {"answered": answered}
 
 

@@ -32,6 +32,7 @@ class Metrics:
         self.first_sum, self.first_count = 0.0, 0
 
     def answered(self, status: int) -> None:
+        status = int(status)  # http.server 自己的错给的是 HTTPStatus
         with self.lock:
             self.statuses[status] = self.statuses.get(status, 0) + 1
 

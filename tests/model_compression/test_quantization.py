@@ -227,9 +227,10 @@ def test_a_broken_folder_is_said(tiny, rows, tmp_path):
     about.write_text(json.dumps(changed), encoding="utf-8")
     with pytest.raises(UserError, match="对不上"):
         load_packed(tmp_path)
-    about.write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="坏了"):
-        load_packed(tmp_path)
+    for bad in ("{", "[1]", '{"layers": 3, "sha256": "0"}'):
+        about.write_text(bad, encoding="utf-8")
+        with pytest.raises(UserError, match="坏了"):
+            load_packed(tmp_path)
     about.write_text(text, encoding="utf-8")
     file.unlink()
     with pytest.raises(UserError, match="少了"):
@@ -285,6 +286,13 @@ def test_an_outlier_channel_ruins_int8_and_splitting_it_off_helps():
     # 练习：SmoothQuant，s_j = max|x_j|^½ / max|w_j|^½，除进激活，乘进权重
     s = (x.abs().amax(0) / w.abs().amax(0)).sqrt()
     assert error(x / s, w * s, outliers.int8_linear) < 0.03
+
+
+def test_what_is_said_of_a_layer_by_hand():
+    x = torch.tensor([[1.0, -2.0, 12.0], [-3.0, 1.0, 4.0]])  # 各通道最大 3、2、12
+    found = outliers.look(x, torch.eye(3))
+    assert (found["largest"], found["largest_over_median"], found["n_outliers"]) == (12.0, 4.0, 1)
+    assert 0 < found["mixed_error"] < found["int8_error"] < 0.02
 
 
 def test_smoothquant_by_hand():
@@ -350,7 +358,7 @@ def test_lesson(tmp_path, base_folder, capsys, few):
     ]
     metrics = script.main(options)["metrics"]
     assert metrics["methods"]["rtn-3-64"]["bytes"] < metrics["float32"]["bytes"] / 5
-    assert metrics["gptq_below_rtn"] == {"layers_below_rtn": 14, "n_layers": 14}
+    assert metrics["gptq_below_rtn"] == {"layers_below_rtn": 14, "n_layers": 14}  # 误差差一半，不靠舍入
     assert (tmp_path / "out" / "quant_error.svg").is_file()
     _, model = load_packed(tmp_path / "out" / "packed")
     assert model.config.packed == {"method": "gptq", "bits": 3, "group": 64}
@@ -386,6 +394,25 @@ def test_own_chats(tmp_path, base_folder):
     assert "qa_accuracy" not in metrics["float32"]
     its = metrics["methods"]["gptq-8-64"]
     assert its["heldout_loss"] == pytest.approx(metrics["float32"]["heldout_loss"], rel=0.01)
+
+
+def test_python_docs(tmp_path, base_folder, monkeypatch, capsys):
+    """smollm2 用的数据，没有装它也走一遍：Python 自带的手册，量困惑度。"""
+    monkeypatch.setattr(prune_data, "N_HELDOUT", 2)
+    monkeypatch.setattr("pydoc_data.topics.topics", {name: name + " is a word. " * 99 for name in "abcdef"})
+    options = ["--preset", "tiny", "--model", str(base_folder), "--dataset", "python_docs"]
+    options += ["--n_calibration", "4", "--methods", "rtn", "--bits", "8", "--groups", "64"]
+    record = script.main([*options, "--save", "rtn-8-64", "--output_dir", str(tmp_path / "out")])
+    metrics = record["metrics"]
+    assert record["data"]["name"] == "python_docs" and "困惑度" in capsys.readouterr().out
+    assert metrics["methods"]["rtn-8-64"]["perplexity"] == pytest.approx(
+        metrics["float32"]["perplexity"], rel=0.01
+    )
+    settings = script.QuantSettings(preset="tiny", model="smollm2", groups="32")
+    settings.check()
+    assert (settings.dataset, settings.bits, settings.groups, settings.n_calibration) == (
+        "python_docs", "4,3", "32", 32,
+    )  # fmt: skip
 
 
 def test_an_uneven_last_group():

@@ -260,6 +260,9 @@ def test_malformed_requests(served):
     refused(served, 404, ASKED, "没有 /v1/completions", path="/v1/completions")
     refused(served, 404, None, "没有 /v2", method="GET", path="/v2")
     refused(served, 501, None, "请求不对", method="PUT")
+    assert all(
+        type(status) is int for status in served.service.metrics.statuses
+    )  # 印出来的是数，不是 HTTPStatus
 
 
 def test_the_key(served):
