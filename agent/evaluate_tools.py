@@ -81,12 +81,12 @@ class ToolEvaluation(LessonSettings):
     def check(self) -> None:
         if self.answers and self.base_url:
             raise UserError("--answers 与 --base_url 只给一个：评现成的回答，还是问服务器。")
-        if self.base_url and not self.server_model:
-            raise UserError("给了 --base_url，还要 --server_model：服务器上的哪个模型。")
+        if bool(self.base_url) != bool(self.server_model):
+            raise UserError("--base_url 与 --server_model 要一起给：网址，和那里的哪个模型。")
+        if self.possible_answer and self.dataset in ("tiny_world", "daily", "built_in"):
+            raise UserError(f"{self.dataset} 自带答案：去掉 --possible_answer，或 --dataset 写题的文件。")
         if self.constrained and (self.answers or self.base_url):
-            raise UserError(
-                "--constrained 要每一步看得到模型的分数：只能用在本机的模型上，去掉 --answers、--base_url。"
-            )
+            raise UserError("--constrained 要看得到模型的分数，只能用在本机：去掉 --answers、--base_url。")
         if self.answers and len({Path(path).stem for path in self.answers}) < len(self.answers):
             raise UserError("--answers 的几个文件同名：模型的名字取自文件名，请改成不同的。")
 

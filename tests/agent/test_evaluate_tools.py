@@ -719,6 +719,8 @@ def test_script_on_local_files(tmp_path, capsys):
     ("arguments", "said"),
     [
         (["--base_url", "http://127.0.0.1:9/v1"], "--server_model"),
+        (["--server_model", "m"], "--base_url"),
+        (["--possible_answer", "a.json"], "去掉 --possible_answer"),
         (["--answers", "a", "--base_url", "http://x", "--server_model", "m"], "只给一个"),
         (["--constrained", "--answers", "a"], "--constrained"),
         (["--answers", "a"], "一套题"),
