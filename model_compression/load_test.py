@@ -11,7 +11,7 @@
   python load_test.py --engines torch,openvino --output_dir outputs/engines_load
   python load_test.py --url http://127.0.0.1:11434/v1 --server_model qwen2.5:0.5b    # 打别的服务：vLLM、Ollama …
 
-应当看到（tiny，实测见本文件夹的 README.md）：16 个客户时，连续批是一个一个地答的两倍半上下，真的权重（--model smollm2）三倍以上；丢的、串的都是 0。
+应当看到（tiny，实测见本文件夹的 README.md）：16 个客户时，连续批是一个一个地答的三倍上下，真的权重（--model smollm2）三倍半以上；丢的、串的都是 0。
 
 参考：rag/performance_benchmark.py（开环的压力测试）；Yu et al. 2022（Orca）。
 """

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parrot import Parrot, chat, events, request, serving, until
 
+import chat_api
 import serve as script
 from chat_fields import ONLY, Refusal, check_fields
 from chat_text import TextStream, beginning_of
@@ -701,3 +702,23 @@ def test_slow_readers_do_not_stop_the_others(tokenizer):
         time.sleep(0.1)
         assert chat(server, max_tokens=5)[1]["choices"][0]["message"]["content"] == "好" * 5
         lazy.close()
+
+
+def test_a_reader_that_never_reads_is_given_up(tokenizer, monkeypatch):
+    """一直不收：到了时限就断开，座位与连接的名额都还回来。"""
+    monkeypatch.setattr(chat_api.Handler, "timeout", 0.3)
+    with serving(endless(tokenizer, wait=0.0, slots=2), tokenizer, most_tokens=8900) as (server, service):
+        places = server.places._value
+        server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # 很快就塞满
+        with socket.socket() as lazy:
+            lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            lazy.connect(("127.0.0.1", server.server_port))
+            body = json.dumps(ASKED | {"stream": True, "max_tokens": 8900}).encode()
+            lazy.sendall(
+                f"POST {PATH} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+                + body
+            )
+            assert until(lambda: server.places._value == places - 1)
+            assert until(lambda: service.batcher.seated)
+            assert until(lambda: server.places._value == places)
+            assert until(lambda: not service.batcher.seated)
