@@ -161,14 +161,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # ------------------------------------------------------------ 回答
 
     def answer(self, asked: Asked, job: Job) -> None:
-        text = TextStream(
-            self.service.tokenizer,
-            asked.stop,
-            asked.has_tools,
-            self.service.can_think and self.service.thinks,
-        )
+        service = self.service
+        thinks = service.can_think and service.thinks
+        text = TextStream(service.tokenizer, asked.stop, asked.has_tools, thinks)
         number, created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
-        same = {"id": number, "created": created, "model": self.service.name}
+        same = {"id": number, "created": created, "model": service.name}
         if asked.stream:
             self.stream(asked, job, text, same | {"object": "chat.completion.chunk"})
             return
