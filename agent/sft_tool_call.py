@@ -31,6 +31,7 @@ from typing import Literal
 from episodes import Episode, measure, play
 from nlp_common.base.arguments import COUNT, option
 from nlp_common.base.console import print_table, printable
+from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import bar_chart
 from nlp_common.hub.models import require_model
 from nlp_common.lm.chat_rows import answer_loss
@@ -81,6 +82,10 @@ class ToolSettings(LoopSettings):
     uneven: bool = option("示范有好有坏：有的不查就猜，有的不必查也查；grpo_tool_use.py 从它开始", False)
     compare: bool = option("tiny：旁边也练没学过数字的、没有工具的两个", True)
     n_questions: int | None = option("留出几道题", limits=COUNT)
+
+    def check(self) -> None:
+        if self.preset == "tiny" and self.model:
+            raise UserError("tiny 从头训练自己的模型，--model 用不上：去掉它，或改用 --preset full。")
 
 
 # ---------------------------------------------------------------- 1. 从头到尾

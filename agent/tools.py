@@ -56,6 +56,11 @@ class ToolSettings(LessonSettings):
     allow_python: bool = option("加上 run_python：在沙箱里运行 Python", False)
     call: list[str] | None = option("只做一个调用：工具名，和参数的 JSON", nargs="+")  # noqa: RUF009
 
+    def check(self) -> None:
+        for name in ("folder", "table", "notes", "allow_python"):
+            if getattr(self, name) and not self.call:
+                raise UserError(f"--{name} 与 --call 一起用；这一课自己的调用只用自带的，去掉 --{name}。")
+
 
 # ---------------------------------------------------------------- 1. 几个调用，对的与错的
 

@@ -38,6 +38,8 @@ def test_the_lesson_and_again(tmp_path, capsys):
     assert "直接加载" in capsys.readouterr().out
     with pytest.raises(UserError, match="max_train_samples"):
         sc.main([*arguments, "--max_train_samples", "8"])
+    with pytest.raises(UserError, match="--model 用不上"):
+        sc.main([*arguments, "--model", str(tmp_path / "out")])
 
 
 def test_only_what_the_model_says_is_learned():

@@ -432,6 +432,7 @@ def test_bad_arguments_of_the_script(tmp_path):
         ["--call", "calculator", "[1]"],
         ["--call", "calculator", "{"],
         ["--folder", str(tmp_path / "x"), "--call", "now"],
+        ["--folder", str(tmp_path)],
     ):
         with pytest.raises(UserError, match="--"):
             tools.main(arguments)
