@@ -74,9 +74,8 @@ def round_away(numbers: np.ndarray) -> np.ndarray:
 
 
 def inverse(scale: np.ndarray) -> np.ndarray:
-    """1 / d；整块都是 0 的，d 是 0，也给 0；小得倒数要溢出的（float16 里早就是 0 了）也一样。"""
-    large_enough = np.abs(scale) >= np.finfo(np.float32).tiny
-    return np.divide(1, scale, out=np.zeros_like(scale), where=large_enough)
+    """1 / d；整块都是 0 的，d 是 0，也给 0。"""
+    return np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
 
 
 def half_bytes(scale: np.ndarray) -> np.ndarray:
