@@ -109,7 +109,10 @@ def learn(stage: Stage) -> dict:
                     print_row(BASES[name][0], {"fault": said})
                     continue
                 work = partial(try_base, name=name, data=data, servers=servers(settings, address))
-                row = run_part(stage, f"{name}-{size}", work)
+                try:
+                    row = run_part(stage, f"{name}-{size}", work)
+                except UserError as error:  # 服务器没启动等：说出来，比别的；不算做完，起好了再来还要比
+                    row = {"fault": str(error)}
                 rows.setdefault(name, {})[f"n{size}"] = row
                 print_row(BASES[name][0], row)
     faults = {name: row["fault"] for name, each in rows.items() for row in each.values() if "fault" in row}
@@ -172,17 +175,15 @@ def make_data(n: int, dim: int, n_queries: int, seed: int) -> Data:
 
 
 def try_base(part: Stage, name: str, data: Data, servers: dict[str, str | None]) -> dict:
-    """建、查、筛选、改、删、重新打开。出了错是 {"fault": 一句话}，别的照常比。"""
+    """建、查、筛选、改、删、重新打开。"""
     settings = part.settings
     folder = part.folder.work / "bases"
     shutil.rmtree(folder, ignore_errors=True)
     place = Place(folder, settings.dim, data.vectors, servers)
     try:
-        row = measure(place, name, data)
-    except UserError as error:  # 服务器没启动等：说出来，比别的
-        row = {"fault": str(error)}
-    shutil.rmtree(folder, ignore_errors=True)
-    return row
+        return measure(place, name, data)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def measure(place: Place, name: str, data: Data) -> dict:
