@@ -41,31 +41,48 @@ from traffic import Request, arm_of
 
 ALPHA = 0.05
 RAMP = ((0, 0.1), (500, 0.25), (1500, 0.5))  # 从第几次请求起，给多少用户新版本
-BETS = np.geomspace(0.05, 0.9, 5)  # 押本钱的几成；几种押法各分一份本钱，不必事先猜哪种好
+MOST = 0.9  # 至多押本钱的几成
+BETS = np.geomspace(0.05, MOST, 5)  # 押几成；几种押法各分一份本钱，不必事先猜哪种好
+MOST_AIMED = 0.5  # 很少坏的时候，上面的算式押得太多：坏一次输掉的太多
+AIMED = 0.8  # 放开的那场赌：几成本钱冲着"一样好"去，余下的分给 BETS
+GUESSED, GUESS = 10, 0.25  # 还没有几组的时候，当作有过这么多组，差的平方平均是这么大
+DEFAULT_MARGIN = 0.05  # 没有给 margin 的，区间的上限照它押
 GRID = np.round(np.arange(-0.5, 0.501, 0.01), 2)  # 区间的两头在这些数里找
 
 
 # ---------------------------------------------------------------- 1. 打赌
 
 
-def gain_if_worse(difference: np.ndarray, limit: np.ndarray) -> np.ndarray:
+def gain_if_worse(difference: np.ndarray, limit: np.ndarray, stakes: np.ndarray = BETS) -> np.ndarray:
     """原假设"差 ≤ limit"，押"差得更多"：这一组之后，各种押法的本钱变成几倍，取对数 (…, 押法)。
 
     λ·(d − limit) 的期望 ≤ 0，所以本钱的期望不会涨。d ≥ −1，λ = 成数 / (1 + limit)，最坏也不会输光。
     """
-    stakes = BETS / (1 + limit[..., None])
-    return np.log1p(stakes * (difference - limit)[..., None])
+    return np.log1p(stakes / (1 + limit[..., None]) * (difference - limit)[..., None])
 
 
-def gain_if_better(difference: np.ndarray, limit: np.ndarray) -> np.ndarray:
+def gain_if_better(difference: np.ndarray, limit: np.ndarray, stakes: np.ndarray = BETS) -> np.ndarray:
     """反过来：原假设"差 ≥ limit"，押"差得没有这么多"。"""
-    return gain_if_worse(-difference, -limit)
+    return gain_if_worse(-difference, -limit, stakes)
 
 
-def wealth(gains: np.ndarray) -> np.ndarray:
-    """几种押法的本钱（对数，(…, 押法)）→ 平均起来的本钱（对数）。"""
+def aimed_stake(squares: np.ndarray, groups: np.ndarray, margin: float) -> np.ndarray:
+    """放开的那场赌，要是新版本与老版本一样好，押几成赢得最快：λ = margin / E[(margin − d)²]，d² 的平均用以前各组的。
+
+    以前的才行：看了这一组再定押多少，就不公平了。
+    """
+    variance = (squares + GUESSED * GUESS) / (groups + GUESSED)
+    return np.minimum(MOST_AIMED, (1 - margin) * margin / (variance + margin**2))
+
+
+def wealth(gains: np.ndarray, shares: np.ndarray | None = None) -> np.ndarray:
+    """几种押法的本钱（对数，(…, 押法)）→ 合起来的本钱（对数）；shares 是各分到几成，没给就平分。"""
     top = gains.max(-1)
-    return top + np.log(np.exp(gains - top[..., None]).mean(-1))
+    money = np.exp(gains - top[..., None])
+    return top + np.log(money.mean(-1) if shares is None else money @ shares)
+
+
+FINE_SHARES = np.append(np.full(len(BETS), (1 - AIMED) / len(BETS)), AIMED)
 
 
 class HarmTest:
@@ -76,18 +93,26 @@ class HarmTest:
         self.margin = None if margin is None else np.float64(margin)  # None：只管退，不管放
         self.enough_worse, self.enough_fine = -math.log(alpha_rollback), -math.log(alpha_release)
         self.worse_gains = np.zeros(len(BETS))  # 各种押法的本钱（对数）
-        self.fine_gains = np.zeros(len(BETS))
+        self.fine_gains = np.zeros(len(FINE_SHARES))
         self.is_worse = self.is_fine = False
+        self._squares = 0.0
         self.differences: list[float] = []
+        self.aimed: list[np.ndarray] = []  # 放开的那场赌，每一组冲着"一样好"押了几成
 
     def add(self, difference: float) -> None:
         """多了一组：difference 是新版本的减老版本的，在 −1 到 1 之间。"""
+        squares, groups = np.float64(self._squares), np.float64(len(self.differences))
+        self.aimed.append(
+            aimed_stake(squares, groups, DEFAULT_MARGIN if self.margin is None else self.margin)
+        )
         self.differences.append(difference)
+        self._squares += difference**2
         self.worse_gains += gain_if_worse(np.float64(difference), self.tolerance)
         self.is_worse |= bool(wealth(self.worse_gains) >= self.enough_worse)
         if self.margin is not None:
-            self.fine_gains += gain_if_better(np.float64(difference), self.margin)
-            self.is_fine |= bool(wealth(self.fine_gains) >= self.enough_fine)
+            stakes = np.append(BETS, self.aimed[-1])
+            self.fine_gains += gain_if_better(np.float64(difference), self.margin, stakes)
+            self.is_fine |= bool(wealth(self.fine_gains, FINE_SHARES) >= self.enough_fine)
 
     @property
     def harm(self) -> float:
@@ -99,7 +124,8 @@ class HarmTest:
         limits = np.unique(np.append(GRID, ours))
         d = np.asarray(self.differences)[:, None]  # (组, 1)
         worse = wealth(gain_if_worse(d, limits).cumsum(0))  # (组, m)
-        fine = wealth(gain_if_better(d, limits).cumsum(0))
+        stakes = np.column_stack([np.tile(BETS, (len(d), 1)), self.aimed])[:, None]  # (组, 1, 押法)
+        fine = wealth(gain_if_better(d, limits, stakes).cumsum(0), FINE_SHARES)
         low = np.where(worse >= self.enough_worse, limits, -1.0).max(1)
         high = np.where(fine >= self.enough_fine, limits, 1.0).min(1)
         return np.maximum.accumulate(low), np.minimum.accumulate(high)

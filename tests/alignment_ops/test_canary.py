@@ -13,7 +13,19 @@ from hypothesis import strategies as st
 
 import canary_simulation as cs
 import line_log
-from canary import BETS, Canary, HarmTest, gain_if_better, gain_if_worse, run_canary, share_at, wealth
+from canary import (
+    BETS,
+    FINE_SHARES,
+    MOST,
+    Canary,
+    HarmTest,
+    aimed_stake,
+    gain_if_better,
+    gain_if_worse,
+    run_canary,
+    share_at,
+    wealth,
+)
 from nlp_common.base.errors import UserError
 from traffic import arm_of, visits
 
@@ -39,6 +51,55 @@ def test_wealth_by_hand():
     """两组，差是 1 和 −1：押几成，就是 (1+λ)(1−λ)，几种押法平均。"""
     gains = gain_if_worse(np.array([1.0, -1.0]), np.float64(0)).sum(0)
     assert wealth(gains) == pytest.approx(math.log(np.mean(1 - BETS**2)), abs=1e-12)
+
+
+def test_every_outcome_enumerated_the_aimed_bet_is_fair():
+    """押几成看以前的各组：差正好是界限时，六组的 3^6 种结果全列出来，本钱的期望仍是 1。"""
+    margin, chance = 0.05, {1.0: 0.225, 0.0: 0.6, -1.0: 0.175}
+    paths = list(itertools.product(chance, repeat=6))
+    weights = np.array([math.prod(chance[d] for d in path) for path in paths])
+    money = []
+    for path in paths:
+        test, most = HarmTest(margin, 0.05, 0.05, 0.0), 0.0
+        for difference in path:
+            test.add(difference)
+            most = max(most, math.exp(wealth(test.fine_gains, FINE_SHARES)))
+        money.append((math.exp(wealth(test.fine_gains, FINE_SHARES)), most))
+    last, most = np.array(money).T
+    assert weights @ last == pytest.approx(1, abs=1e-12)
+    for alpha in (0.8, 0.7):
+        assert 0 < weights @ (most >= 1 / alpha) <= alpha
+
+
+def released(d: np.ndarray, margin: float, aimed: bool) -> float:
+    """(次, 组) 的差 → 放开的比例；aimed：八成本钱冲着"一样好"押，还是全平分给 BETS。"""
+    seen = np.concatenate([np.zeros((len(d), 1)), (d * d).cumsum(1)[:, :-1]], 1)
+    stake = aimed_stake(seen, np.arange(d.shape[1]), margin)
+    stakes = np.concatenate([np.broadcast_to(BETS, (*d.shape, len(BETS))), stake[..., None]], 2)
+    money = wealth(gain_if_better(d, np.float64(margin), stakes).cumsum(1)[..., : None if aimed else -1],
+                   FINE_SHARES if aimed else None)  # fmt: skip
+    return float((money >= -math.log(0.05)).any(1).mean())
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.15])
+def test_a_version_as_bad_as_the_margin_is_rarely_released_and_an_equal_one_more_often(rate):
+    d = cs.simulated_differences(400, 500, rate, 0.0, 0)
+    assert released(d, 0.05, aimed=True) > released(d, 0.05, aimed=False) + (0.05 if rate > 0.1 else -0.01)
+    assert released(cs.simulated_differences(400, 500, rate, 0.05, 1), 0.05, aimed=True) <= 0.05
+
+
+def test_the_aimed_stake_is_the_one_that_grows_fastest():
+    """差是 ±1 与 0、平均 0：押 margin / E[(margin − d)²] 上下，一组平均赢的对数最多。"""
+    margin, share = 0.05, 0.1
+    best = aimed_stake(2 * share * 10_000, 10_000, margin) / (1 - margin)
+
+    def growth(stake: float) -> float:
+        return sum(
+            p * math.log1p(stake * (margin - d)) for d, p in ((1, share), (0, 1 - 2 * share), (-1, share))
+        )
+
+    assert growth(best) > max(growth(0.8 * best), growth(1.25 * best))
+    assert aimed_stake(0.0, 10_000, 0.3) < MOST  # 从来没有坏过，也不会押上全部
 
 
 @settings(max_examples=50, deadline=None)
