@@ -31,7 +31,8 @@ from benchmark_page import page
 from nlp_common.base.arguments import COUNT, option, parse_arguments
 from nlp_common.base.errors import UserError
 from nlp_common.base.intervals import Interval, paired_difference
-from nlp_common.base.runs import write_json, write_text
+from nlp_common.base.runs import check_writable, write_json, write_text
+from nlp_common.data.rows import check_path
 from results import FORMAT, find_results, is_neutral, lower_is_better, same_questions, shown
 
 HOME = Path(__file__).resolve().parent
@@ -67,6 +68,8 @@ class ReportSettings:
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_arguments(ReportSettings, argv)
     out = Path(settings.output_dir or HOME / "outputs" / settings.preset / "benchmark_report").expanduser()
+    check_writable(out)  # 写错了，不必等几分钟才知道
+    check_path(settings.before, "--before")
     results = name_apart(load_results(settings))
     baseline = pick_baseline(results, settings.baseline)
     rows = score_table(results, baseline, settings.seed)
@@ -80,9 +83,11 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"\n网页：{(out / 'report.html').resolve()}（用浏览器打开，不用联网）")
     regressions = [change for change in changes if change["kind"] == "worse"]
     if regressions and settings.fail_on_regression:
-        raise UserError(
-            f"有 {len(regressions)} 处确定的退步（--fail_on_regression）：见上面写着“退步”的几行。"
+        print(
+            f"有 {len(regressions)} 处确定的退步（--fail_on_regression）：见上面写着“退步”的几行。",
+            file=sys.stderr,
         )
+        sys.exit(1)
     return {"results": len(results), "rows": rows, "changes": changes, "wins": wins}
 
 

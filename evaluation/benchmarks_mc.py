@@ -52,6 +52,7 @@ PRESETS = {
     "full": {"models": "Qwen/Qwen1.5-0.5B-Chat", "benchmarks": "knowledge_zh,knowledge_en", "limit": 100_000},
 }
 CHAT_STAGES = ("sft", "dpo", "ppo", "grpo")
+TASK_FILES = (".yaml", ".yml")  # lm_eval 的任务
 
 
 @dataclass
@@ -84,6 +85,10 @@ class ChoiceSettings(LessonSettings):
         asked = [name.strip() for name in self.benchmarks.split(",") if name.strip()]
         if not asked:
             raise UserError("--benchmarks 里没有题：例如 world,knowledge_zh，或题目的文件。")
+        if self.dataset and not any(Path(name).suffix in TASK_FILES for name in asked):
+            raise UserError(
+                "--dataset 是任务 yaml 的题在哪里；自己的题写在 --benchmarks 里，例如 --benchmarks 题.jsonl。"
+            )
         titles = [title_of(name) for name in asked]
         if repeated := sorted({title for title in titles if titles.count(title) > 1}):
             raise UserError(
@@ -121,7 +126,7 @@ def title_of(name: str) -> str:
 
 def read_benchmark(name: str, settings: ChoiceSettings) -> Benchmark:
     short = title_of(name)
-    if Path(name).suffix in (".yaml", ".yml"):
+    if Path(name).suffix in TASK_FILES:
         task = load_task(name)
         if skipped := skipped_metrics(task):
             print(f"{name} 要的 {'、'.join(skipped)} 这里不量，量 acc、acc_norm、acc_bytes。")

@@ -99,6 +99,10 @@ class MetricsSettings(LessonSettings):
                 raise UserError(f"没有 --{flag} 给的文件：{path}（当前文件夹是 {Path.cwd()}）。")
         if (self.compare or self.check_contamination) and not self.file:
             raise UserError("--compare、--check_contamination 要与 --file 一起给：它们说的是那个文件里的题。")
+        if (self.prediction_field or self.reference_field) and not self.file:
+            raise UserError("--prediction_field、--reference_field 要与 --file 一起给：它们是那个文件的栏。")
+        if self.order and not self.ratings:
+            raise UserError("--order 要与 --ratings 一起给。")
         if sum(map(bool, (self.file, self.ratings, self.text))) > 1:
             raise UserError("--file、--ratings、--text 一次只给一个。")
 

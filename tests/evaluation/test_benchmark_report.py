@@ -87,8 +87,9 @@ def test_a_regression_is_named_and_stays_named(folder, capsys):
         ]  # fmt: skip
         assert "退步　knowledge · dpo · accuracy" in capsys.readouterr().out
     assert "有 1 处确定的退步" in (folder / "out" / "report.html").read_text("utf-8")
-    with pytest.raises(UserError, match="1 处确定的退步"):
+    with pytest.raises(SystemExit) as done:
         run(folder, "--fail_on_regression")
+    assert done.value.code == 1 and "1 处确定的退步" in capsys.readouterr().err
 
 
 def test_a_change_within_chance_is_no_regression(folder):

@@ -121,6 +121,7 @@ def test_bad_rows_stop_or_are_skipped(own, chat_folder, tmp_path, capsys):
         (["--methods", "letters"], "--methods 不认识 letters，可以是 letter、text、generate"),
         (["--models", "sft,sft"], "写了不止一次"),
         (["--shots_file", "a.csv"], "要与 --shots 一起给"),
+        (["--dataset", "a.csv"], "写在 --benchmarks 里"),
         (["--benchmarks", "none.csv"], "没有 none.csv"),
         (["--benchmarks", "none.yaml"], "没有任务文件 none.yaml"),
         (["--shots", "9", "--benchmarks", "knowledge_zh"], "要 9 道例题，knowledge_zh 里只有 5 道"),

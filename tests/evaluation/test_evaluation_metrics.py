@@ -261,6 +261,8 @@ def test_questions_in_the_training_data(tmp_path, capsys):
         (["--file", "nowhere.jsonl"], "没有 --file 给的文件：nowhere.jsonl"),
         (["--file", SCRIPT.parent.as_posix()], "要一个文件"),
         (["--compare", SCRIPT.as_posix()], "要与 --file 一起给"),
+        (["--reference_field", "answer"], "要与 --file 一起给"),
+        (["--order", "差,好"], "要与 --ratings 一起给"),
         (["--file", SCRIPT.as_posix(), "--ratings", SCRIPT.as_posix()], "一次只给一个"),
         (["--questions", "0"], "--questions 要是正整数"),
         (["--models", "sft,sft"], "写了不止一次"),
