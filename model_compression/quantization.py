@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from activation_outliers import int8_lesson, plant_outlier, smollm2_outliers
 from calibration import linear_blocks, walk_blocks
@@ -37,9 +38,9 @@ from nlp_common.train.chain import chain_model
 from nlp_common.train.lesson import run_lesson, run_part
 from nlp_common.train.settings import parse_settings
 from nlp_common.train.stage import Stage
-from packed_weights import Packed, packed_bytes, rest_of, save_packed
+from packed_weights import Packed, packed_bytes, rest_of, restore, save_packed
 from prune_data import CalibratedSettings, load_data
-from quantizers import awq_scale, gptq, hessians_of, output_error, rtn
+from quantizers import awq_scale, gptq, hessians_of, nearest, output_error, rtn
 
 HOME = Path(__file__).resolve().parent
 FULL_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -131,23 +132,29 @@ def quantize_model(
                 packed = gptq(original[name], hessians[name], bits, group, order, grid, keep)
             else:
                 packed = rtn(layer.weight, bits, group)
-            layer.weight.copy_(packed.weight())
+            restored = packed.weight()
+            layer.weight.copy_(restored)
             done.packed[f"{name}.weight"] = packed
-            done.errors[name] = compare(packed, original[name], hessians[name], method, scales.get(name))
+            found = {"rtn": restored}
+            if method != "rtn":  # 同样的输入、同样的位数，RTN 会怎样
+                found = {"rtn": restore(*nearest(original[name], bits, group), group), method: restored}
+            done.errors[name] = compare(found, original[name], hessians[name], scales.get(name))
     quantize_rest(model, group, done)
     model.config.packed = {"method": method, "bits": bits, "group": group}
     return done
 
 
-def compare(packed: Packed, original, hessian, method: str, scale) -> dict[str, float]:
-    """这一层的相对输出误差：这一种办法的，与同样的输入、同样的位数下 RTN 的。"""
+def compare(found: dict[str, Tensor], original: Tensor, hessian: Tensor, scale=None) -> dict[str, float]:
+    """{办法: 还原的矩阵} → {办法: 相对输出误差}。"""
     size = output_error(original, hessian)
-    plain = rtn(original, packed.bits, packed.group)
-    found = {"rtn": plain.weight().to(original), method: packed.weight().to(original)}
-    if scale is not None:  # AWQ 的矩阵放大过，输入缩小过：换回原来的输入看。行也可能缩放过
-        rows_by, columns_by = scale
-        found[method] = found[method] * rows_by[:, None] / columns_by
-    return {key: (output_error(w - original, hessian) / size) ** 0.5 for key, w in found.items()}
+    errors = {}
+    for key, w in found.items():
+        w = w.to(original)
+        if key == "awq":  # 它的矩阵放大过，输入缩小过：换回原来的输入看。行也可能缩放过
+            rows_by, columns_by = scale
+            w = w * rows_by[:, None] / columns_by
+        errors[key] = (output_error(w - original, hessian) / size) ** 0.5
+    return errors
 
 
 # AWQ：收到同一份输入的几个矩阵，前面是谁（1/s 乘进它）
@@ -253,12 +260,13 @@ def learn(stage: Stage, path: str) -> dict:
             if f"gptq-{bits}-64" in plans:
                 plans[f"gptq_{key}-{bits}-64"] = ("gptq", bits, 64, *options)
     results = {}
+    kept: dict = {}  # 要存的那一种，这次量过了，就不必再量化一遍
     for key, plan in plans.items():
-        results[key] = run_part(
-            stage,
-            key,
-            partial(one, model=model, tokenizer=tokenizer, rows=rows, plan=plan, measured=measured),
+        keep = kept if key == settings.save else {}
+        work = partial(
+            one, model=model, tokenizer=tokenizer, rows=rows, plan=plan, measured=measured, keep=keep
         )
+        results[key] = run_part(stage, key, work)
         print(line(key, results[key]), flush=True)
     metrics = {"float32": original, "methods": results}
     metrics |= {"gptq_below_rtn": below_rtn(results)}
@@ -268,19 +276,25 @@ def learn(stage: Stage, path: str) -> dict:
         metrics["smollm2"] = run_part(stage, "smollm2", lambda part: smollm2_outliers())
 
     def write(folder: Path) -> None:
-        method, bits, group = settings.save.split("-")
-        packed = quantize_model(model, tokenizer, rows, method, int(bits), int(group)).packed
-        save_packed(folder / "packed", model, tokenizer, packed)
+        if not kept:
+            method, bits, group = settings.save.split("-")
+            done = quantize_model(model, tokenizer, rows, method, int(bits), int(group))
+            kept.update(model=model, packed=done.packed)
+        save_packed(folder / "packed", kept["model"], tokenizer, kept["packed"])
         draw(folder, metrics, settings)
 
     return stage.save(metrics, data.source, write)
 
 
-def one(part: Stage, model, tokenizer, rows: list[dict], plan: tuple, measured) -> dict:
-    """一种办法、一种位数、一种组：几个字节，量得怎样，各层误差的平均与最大，误差比 RTN 小的有几层。"""
+def one(part: Stage, model, tokenizer, rows: list[dict], plan: tuple, measured, keep: dict) -> dict:
+    """一种办法、一种位数、一种组：几个字节，量得怎样，各层误差的平均与最大，误差比 RTN 小的有几层。
+
+    量化好的留在 keep 里。
+    """
     method = plan[0]
     copied = copy.deepcopy(model)
     done = quantize_model(copied, tokenizer, rows, *plan)
+    keep.update(model=copied, packed=done.packed)
     its = [errors[method] for errors in done.errors.values()]
     ratios = [errors[method] / errors["rtn"] for errors in done.errors.values()]
     found = {"bytes": packed_bytes(copied, done.packed), **measured(copied)}
