@@ -293,6 +293,8 @@ def main(argv: list[str] | None = None) -> dict:
         raise UserError("--command 和 --url 只能给一个。")
     if settings.list_tools or settings.call or settings.command or settings.url:
         return talk_once(settings)
+    if settings.token_env:
+        raise UserError("--token_env 与 --url 一起用：钥匙是给那个服务器的。")
     settings = parse_settings(ClientSettings, PRESETS, argv)
     return run_lesson("mcp_client", HOME, settings, partial(learn, show_messages=settings.show_messages))
 

@@ -319,6 +319,9 @@ def main(argv: list[str] | None = None) -> dict:
             agent.watcher = TerminalWatcher(agent.hider)
             agent.confirm = partial(confirm_at_terminal, hider=agent.hider)
             return talk(agent, run_agent, settings) if settings.chat else ask_once(agent, settings)
+    for name, each in TalkSettings.__dataclass_fields__.items():
+        if name not in ("model", "source") and getattr(settings, name) != each.default:
+            raise UserError(f"--{name} 与 --ask 或 --chat 一起用；量的时候用不上它。")
     settings = parse_settings(ReactSettings, PRESETS, argv)
     found = tool_model(settings.model, settings.source)
     record = run_lesson(

@@ -185,6 +185,8 @@ def test_ask_and_chat_together():
         react_agent.main(["--preset", "tiny", "--ask", "问", "--chat"])
     with pytest.raises(UserError, match="--trace"):
         react_agent.main(["--preset", "tiny", "--ask", "问", "--output_dir", "别处"])
+    with pytest.raises(UserError, match="--folder 与 --ask"):
+        react_agent.main(["--preset", "tiny", "--folder", "."])
 
 
 def test_a_dead_server_is_said_before_the_first_question(monkeypatch):
