@@ -300,6 +300,8 @@ GATE_NAMES = (("输入门", "input"), ("遗忘门", "forget"), ("输出门", "ou
 
 def learn(stage: Stage) -> dict:
     settings = stage.settings
+    # 第 2 步的数据先读：文件写错了，不必等第 1 步做完才知道
+    splits, data = load_splits(settings.dataset, settings.max_train_samples, settings.scheme)
     print(f"1. 记忆题：第一个符号是 {KEYS} 种里的哪一种，隔 n 个没用的符号学不学得会（瞎猜 {1 / KEYS:.3f}）")
     memory = {}
     for name in MEMORY:
@@ -307,7 +309,6 @@ def learn(stage: Stage) -> dict:
         shown = "  ".join(f"{d}：{a:.2f}" for d, a in memory[name]["accuracy"].items())
         print(f"  {name:<16}{shown}", flush=True)
 
-    splits, data = load_splits(settings.dataset, settings.max_train_samples, settings.scheme)
     train, test = short_sentences(splits["train"], settings.max_length), splits["test"]
     tags, vocabulary = all_tags(train), Vocabulary.of(train)
     number = {tag: i for i, tag in enumerate(tags)}
