@@ -190,7 +190,15 @@ def load_student(stage: Stage, seed: int, tokenizer, teacher: str):
         folder = stage.path.parent / f"{stage.path.name}_students" / f"seed{seed}"
         if load_run(folder) is None:  # 中断以前教好了的，不重教
             print(f"学生还没有教，先教一个（种子 {seed}）…", flush=True)
-            options = ["--preset", stage.settings.preset, "--methods", "labels", "--seed", str(seed)]
+            options = [
+                "--preset",
+                stage.settings.preset,
+                "--methods",
+                "labels",
+                "--no_more",
+                "--seed",
+                str(seed),
+            ]
             run_script(
                 "学生没有教成",
                 HOME / "distillation.py",

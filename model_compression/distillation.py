@@ -80,7 +80,7 @@ METHODS = {
     "on_policy": Method("on-policy（GKD）|on-policy (GKD)", "student", 0.5, 0.22),
 }
 COMPARED = ("labels",)  # 没有先读文档的学生，用这几种再学一遍
-TEMPERATURES = (0.5, 2.0)  # 前向 KL 再试这几个温度，各学一半的步数
+TEMPERATURES = (0.5, 2.0)  # 前向 KL 再试这几个温度
 PRESETS = {
     "tiny": {
         "dataset": "tiny_world",
@@ -122,6 +122,7 @@ class DistilSettings(LoopSettings):
     n_documents: int | None = option("从头开始的学生先读几篇文档；0 是不读")
     student_layers: int = option("从头开始的学生几层", 1, COUNT)
     student_width: int = option("从头开始的学生多宽", 64, COUNT)
+    more: bool = option("没有先读文档的学生、前向 KL 的别的温度，也各学一遍", True)
     on_policy_share: float = option("on-policy 里，几成的步学学生自己写的答案", 0.5, SHARE)
 
     def check(self) -> None:
@@ -283,10 +284,11 @@ def learn(stage: Stage, path: str) -> dict:
     students: dict = {}
     for name in methods:
         results[name], students[name] = run(stage, name, METHODS[name], student, teacher, tokenizer, data)
-    for name in [name for name in COMPARED if reads and name in methods]:
+    more = methods if settings.more else []
+    for name in [name for name in COMPARED if reads and name in more]:
         key = f"{name}_from_nothing"
         results[key], _ = run(stage, key, METHODS[name], blank, teacher, tokenizer, data)
-    for temperature in TEMPERATURES if "forward" in methods else ():
+    for temperature in TEMPERATURES if "forward" in more else ():
         key = f"forward_at_{temperature:g}"
         method = replace(METHODS["forward"], temperature=temperature)
         results[key], _ = run(stage, key, method, student, teacher, tokenizer, data)

@@ -227,10 +227,11 @@ def test_own_chats(base_folder, tmp_path):
     ]
     file = tmp_path / "mine.jsonl"
     file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    argv = [*SMALL, "--methods", "labels,reverse", "--n_documents", "0", "--dataset", str(file)]
+    argv = [*SMALL, "--methods", "labels,forward", "--no_more", "--n_documents", "0", "--dataset", str(file)]
     record = script.main([*argv, "--model", str(base_folder), "--output_dir", str(tmp_path / "out")])
     assert 0 < record["metrics"]["student_accuracy"] < 1
     assert "sampled_accuracy" not in record["metrics"]["methods"]["labels"]
+    assert set(record["metrics"]["methods"]) == {"labels", "forward"}  # --no_more：别的温度不试
 
 
 def test_score_of_own_chats_is_the_token_probability(tiny):
