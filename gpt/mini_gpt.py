@@ -317,7 +317,7 @@ def run_file(s):  # 在一个文本文件上训练，然后生成
     try:
         text = Path(s.data).read_text(encoding="utf-8").replace("\ufeff", "")  # 看不见的 BOM 不是字
     except OSError as error:
-        why = "没有这个文件" if isinstance(error, FileNotFoundError) else error.strerror
+        why = "没有这个文件" if isinstance(error, FileNotFoundError) else "它是文件夹，或者没有权限读"
         fail(f"读不了 --data {s.data}：{why}（当前目录是 {Path.cwd()}）。")
     except UnicodeDecodeError as error:
         fail(f"{s.data} 第 {error.start + 1} 个字节起不是 UTF-8。请另存为 UTF-8 再试。")

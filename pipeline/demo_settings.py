@@ -33,6 +33,8 @@ def parse_demo(settings_class, full_model: str, argv: list[str] | None):
     settings = parse_arguments(settings_class, argv)
     if settings.batch_size < 1:
         raise UserError(f"--batch_size 要是正整数，给的是 {settings.batch_size}。")
+    if settings.preset == "tiny" and settings.model:
+        raise UserError("--preset tiny 用自带的小模型，--model 用不上：两个去掉一个。")
     choice = choose_preset(
         settings.preset,
         settings.model,

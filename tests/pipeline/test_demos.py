@@ -112,6 +112,7 @@ def test_utf8_with_bom_and_no_sentences():
         (["--txet", "a"], "是不是 --text"),
         (["--preset", "big"], "--preset 不认识 big"),
         (["--model", "没有这个/文件夹/"], "没有这个文件夹"),
+        (["--preset", "tiny", "--model", "bert"], "--model 用不上"),
     ],
 )
 def test_bad_arguments(arguments, said):

@@ -378,6 +378,7 @@ def test_error_in_a_folder_names_its_file(tmp_path):
         (["--seed", "9" * 30], "--seed 要一个 0 以上的整数，现在是 '999"),
         (["--models", "mean", "bert"], "--models 里的 'bert' 不认识，可以用的有 embedding、mean、rnn"),
         (["--models"], "参数不对"),
+        (["--json", "没有/结果.json"], "它的上一级不是文件夹"),
         (["--sed", "3"], "参数不对"),
     ],
 )
