@@ -104,8 +104,14 @@ def test_pq_by_hand_has_faiss_codes_and_results(n_codes):
     books = hand.train_pq(X, n_parts=8, n_codes=n_codes, steps=4, seed=0)
     codes, theirs = hand.pq_encode(X, books), lab.PQ_with(books)
     theirs.add(X)
-    unpacked = codes if n_codes == 256 else codes[:, 0::2] | (codes[:, 1::2] << 4)  # 4 位的两个挤在一个字节里
-    assert (unpacked == theirs.pq.compute_codes(X)).all()
+    faiss_codes = theirs.pq.compute_codes(X)
+    if n_codes == 16:  # 4 位的两个挤在一个字节里
+        faiss_codes = np.stack([faiss_codes & 15, faiss_codes >> 4], axis=2).reshape(len(X), 8)
+    assert (codes == faiss_codes).mean() > 0.999  # 一样远的两个码字，选哪个看处理器怎样舍入
+    pieces = X.reshape(len(X), 8, -1)
+    for row, part in zip(*np.nonzero(codes != faiss_codes), strict=True):
+        far = [np.sum((pieces[row, part] - books[part][c[row, part]]) ** 2) for c in (codes, faiss_codes)]
+        assert far[0] == pytest.approx(far[1], abs=1e-5)
     scores, _ = hand.pq_search(QUERIES, codes, books, 10)
     assert np.abs(scores - theirs.search(QUERIES, 10)[0]).max() < 1e-5
     whole = np.concatenate([books[part][codes[:, part]] for part in range(8)], axis=1)  # 解码回来再算
