@@ -120,4 +120,4 @@ def test_a_student_taught_before_an_interruption_is_not_taught_again(
     assert not taught
     with pytest.raises(Exception, match="seed1"):  # 没有教过的：去教（这里的替身什么也没写，所以读不到）
         script.load_student(stage, 1, tiny[0], "老师")
-    assert len(taught) == 1
+    assert len(taught) == 1 and "--no_more" in taught[0]
