@@ -79,6 +79,8 @@ class CompareSettings(StageSettings):
             raise UserError(
                 "这个比较要有标准答案才做得了，只在小世界里：加 --preset tiny，不要给 --dataset。"
             )
+        if self.model or self.eval_dataset:
+            raise UserError("都从链上的 SFT 模型开始、在小世界里量，--model、--eval_dataset 用不上：去掉它。")
         super().check()
         self.check_loop_only()
         if self.learning_rate != PRESETS["tiny"]["learning_rate"]:

@@ -110,6 +110,14 @@ def check_path(name: str | None, flag: str = "--dataset（或给出它的那个�
         raise UserError(_no_such_file(name, path, flag))
 
 
+def check_data(name: str | None, flag: str = "--dataset") -> None:
+    """check_path，再看文件是不是空的：训练数据写错了，不必等上一阶段训练完才知道。"""
+    check_path(name, flag)
+    path = Path(name or "").expanduser()
+    if name and path.is_file() and path.stat().st_size == 0:
+        raise UserError(f"{name} 是空的，一个字节也没有：请检查 {flag}。")
+
+
 def data_sha256(name: str | None) -> str | None:
     """本地的数据文件，或文件夹里全部数据文件的内容的 sha256；不在本地的是 None。"""
     path = Path(name or "").expanduser()

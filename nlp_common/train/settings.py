@@ -22,7 +22,7 @@ from nlp_common.base.errors import UserError
 from nlp_common.base.measurements import split_prefix
 from nlp_common.base.processes import num_processes, on_main
 from nlp_common.base.runs import check_writable
-from nlp_common.data.rows import check_path, data_sha256
+from nlp_common.data.rows import check_data, data_sha256
 from nlp_common.hub.preset import announce, choose_preset
 from nlp_common.train.tracking import PLACES, check_installed
 
@@ -152,7 +152,7 @@ class StageSettings(RunSettings, LoopSettings):
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} 要是正整数，给的是 {getattr(self, name)}。")
-        check_path(self.eval_dataset, "--eval_dataset")
+        check_data(self.eval_dataset, "--eval_dataset")
 
     def check_loop_only(self) -> None:
         """没有库自带的训练器可比的脚本，在 check 里调用。"""
@@ -205,7 +205,7 @@ def parse_settings(
         split_prefix(settings.record)  # 写错了就说
     if settings.output_dir:
         check_writable(Path(settings.output_dir).expanduser())
-    check_path(getattr(settings, "dataset", None), "--dataset")  # 路径写错了，不必等上一阶段训练完才知道
+    check_data(getattr(settings, "dataset", None))
     return settings
 
 

@@ -105,6 +105,8 @@ def test_summary_has_the_standard_error(methods):
 def test_unknown_methods_and_full_are_refused(methods):
     with pytest.raises(UserError, match=r"不认识 abc.*simpo"):
         methods.main(["--preset", "tiny", "--methods", "dpo,abc"])
+    with pytest.raises(UserError, match="--model、--eval_dataset 用不上"):
+        methods.main(["--preset", "tiny", "--model", "smollm2"])
     for arguments in (["--preset", "full"], ["--preset", "tiny", "--dataset", "我的.jsonl"]):
         with pytest.raises(UserError, match="只在小世界里"):
             methods.main(arguments)

@@ -17,7 +17,7 @@ import pytest
 
 from nlp_common.base.errors import UserError
 from nlp_common.data.files import read_file, row_place
-from nlp_common.data.rows import has_split, read_rows
+from nlp_common.data.rows import check_data, has_split, read_rows
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 ROWS = [{"text": "一", "n": 1}, {"text": "二，“引号”", "n": 2}]
@@ -278,6 +278,14 @@ def test_missing_path_suggests_a_near_name(tmp_path):
     write(tmp_path / "train.jsonl", JSONL)
     assert f"是不是 {tmp_path.as_posix()}/train.jsonl？" in error_of(str(tmp_path / "trian.jsonl"))
     assert "名字是空的" in error_of("")
+
+
+def test_an_empty_file_is_said_before_anything_is_trained(tmp_path):
+    path = write(tmp_path / "a.jsonl", "")
+    with pytest.raises(UserError, match=r"a\.jsonl 是空的.*--eval_dataset"):
+        check_data(path, "--eval_dataset")
+    check_data(None)
+    check_data("some/dataset")
 
 
 # ---- 文件夹 ----
