@@ -151,7 +151,7 @@ def _text_fault(text: str, about_code: bool) -> str:
     if "�" in text or any(unicodedata.category(c) in ("Cc", "Co", "Cn") and c not in "\n\t\r" for c in text):
         return "控制字符"
     plain = CODE.sub(" ", text)
-    rare = share_rare(plain) > RARE and share_outside(plain, "gb2312", "big5") > 0.05  # 一串元素的名字不算
+    rare = share_rare(plain) > RARE and share_outside(plain, "gb2312", "big5") > 0.03  # 一串元素的名字不算
     if len(HAN.findall(plain)) >= LEAST_HAN and rare:
         return "乱字"
     if not about_code and HTML.search(plain):
