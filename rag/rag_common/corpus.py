@@ -264,6 +264,7 @@ def cmrc_corpus(path: str | Path, n_documents: int, n_questions: int, seed: int 
     nested = _squad_rows(path)
     rows = list(nested or read_file(path))
     names: dict[str, str] = {}
+    different: set[str] = set()
     questions, empty = [], 0
     for number, row in enumerate(rows, 1):
         context, asked = row.get("context", row.get("context_text")), row.get("question")
@@ -275,6 +276,7 @@ def cmrc_corpus(path: str | Path, n_documents: int, n_questions: int, seed: int 
         if not context.strip() or not asked.strip():
             empty += 1
             continue
+        different.add(context)
         if context not in names and len(names) >= n_documents:
             continue
         name = names.setdefault(context, f"段{len(names):04d}")
@@ -284,6 +286,7 @@ def cmrc_corpus(path: str | Path, n_documents: int, n_questions: int, seed: int 
         )
     documents = [Document(name, context) for context, name in names.items()]
     notes = [f"{path} 有 {empty} 条的问题或文字是空的，不用。"] if empty else []
+    notes += _only_the_first(path, len(different), n_documents)
     texts = {document.id: document.text for document in documents}
     apart = sum(bool(q.answer) and all(q.answer not in texts[name] for name in q.gold) for q in questions)
     if apart:
@@ -337,18 +340,32 @@ def folder_corpus(folder: str | Path, n_documents: int, n_questions: int, seed: 
         for number, (start, end) in enumerate(structure(file.text, PASSAGE), 1):
             facts = {"file": file.id, "start": start, "end": end}
             documents.append(Document(f"{file.id}#{number}", file.text[start:end], facts))
-    documents = documents[:n_documents]
     asked = Path(folder).expanduser() / "questions.jsonl"
     notes = [note for note in notes if not note.startswith(str(asked))]
-    found = _asked(asked, documents) if asked.is_file() else made_up(documents, seed)
+    given = _asked(asked, documents, notes) if asked.is_file() else []
+    notes += _only_the_first(folder, len(documents), n_documents)
+    documents = documents[:n_documents]
+    used = {document.id for document in documents}
+    found = [dataclasses.replace(each, gold=each.gold & used) for each in given if each.gold & used]
+    if not given:
+        found = made_up(documents, seed)
+    if len(found) < len(given):
+        notes.append(f"{asked} 有 {len(given) - len(found)} 题的出处不在用的这 {len(documents)} 段里，不问。")
     if not found:
+        if given:
+            raise UserError(f"{asked} 的题，出处都不在用的前 {n_documents} 段里：把 --documents 写大些。")
         raise UserError(
             f"{folder} 里的文字太短，造不出问题：在里面放一个 questions.jsonl（每行 question 与 answer）。"
         )
     return Corpus(Path(folder).name, documents, _sample(found, n_questions, seed), notes)
 
 
-def _asked(path: Path, documents: list[Document]) -> list[Question]:
+def _only_the_first(where: str | Path, there: int, n_documents: int) -> list[str]:
+    """没有全用，要说出来。"""
+    return [f"{where} 共 {there} 段，只用前 {n_documents} 段。"] if there > n_documents else []
+
+
+def _asked(path: Path, documents: list[Document], unread: list[str]) -> list[Question]:
     """questions.jsonl：每行 question，和 answer（答案的原话）或 document（哪个文件）；gold 是有答案的各段。"""
     questions = []
     for number, row in enumerate(read_file(path), 1):
@@ -358,6 +375,7 @@ def _asked(path: Path, documents: list[Document]) -> list[Question]:
         if not row.get("question") or not gold or not (answer or file):
             raise UserError(
                 f"{path} {row_place(path, number - 1)}：要有 question，和在文档里找得到原话的 answer，或文件名 document。"
+                + "".join(f"\n  （{note}）" for note in unread)  # 多半是答案所在的文件没有读成
             )
         questions.append(Question(str(row["question"]), answer, gold))
     return questions

@@ -140,9 +140,33 @@ def test_a_folder_of_the_readers_documents(tmp_path):
     (question,) = folder_corpus(tmp_path, 10, 10).questions
     assert question.gold == {"乙.md#1"}
     asked.write_text('{"question": "能借几本？", "answer": "六本"}', encoding="utf-8")
-    with pytest.raises(UserError, match="第 1 行"):
+    with pytest.raises(UserError, match=r"第 1 行[^坏]*坏\.txt"):  # 读不了的文件也说：答案多半在那里
         folder_corpus(tmp_path, 10, 10)
     assert made_up([Document("a", "短")]) == []
+
+
+def test_what_is_not_used_is_said(tmp_path):
+    """段太多，只用前几段：说出来；出处在后面的题不问，不怪题写得不对。"""
+    (tmp_path / "甲.txt").write_text("读者每次可以借阅图书五本。" * 100, encoding="utf-8")
+    (tmp_path / "乙.txt").write_text("炸酱面一碗十二元。", encoding="utf-8")
+    rows = [{"question": "能借几本？", "answer": "五本"}, {"question": "面多少钱？", "answer": "十二元"}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "questions.jsonl").write_text(text, encoding="utf-8")
+    whole = folder_corpus(tmp_path, 100, 10)
+    assert whole.notes == [] and len(whole.questions) == 2
+    first = whole.documents[0]
+    part = folder_corpus(tmp_path, 1, 10)
+    assert [d.id for d in part.documents] == [first.id] and len(part.questions) == 1
+    assert part.questions[0].gold == {first.id}
+    assert "只用前 1 段" in part.notes[0] and "有 1 题的出处不在用的这 1 段里" in part.notes[1]
+    text = '{"question": "面多少钱？", "answer": "十二元"}'
+    (tmp_path / "questions.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="出处都不在用的前 1 段里"):
+        folder_corpus(tmp_path, 1, 10)
+    path = tmp_path / "x.jsonl"
+    rows = [{"context": f"第 {n} 段", "question": "第几段？", "answer": str(n)} for n in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert "共 3 段，只用前 2 段" in cmrc_corpus(path, 2, 9).notes[0] and cmrc_corpus(path, 3, 9).notes == []
 
 
 # ---------------------------------------------------------------- 打错的字与繁体
