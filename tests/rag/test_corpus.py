@@ -159,7 +159,7 @@ def test_what_is_not_used_is_said(tmp_path):
     assert [d.id for d in part.documents] == [first.id] and len(part.questions) == 1
     assert part.questions[0].gold == {first.id}
     assert "只用前 1 段" in part.notes[0] and "有 1 题的出处不在用的这 1 段里" in part.notes[1]
-    text = '{"question": "面多少钱？", "answer": "十二元"}'
+    text = '{"question": "能借几本？", "answer": "五本"}'  # 甲.txt 排在乙.txt 后面
     (tmp_path / "questions.jsonl").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match="出处都不在用的前 1 段里"):
         folder_corpus(tmp_path, 1, 10)
