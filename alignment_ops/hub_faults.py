@@ -149,12 +149,15 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ.pop(name, None)
     settings = parse_arguments(FaultSettings, argv)
+    out = Path(settings.out).expanduser() if settings.out else None
+    if out and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise UserError(f"--out {settings.out} 写不了：它是文件夹，或者它的上一级不是文件夹。")
     said = {}
     for name, (title, _) in FAULTS.items():
         said[name] = cause(name)
         print(f"\n{title}\n  " + said[name].replace("\n", "\n  "))
-    if settings.out:
-        write_json(Path(settings.out), said)
+    if out:
+        write_json(out, said)
     return said
 
 
