@@ -76,44 +76,46 @@ def language_of(text: str) -> str:
 def share_outside(text: str, *encodings: str) -> float:
     """汉字里，这几种编码都没有的占多少。"""
     characters = HAN.findall(text)
-    known = ["".join(characters).encode(each, errors="ignore").decode(each) for each in encodings]
-    return sum(not any(each in those for those in known) for each in characters) / max(len(characters), 1)
+    known: set[str] = set()
+    for encoding in encodings:
+        known.update("".join(characters).encode(encoding, errors="ignore").decode(encoding))
+    return sum(each not in known for each in characters) / max(len(characters), 1)
 
 
 def language_fault(messages: list[dict], keep: tuple[str, ...] = ("zh",)) -> str:
     """这一段对话是不是别的语言。问的、答的分开看，一半以上的字在别的语言的句子里才算：夹着一句繁体的，别的句还用得上。"""
-    others = other_languages(messages, keep)
+    languages = languages_of(messages, keep)
     for role in ("user", "assistant"):
         wanted, found = 0, Counter[str]()
-        for place, message in enumerate(messages):
-            length = len(UNIT.findall(message["content"]))
-            if message["role"] != role or not language_of(message["content"]):
-                continue
-            if place in others:
-                found[others[place]] += length
-            else:
+        for message, (language, is_wanted) in zip(messages, languages, strict=True):
+            length = len(UNIT.findall(message["content"])) if language and message["role"] == role else 0
+            if is_wanted:
                 wanted += length
-        if found and found.total() >= wanted:
+            else:
+                found[language] += length
+        if found.total() and found.total() >= wanted:
             return LANGUAGES[found.most_common(1)[0][0]]
     return "" if "en" in keep or not is_short_english(messages) else LANGUAGES["en"]
 
 
 def other_languages(messages: list[dict], keep: tuple[str, ...] = ("zh",)) -> dict[int, str]:
-    """{第几句: 它的语言}，只有不是要的语言的。回答用外文、题目正是要它的，不算；题目自己是外文的，算。系统提示、工具的结果不看。"""
-    asked, others = "", {}
-    for place, message in enumerate(messages):
-        if message["role"] not in ("user", "assistant"):
-            continue
-        language = language_of(message["content"])
+    """{第几句: 它的语言}，只有不是要的语言的。"""
+    languages = enumerate(languages_of(messages, keep))
+    return {place: language for place, (language, is_wanted) in languages if not is_wanted}
+
+
+def languages_of(messages: list[dict], keep: tuple[str, ...]) -> list[tuple[str, bool]]:
+    """每一句是什么语言、要不要。回答用外文、题目正是要它的，要；题目自己是外文的，不要。系统提示、工具的结果不看，看不出的都要。"""
+    said: list[tuple[str, bool]] = []
+    asks_foreign = False
+    for message in messages:
+        language = language_of(message["content"]) if message["role"] in ("user", "assistant") else ""
         if message["role"] == "user":
-            asked = message["content"]
-        wanted = bool(ASKS_FOREIGN.search(asked) or FOREIGN_WORD.search(asked)) and language_of(asked) in (
-            "",
-            *keep,
-        )
-        if language and language not in keep and not (wanted and message["role"] == "assistant"):
-            others[place] = language
-    return others
+            about_foreign = ASKS_FOREIGN.search(message["content"]) or FOREIGN_WORD.search(message["content"])
+            asks_foreign = bool(about_foreign) and language in ("", *keep)
+        answers_it = message["role"] == "assistant" and asks_foreign
+        said.append((language, not language or language in keep or answers_it))
+    return said
 
 
 def is_short_english(messages: list[dict]) -> bool:
