@@ -30,6 +30,7 @@ class QdrantStore:
                 self.client = QdrantClient(path=str(Path(rest).expanduser()))
             else:
                 address, self.name = shared.server_address(url)
+                shared.must_listen(address, 6333)  # 不在听的，客户端先印一段英文的警告
                 self.client = QdrantClient(url=address, timeout=10)
             self._make()
 

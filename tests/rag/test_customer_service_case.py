@@ -193,6 +193,20 @@ def test_script_and_tickets(tmp_path, capsys):
     assert again["id"] == record["id"] and "直接加载" in capsys.readouterr().out
 
 
+def test_other_rows_of_a_given_store_are_left_alone(tmp_path):
+    """--store 给的库里读者自己的东西，一条不动；上次断在注入之后的，塞进去的清掉。"""
+    url = f"faiss://{tmp_path}/mine"
+    settings = cs.parse_settings(cs.ServiceSettings, cs.PRESETS, [*FLAGS, "--store", url])
+    desk, chunks, _ = cs.open_desk(settings, tmp_path)
+    [mine] = cs.make_chunks("我的", "我自己的一段", [(0, 6)])
+    [injected] = cs.make_chunks("甲店/注入0", cs.INJECTION, [(0, 20)], tenant="甲店", access="public")
+    desk.store.upsert([mine, injected], desk.embedder.passages([mine.text, injected.text]))
+    desk.store.close()
+    again, _, _ = cs.open_desk(settings, tmp_path)
+    assert set(again.store.ids()) == {mine.id} | {chunk.id for chunk in chunks}
+    again.store.close()
+
+
 def test_ask_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cs, "HOME", tmp_path)
     name = sq.shops(8, 0)["乙店"][0].name
