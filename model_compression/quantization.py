@@ -6,8 +6,8 @@
 运行：
     python quantization.py                                 # Qwen 链的 SFT 模型，三种办法 × 四种位数 × 三种组，约五分钟
     python quantization.py --methods gptq --bits 3 --groups 64 --output_dir outputs/one
-    python quantization.py --model smollm2                 # 真的小模型，英文，看留出损失，约十分钟
-    python quantization.py --model 文件夹 --dataset 我的对话.jsonl --output_dir outputs/mine    # 自己的模型与对话，看留出损失
+    python quantization.py --model smollm2                 # 真的小模型，英文，看困惑度，约十分钟
+    python quantization.py --model 文件夹 --dataset 我的对话.jsonl --output_dir outputs/mine    # 自己的模型与对话，看困惑度
     python quantization.py --preset full                   # Qwen2.5-0.5B-Instruct，要加速器
 
 预期输出（实测见本文件夹的 README.md）：8 位到 3 位几乎不花题，2 位分出高下，GPTQ 错得最少；每一层 GPTQ 的输出误差都比 RTN 小。
