@@ -9,7 +9,7 @@ from pathlib import Path
 from curation_report import ARM_NAMES, FAULTS
 from curation_rows import STEPS, TABLES, Table
 from nlp_common.base.console import printable
-from nlp_common.draw.pages import fill_page
+from nlp_common.draw.pages import fill_page, html_table
 from nlp_common.draw.plots import bar_chart, histogram
 
 TEMPLATE = Path(__file__).with_name("audit_page.html")
@@ -36,19 +36,6 @@ def page(tables: dict[str, Table], metrics: dict) -> str:
         for name in tables
     )
     return fill_page(TEMPLATE, {"summary": escape(summary), "sections": "\n".join(sections)})
-
-
-def html_table(head: list[str], rows: list[list[str]], numbers: set[int] = frozenset()) -> str:
-    """head、rows 的内容已经是 HTML；numbers 是右对齐的栏。"""
-    cells = "".join(f"<th>{cell}</th>" for cell in head)
-    body = ""
-    for row in rows:
-        tds = (
-            f'<td class="number">{cell}</td>' if at in numbers else f"<td>{cell}</td>"
-            for at, cell in enumerate(row)
-        )
-        body += "<tr>" + "".join(tds) + "</tr>"
-    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def steps_section(table: Table) -> str:

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from nlp_common.base.runs import write_text
-from nlp_common.draw.pages import fill_page
+from nlp_common.draw.pages import fill_page, html_table
 from nlp_common.draw.plots import bar_chart
 from pipeline_exam import EXAMS
 from row_checks import REASONS
@@ -70,7 +70,7 @@ def files_table(documents: list, cleaned: list, faults: list[str]) -> str:
         left = sum(len(after[each.id].text) for each in its)
         lines = sum(len(after[each.id].removed) for each in its)
         body.append([kind, number(len(its)), number(before), number(left), number(lines)])
-    shown = table(["后缀", "份", "读出的字", "洗完的字", "去掉的行"], body)
+    shown = html_table(["后缀", "份", "读出的字", "洗完的字", "去掉的行"], body)
     bad = "".join(f'<p class="bad">没有读：{escape(fault)}</p>' for fault in faults)
     return shown + bad
 
@@ -79,7 +79,7 @@ def removed_table(cleaned: list) -> str:
     """去掉得最多的几种行：看一眼，有没有误伤正文。"""
     counts = Counter((line, why) for each in cleaned for line, why in each.removed)
     body = [[text(line), escape(why), number(n)] for (line, why), n in counts.most_common(MOST_SHOWN)]
-    return table(["行", "为什么", "次"], body) if body else "<p>没有整行去掉的。</p>"
+    return html_table(["行", "为什么", "次"], body) if body else "<p>没有整行去掉的。</p>"
 
 
 def dropped_table(dropped: list) -> str:
@@ -93,7 +93,7 @@ def dropped_table(dropped: list) -> str:
         pair = first[reason]
         example = f"问：{pair.questions[0]}\n答：{pair.answer}\n原文：{pair.passage}"
         body.append([escape(MORE_REASONS.get(reason, reason)), number(n), text(example)])
-    return table(["为什么", "题", "例如"], body) if body else "<p>都能要。</p>"
+    return html_table(["为什么", "题", "例如"], body) if body else "<p>都能要。</p>"
 
 
 def split_table(metrics: dict, rows: dict[str, list[dict]]) -> str:
@@ -108,7 +108,7 @@ def split_table(metrics: dict, rows: dict[str, list[dict]]) -> str:
         f"留出的题里，同一件事训练数据里也有的：这样分（按文档，几乎一样的算一份）{leaks['documents']:.1%}；"
         f"要是按文件分 {leaks['files']:.1%}，一行一行随机分 {leaks['rows']:.1%}。"
     )
-    return table(["", "份文档", *(f"行{title}" for title in BOOKS.values())], body) + f"<p>{note}</p>"
+    return html_table(["", "份文档", *(f"行{title}" for title in BOOKS.values())], body) + f"<p>{note}</p>"
 
 
 def lengths_table(rows: dict[str, list[dict]]) -> str:
@@ -129,25 +129,10 @@ def samples_table(rows: dict[str, list[dict]]) -> str:
         asked, said = (turn["content"] for turn in row["messages"])
         name = f"{RULE_TITLES.get(rule, rule)}，{BOOKS[book]}"
         body.append([escape(name), text(asked), text(said)])
-    return table(["", "用户", "助手"], body)
+    return html_table(["", "用户", "助手"], body)
 
 
 # ---------------------------------------------------------------- 零件
-
-
-def table(head: list[str], body: list[list[str]]) -> str:
-    """body 的每格是 <td>…</td> 或已经转义的文字。"""
-    right = [cell.startswith('<td class="number"') for cell in body[0]] if body else [False] * len(head)
-    top = "".join(
-        f'<th class="number">{name}</th>' if is_number else f"<th>{name}</th>"
-        for name, is_number in zip(head, right, strict=True)
-    )
-    lines = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in body)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
-
-
-def cell(content: str) -> str:
-    return content if content.startswith("<td") else f"<td>{content}</td>"
 
 
 def number(value: int) -> str:
@@ -165,7 +150,7 @@ def counted(counts: Counter, titles: dict, what: str, unit: str, by_count: bool 
     for name, n in counts.most_common() if by_count else counts.items():
         bar = f'<td class="bar"><div class="fill" style="width: {100 * n / most:.1f}%"></div></td>'
         body.append([escape(str(titles.get(name, name))), number(n), bar])
-    return table([what, unit, ""], body)
+    return html_table([what, unit, ""], body)
 
 
 SHOWN = {  # 图里的名字

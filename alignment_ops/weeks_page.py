@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from customer_service import watched
 from nlp_common.base.console import printable
 from nlp_common.base.runs import write_text
-from nlp_common.draw.pages import fill_page
+from nlp_common.draw.pages import fill_page, html_table
 from nlp_common.draw.plots import line_chart
 from poisoned_week import DEFENCES
 
@@ -53,13 +52,6 @@ def title(both: str) -> str:
     return both.split("|")[0]
 
 
-def table(rows: Sequence[Sequence[str]], css: str = "") -> str:
-    """第一行是表头；各格已经是 HTML。"""
-    head = "".join(f"<th>{cell}</th>" for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[1:])
-    return f'<table class="{css}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-
-
 def percent(share: float) -> str:
     return f"{share:.1%}"
 
@@ -86,7 +78,7 @@ def weeks_table(weeks: list[dict], titles: dict[str, str]) -> str:
                 percent(week[name]["solved"]) + (f' <span class="bad">{kept}</span>' if kept else "")
             )
         rows.append(cells)
-    return table(rows)
+    return html_table(rows[0], rows[1:])
 
 
 def note(week: dict) -> str:
@@ -112,7 +104,7 @@ def labels_table(weeks: list[dict], titles: dict[str, str]) -> str:
                 percent(right_labels),
             ]
         )
-    return table(rows)
+    return html_table(rows[0], rows[1:])
 
 
 def talk_table(weeks: list[dict], arm: str, golden: list[dict]) -> str:
@@ -131,7 +123,7 @@ def talk_table(weeks: list[dict], arm: str, golden: list[dict]) -> str:
             css = "good" if said["solved"] else "bad"
             cells.append(f'<span class="{css}">{escape(printable(said["text"])) or "（没有说话）"}</span>')
         rows.append(cells)
-    return "".join(stories) + table(rows, "talk")
+    return "".join(stories) + html_table(rows[0], rows[1:], css="talk")
 
 
 def handover_table(found: dict) -> str:
@@ -141,7 +133,7 @@ def handover_table(found: dict) -> str:
         cells = [its["prompts"][prompt] for prompt in ("none", "known", "unknown")]
         cells += [its["handover_none"][key] for key in ("handed", "solved", "wasted")]
         rows.append([shown, *map(percent, cells)])
-    return table(rows)
+    return html_table(rows[0], rows[1:])
 
 
 def poison_section(found: dict) -> str:
@@ -158,6 +150,6 @@ def poison_section(found: dict) -> str:
     return (
         f"<section><h2>第 {found['week']} 周，有人捣乱</h2><p>一个人要机器人见了颜色就说「火红」。"
         f"点得超过上限的：{named or '没有'}。</p>"
-        f'<div class="scroll">{table(rows)}</div><p>他另开许多账号，个个不超上限：</p>'
-        f'<div class="scroll">{table(more)}</div></section>'
+        f"{html_table(rows[0], rows[1:])}<p>他另开许多账号，个个不超上限：</p>"
+        f"{html_table(more[0], more[1:])}</section>"
     )

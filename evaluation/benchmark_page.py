@@ -6,7 +6,7 @@ import math
 from html import escape
 from pathlib import Path
 
-from nlp_common.draw.pages import fill_page
+from nlp_common.draw.pages import fill_page, html_table
 from nlp_common.draw.plots import COLORS
 from results import lower_is_better, shown
 
@@ -37,13 +37,6 @@ def in_order(results: list[dict], baseline: str) -> list[str]:
     return sorted(dict.fromkeys(models), key=lambda model: (model != baseline, -models.count(model)))
 
 
-def table(head: list[str], rows: list[list[str]], css: str = "") -> str:
-    """head、rows 的内容已经是 HTML；rows 的每一格是整个 <td>。"""
-    cells = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{css}"><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
 def td(content: str, css: str = "") -> str:
     return f'<td class="{css}">{content}</td>' if css else f"<td>{content}</td>"
 
@@ -69,7 +62,7 @@ def score_table(rows: list[dict], models: list[str]) -> str:
         for model in models:
             line.append(score_cell(row["models"].get(model)))
         lines.append(line)
-    return table(["题", "分", *map(escape, models)], lines, "numbers")
+    return html_table(["题", "分", *map(escape, models)], lines, css="numbers")
 
 
 def score_cell(cell: dict | None) -> str:
@@ -102,7 +95,7 @@ def changes_section(changes: list[dict]) -> str:
         lines.append(
             [td(escape(name), change["kind"]) for name in names] + [td(n, "number") for n in numbers]
         )
-    return said + table(["", "题", "模型", "分", "上次", "这次", "差的区间"], lines)
+    return said + html_table(["", "题", "模型", "分", "上次", "这次", "差的区间"], lines)
 
 
 def win_table(benchmark: str, matrix: dict) -> str:
@@ -121,7 +114,7 @@ def win_table(benchmark: str, matrix: dict) -> str:
                 td(f'<b>{cell["win"]:.2f}</b><br><span class="faint">{numbers}</span>', f"number {kind}")
             )
         lines.append(line)
-    return f"<h3>{escape(benchmark)}</h3>" + table(["", *map(escape, models)], lines, "numbers-2")
+    return f"<h3>{escape(benchmark)}</h3>" + html_table(["", *map(escape, models)], lines, css="numbers-2")
 
 
 def sample_table(benchmark: str, rows: list[dict]) -> str:
@@ -144,7 +137,7 @@ def sample_table(benchmark: str, rows: list[dict]) -> str:
                 f'<div class="faint">{escape(row["score"])} {score:.3f}</div></td>'
             )
         lines.append(line)
-    return f"<h3>{escape(benchmark)}</h3>" + table(["题", *map(escape, models)], lines, "samples")
+    return f"<h3>{escape(benchmark)}</h3>" + html_table(["题", *map(escape, models)], lines, css="samples")
 
 
 def sources_table(results: list[dict]) -> str:
@@ -159,7 +152,7 @@ def sources_table(results: list[dict]) -> str:
         ]
         cells += [str(len(result["items"])), result.get("date") or "", settings]
         lines.append([td(escape(cell)) for cell in cells])
-    return table(["题", "模型", "哪一份权重", "种子", "题数", "日期", "设置"], lines)
+    return html_table(["题", "模型", "哪一份权重", "种子", "题数", "日期", "设置"], lines)
 
 
 # ---------------------------------------------------------------- 雷达图

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from string import Template
 
@@ -46,3 +47,24 @@ th { color: var(--faint); font-weight: 600; white-space: nowrap; }
 def fill_page(template: Path, parts: dict[str, object]) -> str:
     """模板里的 $名字 换成 parts 里的（已经是 HTML），$style 换成共同的样子。"""
     return Template(template.read_text(encoding="utf-8")).substitute(parts, style=STYLE)
+
+
+def html_table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    numbers: Collection[int] = (),
+    css: str = "",
+) -> str:
+    """head、rows 的内容已经是 HTML，一格也可以写成整个 <td …>；numbers 里的栏、头一行写成 number 的栏靠右。"""
+    first = rows[0] if rows else ()
+    right = {*numbers, *(at for at, cell in enumerate(first) if cell.startswith('<td class="number'))}
+    top = "".join(_cell("th", cell, at in right) for at, cell in enumerate(head))
+    lines = ("".join(_cell("td", cell, at in right) for at, cell in enumerate(row)) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table class="{css}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(tag: str, content: str, is_number: bool) -> str:
+    if content.startswith("<td"):
+        return content
+    return f'<{tag} class="number">{content}</{tag}>' if is_number else f"<{tag}>{content}</{tag}>"

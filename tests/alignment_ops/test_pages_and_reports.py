@@ -62,7 +62,7 @@ def test_counts_are_bars_in_proportion():
     found = pipeline_page.counted(Counter({"time": 1, "llm": 4}), pipeline_page.RULE_TITLES, "句式", "题")
     assert found.index("大模型出的") < found.index("某时做")  # 多的在前
     assert "width: 100.0%" in found and "width: 25.0%" in found and found.count('class="number"') == 3
-    assert "<table>" in pipeline_page.counted(Counter(), {}, "句式", "题")
+    assert "<table" in pipeline_page.counted(Counter(), {}, "句式", "题")
 
 
 def test_files_are_counted_by_their_endings():
