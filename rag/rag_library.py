@@ -113,7 +113,7 @@ class Library:
 def marked(question: str, answer: str, text: str) -> str:
     """一块的文字 → HTML：与问题、回答相同的两个字以上标黄；文字里的 < 只是字。"""
     wanted = {word for word in characters_and_bigrams(question + "\n" + answer) if len(word) > 1}
-    lower = text.lower()
+    lower = "".join(char.lower() if len(char.lower()) == 1 else char for char in text)  # "İ" 的小写是两个字符
     yellow = [False] * len(text)
     for word in wanted:
         start = lower.find(word)

@@ -105,6 +105,7 @@ def test_an_empty_question_and_an_empty_shelf(library):
 def test_the_same_words_are_yellow():
     assert marked("借期几天？", "借期十天。", "新书借期十天，不续。") == "新书<mark>借期十天</mark>，不续。"
     assert marked("甲", "乙", "丙") == "丙"
+    assert marked("借期几天？", "", "İİ借期") == "İİ<mark>借期</mark>"  # 小写比大写长的字
 
 
 @given(st.text("ab<>&\"'甲乙", max_size=30), st.text("ab<甲乙", max_size=10))
