@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -386,9 +387,7 @@ def main(argv=None):
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))  # 只有敲了的；没敲的由默认值补上
     defaults = FAST if given.get("recipe") == "fast" else {}
-    if "data" not in given:
-        defaults = defaults | TOY
-    s = Settings(**(defaults | given))
+    s = Settings(**(defaults | ({} if "data" in given else TOY) | given))
     check(s)
     torch.manual_seed(s.seed)
     run = run_file if "data" in given else run_toy
@@ -396,4 +395,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # 终端写不出的字印成问号，不中途报错
     main()

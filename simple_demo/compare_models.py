@@ -386,6 +386,7 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # 终端写不出的字印成问号，不中途报错
     try:
         main()
     except UserError as error:

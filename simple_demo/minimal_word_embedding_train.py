@@ -16,6 +16,7 @@
 
 import argparse
 import math
+import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -214,4 +215,5 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # 终端写不出的字印成问号，不中途报错
     main()

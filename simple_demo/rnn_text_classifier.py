@@ -15,6 +15,7 @@
 """
 
 import argparse
+import sys
 
 import torch
 from torch import nn
@@ -220,4 +221,5 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # 终端写不出的字印成问号，不中途报错
     main()

@@ -15,6 +15,7 @@
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -254,4 +255,5 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # 终端写不出的字印成问号，不中途报错
     main()
