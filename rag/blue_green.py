@@ -41,8 +41,15 @@ class Asking(threading.Thread):
         self.vectors = embedder.queries([product.question(fact) for product, fact in self.asked])
         self.stop, self.queries, self.lost, self.wrong = threading.Event(), 0, 0, 0
         self.urls: list[str] = []
+        self.fault = ""  # 打不开、查不了，是为什么
 
     def run(self) -> None:
+        try:
+            self.keep_asking()
+        except UserError as error:
+            self.fault = str(error)
+
+    def keep_asking(self) -> None:
         store = None
         while not self.stop.is_set():
             product, fact = self.asked[self.queries % len(self.asked)]
@@ -116,5 +123,5 @@ def wait_for(asking: Asking, more: int, limit_s: float = 30) -> None:
     target, until = asking.queries + more, time.monotonic() + limit_s
     while asking.queries < target:
         if not asking.is_alive() or time.monotonic() > until:
-            raise UserError("一直在问的线程停了，没有查下去：上面有它的错。")
+            raise UserError(f"一直在问的线程停了，没有查下去：{asking.fault or '上面有它的错。'}")
         time.sleep(0.002)

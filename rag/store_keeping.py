@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import parse_qsl, urlencode
 
 from catalogue import Product
 from rag_common.audit import AuditLog
@@ -38,7 +39,17 @@ class StorePlace:
         if not self.given:
             return f"faiss://{self.folder / name}"
         head, mark, options = self.given.partition("?")
-        return f"{head.rstrip('/')}-{name}{mark}{options}"
+        scheme, rest = head.split("://", 1)
+        if scheme == "pgvector":  # 接在表名上
+            given = dict(parse_qsl(options, keep_blank_values=True))
+            table = f"{given.get('table', 'rag')}_{name}"
+            return f"{head}?{urlencode(given | {'table': table})}"
+        if scheme == "milvus":  # 文件名要以 .db 结尾
+            return f"{head.removesuffix('.db')}_{name}.db"
+        if scheme in ("faiss", "qdrant"):  # 文件夹
+            return f"{head.rstrip('/')}_{name}{mark}{options}"
+        host, _, collection = rest.partition("/")  # 服务器：接在集合或索引的名字上
+        return f"{scheme}://{host}/{collection.strip('/') or 'rag'}_{name}{mark}{options}"
 
     def open(self, name: str) -> Store:
         """空的：同名的里面有上次留下的，清掉。"""

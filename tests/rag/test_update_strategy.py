@@ -170,6 +170,34 @@ def test_no_query_is_lost_while_switching(place, embedder, tmp_path):
     assert [row["event"]["what"] for row in log.rows()] == ["switch"]
 
 
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("qdrant://某处/", "qdrant://某处_{}"),
+        ("milvus://某处/a.db", "milvus://某处/a_{}.db"),
+        ("milvus+http://a:1", "milvus+http://a:1/rag_{}"),
+        ("qdrant+https://a:1/b/", "qdrant+https://a:1/b_{}"),
+        ("pgvector://u:p@a/db", "pgvector://u:p@a/db?table=rag_{}"),
+        ("pgvector://u@/db?host=h&table=t", "pgvector://u@/db?host=h&table=t_{}"),
+        ("opensearch://u:p@a:1/b?ca=c", "opensearch://u:p@a:1/b_{}?ca=c"),
+    ],
+)
+def test_a_place_in_any_kind_of_store(given, url, embedder, tmp_path):
+    """名字接在文件、表、集合上；不碰库名、端口、后缀。"""
+    place = keeping.StorePlace(given, tmp_path, embedder)
+    name = keeping.text_hash("蓝")[:8]
+    assert place.url("蓝") == url.format(name) != place.url("绿")
+
+
+def test_a_reader_that_cannot_open_says_why(tmp_path, embedder):
+    alias = blue_green.Alias(tmp_path / "alias.json")
+    alias.point_to("没有的://x")
+    asking = blue_green.Asking(alias, embedder, make_products(2))
+    asking.start()
+    with pytest.raises(UserError, match=r"停了，没有查下去：.*不认识 没有的"):
+        blue_green.wait_for(asking, 1)
+
+
 def test_an_incomplete_new_store_is_not_switched_to(place, embedder, tmp_path, monkeypatch):
     alias = blue_green.Alias(tmp_path / "alias.json")
     alias.point_to("faiss://旧的")
@@ -230,6 +258,7 @@ def test_script_as_a_reader_runs_it(tmp_path, capsys):
         (["--products", "5"], "至少 10 件"),
         (["--store", "某个文件夹"], "--store 某个文件夹 不是网址"),
         (["--store", "faiss+http://x"], "不认识 faiss.http"),
+        (["--store", "qdrant://x"], "只许一处"),
     ],
 )
 def test_bad_settings(flags, said, tmp_path):
