@@ -131,6 +131,8 @@ class DistilSettings(LoopSettings):
                 raise UserError(
                     f"--methods 不认识 {name or '空的一项'}，可以是 {'、'.join(METHODS)}，逗号隔开。"
                 )
+        if self.eval_dataset and self.dataset == "tiny_world":
+            raise UserError("tiny_world 自带留出的题，--eval_dataset 用不上：与自己的 --dataset 一起给。")
         if self.max_steps < 10:
             raise UserError(f"--max_steps 要不小于 10，给的是 {self.max_steps}。")
 

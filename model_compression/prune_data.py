@@ -51,6 +51,8 @@ class CalibratedSettings(LessonSettings):
             for name, value in defaults[self.model == "smollm2"].items():
                 if getattr(self, name) is None:
                     setattr(self, name, value)
+        if self.eval_dataset and self.dataset in ("tiny_world", "python_docs"):
+            raise UserError(f"{self.dataset} 自带留出的，--eval_dataset 用不上：与自己的 --dataset 一起给。")
 
 
 @dataclass

@@ -79,6 +79,8 @@ class DeploySettings(LessonSettings):
                 raise UserError(
                     f"--variants 不认识 {name or '空的一项'}，可以是 {'、'.join(VARIANTS)}，逗号隔开。"
                 )
+        if not self.deepspeed and self.deepspeed_config != type(self).deepspeed_config:
+            raise UserError("--deepspeed_config 要与 --deepspeed 一起给。")
 
 
 # ---------------------------------------------------------------- 1. 全课：一种开一个服务，问同样的题

@@ -251,6 +251,7 @@ def fails(argv, match):
 def test_wrong_arguments(base_folder, tmp_path):
     fails([*SMALL, "--methods", "labels,kd"], "不认识 kd，可以是")
     fails([*SMALL, "--methods", ""], "空的一项")
+    fails([*SMALL, "--eval_dataset", "some/rows"], "--eval_dataset 用不上")
     fails([*SMALL, "--max_steps", "3"], "不小于 10")
     fails([*SMALL, "--on_policy_share", "2"], "0 到 1")
     out = ["--model", str(base_folder), "--output_dir", str(tmp_path / "out")]

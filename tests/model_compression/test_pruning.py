@@ -317,6 +317,7 @@ def test_plain_lora_loses_the_mask():
     ("flags", "said"),
     [
         (["--methods", "obd"], "--methods 不认识 obd"),
+        (["--eval_dataset", "some/rows"], "--eval_dataset 用不上"),
         (["--shares", "0.5,"], "空的一项"),
         (["--shares", "1"], "--shares 要是 0 到 1 之间的小数"),
         (["--shares", "nan"], "--shares 要是"),

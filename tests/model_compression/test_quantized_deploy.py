@@ -165,6 +165,11 @@ def test_its_settings(tmp_path, monkeypatch):
     )
 
 
+def test_the_settings_of_deepspeed_alone():
+    with pytest.raises(UserError, match="要与 --deepspeed 一起给"):
+        script.main(["--preset", "tiny", "--deepspeed_config", "a.json"])
+
+
 def test_without_deepspeed(base_folder, monkeypatch):
     monkeypatch.setattr(deepspeed_part, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="没有装 DeepSpeed"):
