@@ -115,7 +115,7 @@ def check_data(name: str | None, flag: str = "--dataset") -> None:
     check_path(name, flag)
     path = Path(name or "").expanduser()
     if name and path.is_file() and path.stat().st_size == 0:
-        raise UserError(f"{name} 是空的，一个字节也没有：请检查 {flag}。")
+        raise UserError(f"{name} 是空文件（0 字节）：请检查 {flag}。")
 
 
 def data_sha256(name: str | None) -> str | None:
