@@ -277,7 +277,7 @@ def test_missing_path_is_not_looked_up_on_the_hub(name, monkeypatch):
 def test_missing_path_suggests_a_near_name(tmp_path):
     write(tmp_path / "train.jsonl", JSONL)
     assert f"是不是 {tmp_path.as_posix()}/train.jsonl？" in error_of(str(tmp_path / "trian.jsonl"))
-    assert "名字是空文件" in error_of("")
+    assert "名字是空的" in error_of("")
 
 
 def test_an_empty_file_is_said_before_anything_is_trained(tmp_path):
