@@ -92,6 +92,8 @@ class MergeSettings(LoopSettings):
         fill_in(self, SMALL, REAL)
         if bool(self.adapter) != bool(self.export):
             raise UserError("--adapter 与 --export 要一起给：合并哪个，存到哪里；都不给就上课。")
+        if self.weights and not self.adapter:
+            raise UserError("--weights 要与 --adapter 一起给：它是那几个适配器各占多少。")
 
 
 # ---------------------------------------------------------------- 1. 合并，与它的误差

@@ -312,6 +312,7 @@ def says(*argv: str) -> str:
 def test_bad_arguments(folders, tmp_path):
     one, two, out = str(folders / "one"), str(folders / "two"), str(tmp_path / "out")
     assert "--adapter 与 --export 要一起给" in says("--adapter", one)
+    assert "--weights 要与 --adapter 一起给" in says("--weights", "0.7,0.3")
     assert "两个适配器都叫 one" in says("--adapter", one, "--adapter", one, "--export", out)
     assert "要一样多" in says("--adapter", one, "--adapter", two, "--weights", "1", "--export", out)
     for weights in ("多", "nan"):
