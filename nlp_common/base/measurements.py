@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from nlp_common.base.errors import UserError
 from nlp_common.base.processes import is_main
-from nlp_common.base.runs import write_text
+from nlp_common.base.runs import without_password, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "measurements"
@@ -127,10 +127,10 @@ def _outside(text: str) -> bool:
 
 
 def _short(text: str) -> str:
-    """仓库里的路径从仓库最上层写起，别处的绝对路径只留最后一段。"""
+    """仓库里的路径从仓库最上层写起，别处的绝对路径只留最后一段；网址里的密码不写。"""
     path = Path(text)
     if not path.is_absolute():
-        return text
+        return without_password(text)
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 

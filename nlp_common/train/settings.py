@@ -21,7 +21,7 @@ from nlp_common.base.arguments import option, parse_arguments
 from nlp_common.base.errors import UserError
 from nlp_common.base.measurements import split_prefix
 from nlp_common.base.processes import num_processes, on_main
-from nlp_common.base.runs import check_writable
+from nlp_common.base.runs import check_writable, without_password
 from nlp_common.data.rows import check_data, data_sha256
 from nlp_common.hub.preset import announce, choose_preset
 from nlp_common.train.tracking import PLACES, check_installed
@@ -209,9 +209,15 @@ def parse_settings(
     return settings
 
 
+def as_told(settings: LessonSettings) -> dict:
+    """各项设置，记下来、印出来的样子：网址里的密码换成 ***。"""
+    values = dataclasses.asdict(settings)
+    return {k: without_password(v) if isinstance(v, str) else v for k, v in values.items()}
+
+
 def fingerprint(settings: LessonSettings, **more: Any) -> dict:
     """决定结果的一切：设置、本地数据的内容、进程数，以及 more（如上游模型的编号）。"""
-    values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in settings.NOT_IN_FINGERPRINT}
+    values = {k: v for k, v in as_told(settings).items() if k not in settings.NOT_IN_FINGERPRINT}
     for name in ("dataset", "eval_dataset", "third_dataset", "reward_file"):
         if sha256 := data_sha256(values.get(name)):
             values[f"{name}_sha256"] = sha256

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import sys
@@ -19,7 +18,7 @@ from nlp_common.base.errors import UserError
 from nlp_common.base.measurements import ROOT, current_commit, record_run
 from nlp_common.base.processes import is_main, on_main
 from nlp_common.base.runs import CHECKPOINT_DONE, RunFolder, differences, load_run, open_run
-from nlp_common.train.settings import LessonSettings
+from nlp_common.train.settings import LessonSettings, as_told
 from nlp_common.train.tracking import Reporter
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ class Stage:
             "stage": self.name,
             "parent": self.parents,
             "data": data,
-            "settings": dataclasses.asdict(self.settings),
+            "settings": as_told(self.settings),
             "fingerprint": self.fingerprint,
             "versions": library_versions(),
             "device": describe(self.device),

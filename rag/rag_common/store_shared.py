@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from nlp_common.base.errors import UserError
+from nlp_common.base.runs import without_password  # noqa: F401  各后端从这里拿
 from rag_common.chunking import Chunk
 from rag_common.store import Hit, Where
 
@@ -89,11 +89,6 @@ def check_fingerprint(url: str, saved: dict, fingerprint: str, dim: int) -> None
 def stable_id(name: str) -> str:
     """由 id 算出的 UUID，同样的 id 总是同样的：有的后端对编号的写法、长短有要求。"""
     return str(uuid.uuid5(uuid.NAMESPACE_URL, name))
-
-
-def without_password(url: str) -> str:
-    """印出来、记下来的网址里没有密码。"""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", url)
 
 
 def values_of(wanted: Any) -> list:

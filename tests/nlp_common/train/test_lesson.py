@@ -9,9 +9,10 @@ import torch
 
 from nlp_common.base.arguments import option
 from nlp_common.base.errors import UserError
+from nlp_common.base.measurements import current_command
 from nlp_common.hub.preset import announce, choose_preset
 from nlp_common.train import chain
-from nlp_common.train.lesson import run_lesson, run_part
+from nlp_common.train.lesson import once, run_lesson, run_part
 from nlp_common.train.settings import LessonSettings, parse_settings
 
 PRESETS = {"tiny": {"width": 3}, "full": {"width": 30}}
@@ -108,3 +109,47 @@ def test_another_topics_model_is_found_or_trained_on_the_spot(tmp_path, monkeypa
     Done.returncode, answers[:] = 2, [None]
     with pytest.raises(UserError, match="没有训练成"):
         chain.chain_model("sft")
+
+
+@dataclass
+class StoreSettings(LessonSettings):
+    store: str | None = option("知识库的网址")
+
+
+def test_a_password_is_neither_kept_nor_shown(tmp_path, monkeypatch):
+    """网址里的密码不进 run.json，也不在"设置不同"的话里；换一个密码，还是同样的结果。"""
+    monkeypatch.setattr("sys.argv", ["lesson.py", "--store", "pgvector://u:secret@h/x"])
+
+    def run(url):
+        argv = ["--preset", "tiny", "--store", url, "--output_dir", str(tmp_path / "out")]
+        settings = parse_settings(StoreSettings, {"tiny": {}, "full": {}}, argv)
+        return run_lesson("x", tmp_path, settings, lambda stage: stage.save({"n": 1}, {}))
+
+    first = run("pgvector://u:secret@h/x")
+    assert run("pgvector://u:other@h/x") == first
+    with pytest.raises(UserError, match=r"u:\*\*\*@h/y") as refused:
+        run("pgvector://u:secret@h/y")
+    assert "secret" not in str(refused.value)
+    assert "secret" not in (tmp_path / "out" / "run.json").read_text(encoding="utf-8")
+    assert "secret" not in current_command()
+
+
+def test_once_is_done_once(tmp_path):
+    """中断以前做完的，读回那时的：元组读回来是列表。"""
+    asked = []
+
+    def work(a, b):
+        asked.append(a)
+        return a, b
+
+    def learn(stage):
+        found = [once(stage, name, work, name, 0.1) for name in ("first", "second")]
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        stage.save({"found": found}, {})
+
+    with pytest.raises(KeyboardInterrupt):
+        run_lesson("x", tmp_path, settings_of(), learn)
+    asked.append("再来")
+    record = run_lesson("x", tmp_path, settings_of(), learn)
+    assert record["metrics"]["found"] == [["first", 0.1], ["second", 0.1]] and len(asked) == 3
