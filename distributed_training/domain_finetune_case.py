@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 
 import clinic_world
-from nlp_common.base.arguments import COUNT, SHARE, option
+from nlp_common.base.arguments import COUNT, POSITIVE, SHARE, option
 from nlp_common.base.console import print_table
 from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import bar_chart
@@ -62,7 +62,7 @@ class DomainSettings(LoopSettings):
     mixes: str = option("混几成旧数据，逗号隔开，各练一遍", "0,0.1,0.2")
     lora: bool = option("旁边也练 LoRA（混第一种与最后一种）", True)
     lora_r: int = option("LoRA 的秩", 16, COUNT)
-    lora_rate: float | None = option("LoRA 的学习率")
+    lora_rate: float | None = option("LoRA 的学习率", limits=POSITIVE)
     documents: str | None = option("自己的文档：一个文件夹（txt、md），只接着预训练")
     heldout_share: float = option("自己的文档，留出几成", 0.1, SHARE)
     n_documents: int | None = option("几篇门诊文档", limits=COUNT)

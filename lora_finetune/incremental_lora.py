@@ -122,7 +122,7 @@ class IncrementalSettings(LoopSettings):
             raise UserError(f"--dataset 与 --third_dataset 是同一份（{self.dataset}）：第三样要另给一份。")
         second, third = names(self.tasks)
         second = second if self.dataset == "tiny_world" else OWN
-        third = third if self.third_dataset in (None, "tiny_world") else OWN_THIRD
+        third = third if self.third_dataset in (None, "", "tiny_world") else OWN_THIRD
         self.tasks = f"{second},{third}"
 
 

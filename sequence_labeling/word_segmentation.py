@@ -29,7 +29,7 @@ from safetensors.torch import load_model, save_model
 from bilstm_crf import BiLSTMSettings, BiLSTMTagger, tag_sentences, train_tagger
 from labeling import all_tags, predict_text
 from long_sentences import MAX_CHARS, short_sentences
-from nlp_common.base.arguments import POSITIVE, option
+from nlp_common.base.arguments import POSITIVE, SHARE, option
 from nlp_common.base.console import padded
 from nlp_common.base.errors import UserError
 from nlp_common.base.runs import write_json
@@ -61,7 +61,7 @@ TRAINING = {
 @dataclass
 class SegmentationSettings(BiLSTMSettings):
     COMMON: ClassVar[dict] = BiLSTMSettings.COMMON | TRAINING
-    input_dropout: float = option("输入的 dropout：数据多，不用那么重", 0.1)
+    input_dropout: float = option("输入的 dropout：数据多，不用那么重", 0.1, limits=SHARE)
     joint_epochs: float | None = option("连词性一起标的模型训练几遍：标签多，每遍慢些", limits=POSITIVE)
     leak: bool = option("也在前 300 句上量一量 SnowNLP（它在这份语料上训练过，是泄漏的例子；很慢）", False)
 
