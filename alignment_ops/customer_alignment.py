@@ -12,7 +12,7 @@
   python customer_alignment.py --dataset 反馈.jsonl   # 自己的反馈（user、prompt、completion、label）：谁可疑，哪些行能用
   python customer_alignment.py --preset full          # Qwen1.5-0.5B-Chat，需要加速器
 
-应当看到（tiny，实测见本文件夹的 README.md）：解决的从五成多到九成以上，点错三成的也到八成多；只换提示几乎不动。
+应当看到（tiny，实测见本文件夹的 README.md）：解决的从五成多到九成以上，点错三成的也到八成多；只换提示多不了几个百分点。
 结果文件夹里的 weeks.html 是八周的一页。
 
 参考：Dawid & Skene 1979（标注者各有各的准头）；Ethayarajh et al. 2024（KTO）；Rafailov et al. 2023（DPO）。
