@@ -140,7 +140,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """脚本开头的说明原样印出，不挤成一段；有默认值的参数写上默认值。"""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        shown = not any(action.default is hidden for hidden in (None, False, argparse.SUPPRESS))
+        shown = not any(action.default is hidden for hidden in (None, False, "", argparse.SUPPRESS))
         return f"{action.help or ''}{'（默认 %(default)s）' if shown else ''}"
 
 
