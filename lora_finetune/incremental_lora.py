@@ -1,7 +1,7 @@
 """再学一样，忘不忘前一样？全参数、LoRA、回放、EWC、O-LoRA、缩放、分开存、合并，各学了多少，忘了多少。
 
 学到什么：只教新活儿，旧活儿一下子丢掉一半（灾难性遗忘），LoRA 也一样；"LoRA 忘得少"要在学得一样多的时候比；
-旧数据混进一成，多半就够了；分开存、用的时候切换，忘记恰好是 0；EWC 与 O-LoRA 的罚是怎样写的，护得住什么。
+旧数据混进一成，忘的就少得多；分开存、用的时候切换，忘记恰好是 0；EWC 与 O-LoRA 的罚是怎样写的，护得住什么。
 
 运行：
     python incremental_lora.py                                    # SFT 的问答 → 抽取 → 回顾，全部方法，约两分钟
@@ -10,7 +10,7 @@
     python incremental_lora.py --dataset 甲.jsonl --third_dataset 乙.jsonl --output_dir outputs/mine   # 接着学自己的
     python incremental_lora.py --preset full                      # Qwen1.5-0.5B，需要加速器
 
-预期输出（实测见本文件夹的 README.md）：全参数和 LoRA 学会抽取，问答从 0.99 掉到 0.4–0.75；混进 10% 的旧对话，问答还在 0.9 上下；
+预期输出（实测见本文件夹的 README.md）：全参数和 LoRA 学会抽取，问答丢掉三成多到一半多；混进 10% 的旧对话，只掉几个百分点；
 EWC 一点不忘问答，却护不住后学的抽取；分开存，忘记恰好是 0。
 
 参考：Kirkpatrick et al. 2017（EWC）、Wang et al. 2023（O-LoRA）、Lopez-Paz & Ranzato 2017（正确率矩阵与 BWT）、
