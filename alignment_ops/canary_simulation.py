@@ -8,7 +8,7 @@
   5. 坏得越多退得越快：需要的用户数大致与差的平方成反比，而且不用事先知道差多大。
 
 怎么运行
-  python canary_simulation.py                    # 半分钟到一分钟
+  python canary_simulation.py                    # 一两分钟
   python canary_simulation.py --rate 0.05        # 老版本二十次坏一次
   python canary_simulation.py --alpha 0.01 --runs 5000
 
