@@ -322,6 +322,8 @@ def run_file(s):  # 在一个文本文件上训练，然后生成
         fail(f"读不了 --data {s.data}：{why}（当前目录是 {Path.cwd()}）。")
     except UnicodeDecodeError as error:
         fail(f"{s.data} 第 {error.start + 1} 个字节起不是 UTF-8。请另存为 UTF-8 再试。")
+    if text.lstrip().startswith('{"'):
+        fail(f"{s.data} 里是 JSON：把要学的字段取出来，存成纯文本，不然学的是括号和引号。")
     split = int(len(text) * 0.9)  # 前 90% 训练，后 10% 验证
     if len(text) - split <= s.block:
         problem = f"{s.data} 只有 {len(text)} 个字，后 10% 留作验证，不够一段（--block {s.block}）"

@@ -462,6 +462,8 @@ def test_bad_text_files(text_file, monkeypatch):
     assert "只有 0 个字" in error_of(monkeypatch, *arguments(text_file))
     text_file.write_bytes("你好".encode("gbk"))
     assert "不是 UTF-8" in error_of(monkeypatch, *arguments(text_file))
+    text_file.write_text('{"text": "一行一个对象"}\n' * 50, encoding="utf-8")
+    assert "里是 JSON" in error_of(monkeypatch, *arguments(text_file))
 
 
 def test_a_long_prompt_is_cropped_and_said(text_file, capsys):
