@@ -20,27 +20,27 @@ from store_keeping import CHUNK, StorePlace, fill, note, texts_of
 
 @dataclass
 class Alias:
-    """一个文件，里面写着现在用哪个库。换它是一步的：读到的要么是旧的，要么是新的。"""
+    """一个文件，里面写着现在用哪个库。换它是一步的：读到的要么是旧的，要么是新的。只写名字：地址里可能有密码。"""
 
     path: Path
 
-    def point_to(self, url: str) -> None:
-        write_json(self.path, {"url": url})
+    def point_to(self, name: str) -> None:
+        write_json(self.path, {"name": name})
 
-    def url(self) -> str:
-        return json.loads(self.path.read_text(encoding="utf-8"))["url"]
+    def name(self) -> str:
+        return json.loads(self.path.read_text(encoding="utf-8"))["name"]
 
 
 class Asking(threading.Thread):
     """一直在问的读者：每次问之前看一眼别名，换了就打开新的。lost 是一条也没有查到的，wrong 是第一名里没有答案的。"""
 
-    def __init__(self, alias: Alias, embedder: Embedder, products: list[Product]):
+    def __init__(self, place: StorePlace, alias: Alias, embedder: Embedder, products: list[Product]):
         super().__init__(daemon=True)
-        self.alias, self.embedder = alias, embedder
+        self.place, self.alias, self.embedder = place, alias, embedder
         self.asked = [(product, fact) for product in products for fact in FACTS]
         self.vectors = embedder.queries([product.question(fact) for product, fact in self.asked])
         self.stop, self.queries, self.lost, self.wrong = threading.Event(), 0, 0, 0
-        self.urls: list[str] = []
+        self.names: list[str] = []  # 依次用过哪几个库
         self.fault = ""  # 打不开、查不了，是为什么
 
     def run(self) -> None:
@@ -53,9 +53,10 @@ class Asking(threading.Thread):
         store = None
         while not self.stop.is_set():
             product, fact = self.asked[self.queries % len(self.asked)]
-            if not self.urls or self.alias.url() != self.urls[-1]:
-                self.urls.append(self.alias.url())
-                fresh = open_store(self.urls[-1], self.embedder.fingerprint, self.embedder.dim)
+            if not self.names or self.alias.name() != self.names[-1]:
+                self.names.append(self.alias.name())
+                url = self.place.url(self.names[-1])
+                fresh = open_store(url, self.embedder.fingerprint, self.embedder.dim)
                 if store is not None:
                     store.close()
                 store = fresh
@@ -76,8 +77,8 @@ def switch_while_asking(
         blue = place.open(f"{name}-蓝")
         fill(blue, embedder, documents)
         alias = Alias(place.folder / f"{text_hash(name)[:8]}.json")
-        alias.point_to(place.url(f"{name}-蓝"))
-        asking = Asking(alias, embedder, products)
+        alias.point_to(f"{name}-蓝")
+        asking = Asking(place, alias, embedder, products)
         asking.start()
         wait_for(asking, 100)
         if name == "蓝绿":
@@ -95,7 +96,7 @@ def switch_while_asking(
         "queries": beside.queries,
         "lost_queries": beside.lost,
         "wrong": beside.wrong,
-        "stores_seen": len(beside.urls),
+        "stores_seen": len(beside.names),
         "switch_ms": switch_ms,
         "lost_in_place": in_place.lost,
         "queries_in_place": in_place.queries,
@@ -112,7 +113,7 @@ def rebuild_beside(
         raise UserError(f"新库里有 {green.count()} 条，应当是 {rows} 条：不切换，旧库照常用。")
     green.close()
     started = time.perf_counter()
-    alias.point_to(place.url("蓝绿-绿"))
+    alias.point_to("蓝绿-绿")
     milliseconds = 1000 * (time.perf_counter() - started)
     note(log, "switch", "全部", rows=rows)
     return milliseconds

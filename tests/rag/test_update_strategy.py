@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -191,8 +192,9 @@ def test_a_place_in_any_kind_of_store(given, url, embedder, tmp_path):
 
 def test_a_reader_that_cannot_open_says_why(tmp_path, embedder):
     alias = blue_green.Alias(tmp_path / "alias.json")
-    alias.point_to("没有的://x")
-    asking = blue_green.Asking(alias, embedder, make_products(2))
+    alias.point_to("蓝")
+    elsewhere = SimpleNamespace(url=lambda name: "没有的://x")
+    asking = blue_green.Asking(elsewhere, alias, embedder, make_products(2))
     asking.start()
     with pytest.raises(UserError, match=r"停了，没有查下去：.*不认识 没有的"):
         blue_green.wait_for(asking, 1)
@@ -200,11 +202,11 @@ def test_a_reader_that_cannot_open_says_why(tmp_path, embedder):
 
 def test_an_incomplete_new_store_is_not_switched_to(place, embedder, tmp_path, monkeypatch):
     alias = blue_green.Alias(tmp_path / "alias.json")
-    alias.point_to("faiss://旧的")
+    alias.point_to("旧的")
     monkeypatch.setattr(blue_green, "fill", lambda *_: 10)  # 说写了十条，其实没写
     with pytest.raises(UserError, match=r"新库里有 0 条，应当是 10 条"):
         blue_green.rebuild_beside(place, embedder, {"甲": "甲。"}, alias, AuditLog(tmp_path / "a.jsonl"))
-    assert alias.url() == "faiss://旧的"
+    assert alias.name() == "旧的"
 
 
 # ---------------------------------------------------------------- 对账与日志
