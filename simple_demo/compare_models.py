@@ -386,7 +386,8 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # 终端写不出的字印成问号，不中途报错
+    if hasattr(sys.stdout, "reconfigure"):  # IDLE 里没有
+        sys.stdout.reconfigure(errors="replace")  # 终端写不出的字印成问号，不中途报错
     try:
         main()
     except UserError as error:

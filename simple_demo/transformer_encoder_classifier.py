@@ -214,14 +214,13 @@ def main():
 
     print(f"\n同一句 {sentences[0]!r} 连问三次，正面的得分")
     with torch.no_grad():
-        model.train()
-        scores = [model(test_ids)[0, 1].item() for _ in range(3)]
-        print("  train()：dropout 开着   " + "  ".join(f"{score:.4f}" for score in scores))
-        model.eval()
-        scores = [model(test_ids)[0, 1].item() for _ in range(3)]
-        print("  eval() ：dropout 关了   " + "  ".join(f"{score:.4f}" for score in scores))
+        for training, name in ((True, "train()：dropout 开着"), (False, "eval() ：dropout 关了")):
+            model.train(training)
+            scores = [model(test_ids)[0, 1].item() for _ in range(3)]
+            print(f"  {name}   " + "  ".join(f"{score:.4f}" for score in scores))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # 终端写不出的字印成问号，不中途报错
+    if hasattr(sys.stdout, "reconfigure"):  # IDLE 里没有
+        sys.stdout.reconfigure(errors="replace")  # 终端写不出的字印成问号，不中途报错
     main()

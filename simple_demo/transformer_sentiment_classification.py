@@ -177,8 +177,7 @@ def print_heat_map(words, weights):
     for word, row in zip(words, weights.tolist(), strict=True):
         if word == "<PAD>":  # 这几行没有人用
             continue
-        cells = [f"{p:.2f} {' ▁▂▃▄▅▆▇█'[round(p * 8)]}   " for p in row]
-        print(f"    {word:9s}" + "".join(cells))
+        print(f"    {word:9s}" + "".join(f"{p:.2f} {' ▁▂▃▄▅▆▇█'[round(p * 8)]}   " for p in row))
 
 
 def draw_heat_map(words, before, after, path):
@@ -244,8 +243,7 @@ def main():
     for i, sentence in enumerate(sentences):
         print(f"  {sentence!r} → {LABELS[probs[i].argmax()]}（正面的概率 {probs[i, 1]:.4f}）")
         print_heat_map([words[index] for index in test_ids[i]], maps[i])
-    share = feeling_share(model, ids, vocab)
-    print(f"第一个词看好恶词（训练集平均）：{share_before:.2f} → {share:.2f}")
+    print(f"第一个词看好恶词（训练集平均）：{share_before:.2f} → {feeling_share(model, ids, vocab):.2f}")
 
     try:
         draw_heat_map(sentences[0].split(), maps_before[0], maps[0], OUTPUT_DIR / "attention.png")
@@ -255,5 +253,6 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # 终端写不出的字印成问号，不中途报错
+    if hasattr(sys.stdout, "reconfigure"):  # IDLE 里没有
+        sys.stdout.reconfigure(errors="replace")  # 终端写不出的字印成问号，不中途报错
     main()
