@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nlp_common.base.console import padded
 from nlp_common.draw.plots import COLORS, render
 
 if TYPE_CHECKING:
@@ -32,10 +33,9 @@ def show_rows(rows: dict[str, dict], tasks: list[str]) -> None:
     print(f"\n第一样 {tasks[0]}，第二样 {tasks[1]}，第三样 {tasks[2]}")
     print("方法              第一样 前→后   第二样   学完第三样：第一样  第二样  第三样     BWT")
     for name, row in rows.items():
-        title = TITLES[name].split("|")[0]
-        wide = 16 - sum(2 if ord(c) > 0x2E7F else 1 for c in title)
+        title = padded(TITLES[name].split("|")[0], 16)
         print(
-            f"{title}{' ' * wide}{row['task1_before']:8.3f} → {row['task1_after']:.3f}{row['task2_after']:9.3f}"
+            f"{title}{row['task1_before']:8.3f} → {row['task1_after']:.3f}{row['task2_after']:9.3f}"
             f"{row['task1_end']:18.3f}{row['task2_end']:8.3f}{row['task3_end']:8.3f}{row['backward_transfer']:9.3f}"
         )
 

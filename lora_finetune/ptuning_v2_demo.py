@@ -28,6 +28,7 @@ from typing import ClassVar, Literal
 
 from lora_by_hand import add_lora, trainable
 from nlp_common.base.arguments import COUNT, POSITIVE, option
+from nlp_common.base.console import padded
 from nlp_common.base.errors import UserError
 from nlp_common.draw.plots import line_chart
 from nlp_common.lm.chatml import encode_chat
@@ -218,10 +219,9 @@ def show(metrics: dict, settings: PromptSettings) -> None:
     print(f"\n{task_title(settings.task, settings)}（学之前 {metrics[f'{key}_before']:.3f}）")
     print(f"                  参数      {what}" + ("    问答" if "qa_accuracy_prefix" in metrics else ""))
     for kind in (*KINDS, "lora"):
-        title = NAMES[kind].split("|")[0]
-        wide = 14 - sum(2 if ord(c) > 0x2E7F else 1 for c in title)
+        title = padded(NAMES[kind].split("|")[0], 14)
         qa = f"{metrics[f'qa_accuracy_{kind}']:8.3f}" if f"qa_accuracy_{kind}" in metrics else ""
-        print(f"  {title}{' ' * wide}{metrics[f'trainable_{kind}']:7,d}{metrics[f'{key}_{kind}']:11.3f}{qa}")
+        print(f"  {title}{metrics[f'trainable_{kind}']:7,d}{metrics[f'{key}_{kind}']:11.3f}{qa}")
     print(
         f"前缀，初值 N(0, 1)：学习率 {DEFAULT_RATE:g} 是 {metrics[f'{key}_prefix_default']:.3f}，"
         f"{settings.learning_rate:g} 是 {metrics[f'{key}_prefix_random']:.3f}"
